@@ -1,0 +1,100 @@
+"""Uniform affine quantization: every formula of it, as pure functions.
+
+    code = clamp(round(x / scale) + zero_point, code_min, code_max)        round half to even
+    x^   = (code - zero_point) * scale
+
+`scale` and `zero_point` broadcast against `x`; both are float32, the zero point holding an integer. Gradients: rounding passes them
+straight through, clamping stops them, which makes the gradient of the scale that of LSQ (Esser et al. 2020, arXiv 1902.08153).
+What broadcasts against what is the business of ``quantizer.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffquant.core.spec import QuantSpec, SpecError
+
+SMALLEST_SCALE = 1e-12  # a constant-zero tensor gets this scale and codes that dequantize to exact zeros
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    """Round half to even; the gradient passes unchanged. (`x + (round(x) - x).detach()` would not return exact integers.)"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+class _FloorStraightThrough(torch.autograd.Function):
+    """Floor; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.floor()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def round_straight_through(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Round half to even, with the gradient of the identity (Bengio et al. 2013, arXiv 1308.3432)."""
+    rounded: Tensor = _RoundStraightThrough.apply(x)
+    return rounded
+
+
+def scale_from_range(low: Float[Tensor, "*p"], high: Float[Tensor, "*p"], spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that cover [low, high], widened to contain zero.
+
+    Symmetric: the scale is the larger magnitude over the largest code, the zero point 0. Asymmetric: the zero point is the code of
+    an exact zero. Raises `SpecError` on non-finite ranges or low > high.
+    """
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise SpecError("range: not finite; the tensor holds inf or nan")
+    if (low > high).any():
+        raise SpecError("range: low is above high")
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    if spec.symmetric:
+        scale = torch.maximum(-low, high) / spec.code_max
+        return scale.clamp(min=SMALLEST_SCALE), torch.zeros_like(scale)
+    scale = ((high - low) / (spec.code_max - spec.code_min)).clamp(min=SMALLEST_SCALE)
+    zero_point = (spec.code_min - (low / scale).round()).clamp(spec.code_min, spec.code_max)
+    return scale, zero_point
+
+
+def quantize(x: Float[Tensor, "*shape"], scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Float[Tensor, "*shape"]:
+    """Codes of `x` as float32 integers in [code_min, code_max]; differentiable by straight-through rounding."""
+    if not torch.is_grad_enabled():  # the same values with one allocation, which is what sampling spends its time on
+        return (x / scale).round_().add_(zero_point).clamp_(spec.code_min, spec.code_max)
+    return (round_straight_through(x / scale) + zero_point).clamp(spec.code_min, spec.code_max)
+
+
+def quantize_rounded(
+    x: Float[Tensor, "*shape"], scale: Tensor, zero_point: Tensor, rounding: Float[Tensor, "*shape"], spec: QuantSpec
+) -> Float[Tensor, "*shape"]:
+    """Codes of `x` where `rounding` in [0, 1] says how far each value goes from its floor to the next integer (AdaRound)."""
+    return (round_down(x / scale) + rounding + zero_point).clamp(spec.code_min, spec.code_max)
+
+
+def round_down(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Floor, with the gradient of the identity."""
+    floored: Tensor = _FloorStraightThrough.apply(x)
+    return floored
+
+
+def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor) -> Float[Tensor, "*shape"]:
+    """Values of `code`, float32."""
+    return (code - zero_point) * scale
+
+
+def fake_quantize(x: Float[Tensor, "*shape"], scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Float[Tensor, "*shape"]:
+    """Quantize and dequantize: what the integer engine computes with, in floating point."""
+    return dequantize(quantize(x, scale, zero_point, spec), scale, zero_point)

@@ -1,0 +1,197 @@
+"""Quantizable layers: Linear and Conv2d whose class was changed in place, and the products inside an attention.
+
+The float weight stays where it was and is never written. With quantizers off a layer is the layer it was, bit for bit. A frozen
+layer has no float weight any more, only the integer codes of its weight quantizer.
+
+    y = quantize(x / smooth) (*) quantize(W * smooth) + bias          smooth: [in_channels], positive, optional
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.spec import AttentionSpec, LayerSpec, SpecError
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer with quantizers of weight and input; made by `make_quantizable`, never constructed."""
+
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+    smooth: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        x, weight = _operands(self, x, channel_axis=-1)
+        return functional.linear(x, weight, self.bias)
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution with quantizers of weight and input; made by `make_quantizable`, never constructed."""
+
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+    smooth: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``."""
+        x, weight = _operands(self, x, channel_axis=1)
+        return self._conv_forward(x, weight, self.bias)
+
+
+QuantizedLayer = QuantizedLinear | QuantizedConv2d
+QUANTIZABLE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d}
+
+
+def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> None:
+    """Turn an `nn.Linear` or `nn.Conv2d` into its quantizable class in place; quantizers start off and uncalibrated.
+
+    Raises `SpecError` where the spec does not fit the layer's shape.
+    """
+    if type(layer) not in QUANTIZABLE:
+        raise SpecError(f"{type(layer).__name__}: only nn.Linear and nn.Conv2d themselves can be quantized")
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    out_channels, in_channels = weight.shape[0], weight.shape[1] * getattr(layer, "groups", 1)
+    grouped = getattr(layer, "groups", 1) > 1
+    if spec.splits and (grouped or sum(spec.splits) != in_channels):
+        raise SpecError(f"splits {list(spec.splits)}: must add up to {in_channels} input channels of an ungrouped layer")
+    if spec.smooth and grouped:
+        raise SpecError("smooth: not defined for a grouped convolution")
+    axis = 1 if isinstance(layer, nn.Conv2d) else -1
+    weight_quantizer = input_quantizer = None
+    if spec.weight is not None:
+        rows = out_channels if spec.weight.granularity == "channel" else 1
+        weight_quantizer = Quantizer(spec.weight, rows, spec.splits, axis=1)
+    if spec.input is not None:
+        channels = in_channels if spec.shift else 0
+        input_quantizer = Quantizer(spec.input, spec.sets, spec.splits, axis, clock, channels)
+    device = weight.device
+    layer.__class__ = QUANTIZABLE[type(layer)]
+    layer.weight_quantizer = weight_quantizer.to(device) if weight_quantizer is not None else None
+    layer.input_quantizer = input_quantizer.to(device) if input_quantizer is not None else None
+    layer.register_buffer("smooth", torch.ones(in_channels, device=device) if spec.smooth else None)
+    layer.layer_spec = spec  # type: ignore[assignment]
+
+
+def _operands(layer: QuantizedLayer, x: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
+    """Input and weight as the integer engine would see them; the originals where both quantizers are off."""
+    weight_quantizer, input_quantizer = layer.weight_quantizer, layer.input_quantizer
+    live = (weight_quantizer is not None and weight_quantizer.enabled) or (
+        input_quantizer is not None and input_quantizer.enabled
+    )
+    if not live:
+        if layer.weight is None:
+            raise SpecError("frozen layer: its float weight is gone, so it cannot run with quantizers off")
+        return x, layer.weight
+    if layer.smooth is not None:
+        shape = [1] * x.dim()
+        shape[channel_axis] = -1
+        x = x / layer.smooth.view(shape).to(x.dtype)
+    if input_quantizer is not None:
+        x = input_quantizer(x)
+    if layer.weight is None:
+        assert weight_quantizer is not None
+        return x, weight_quantizer.dequantized_codes().to(x.dtype)
+    weight = smoothed_weight(layer)
+    return x, weight_quantizer(weight).to(x.dtype) if weight_quantizer is not None else weight
+
+
+def smoothed_weight(layer: QuantizedLayer) -> Tensor:
+    """The float weight times `smooth` along its input channels: what the weight quantizer sees, ``[out, in, ...]``."""
+    if layer.smooth is None:
+        return layer.weight
+    return layer.weight * layer.smooth.view(1, -1, *[1] * (layer.weight.dim() - 2))
+
+
+def freeze_layer(layer: QuantizedLayer) -> None:
+    """Replace the float weight by integer codes, decided in float32; layers without a weight quantizer keep their weight."""
+    if layer.weight_quantizer is None or layer.weight is None:
+        return
+    layer.weight_quantizer.decide(smoothed_weight(layer).detach().float())
+    layer.weight = None  # type: ignore[assignment]
+
+
+class AttentionProducts(nn.Module):
+    """Quantizers of the operands of an attention's two products, softmax(q k^T) and its product with v.
+
+    Active, it takes the place of `scaled_dot_product_attention` for calls made inside its attention module; with every quantizer
+    off the original is called.
+    """
+
+    def __init__(self, spec: AttentionSpec, clock: StepClock) -> None:
+        super().__init__()
+        self.spec = spec
+        for name in ("query", "key", "value", "softmax"):
+            operand = getattr(spec, name)
+            setattr(self, name, None if operand is None else Quantizer(operand, spec.sets, axis=-1, clock=clock))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any of the quantizers is on."""
+        return any(isinstance(module, Quantizer) and module.enabled for module in self.children())
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Attention over ``[batch, heads, tokens, width]`` with quantized operands."""
+        if dropout_p or is_causal or enable_gqa:
+            raise SpecError("attention products: dropout, causal masks and grouped heads are not quantized; set them to float")
+        query, key, value = (self._fake(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+        scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return self._fake("softmax", scores.softmax(dim=-1)) @ value
+
+    def _fake(self, name: str, x: Tensor) -> Tensor:
+        quantizer = getattr(self, name)
+        return x if quantizer is None else quantizer(x)
+
+
+class _InterceptAttention(TorchFunctionMode):
+    """Sends `scaled_dot_product_attention` to an `AttentionProducts` while entered."""
+
+    def __init__(self, products: AttentionProducts) -> None:
+        super().__init__()
+        self.products = products
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return self.products(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def attach_products(attention: nn.Module, spec: AttentionSpec, clock: StepClock) -> None:
+    """Give an attention module (one that has a `processor`) quantized products."""
+    attention.attention_products = AttentionProducts(spec, clock)
+    attention.register_forward_pre_hook(_enter)
+    attention.register_forward_hook(_leave, always_call=True)
+
+
+def _enter(attention: nn.Module, arguments: Any) -> None:
+    products = attention.attention_products
+    assert isinstance(products, AttentionProducts)
+    if products.enabled:
+        mode = _InterceptAttention(products)
+        mode.__enter__()
+        attention.__dict__.setdefault("_attention_modes", []).append(mode)
+
+
+def _leave(attention: nn.Module, arguments: Any, output: Any) -> None:
+    modes = attention.__dict__.get("_attention_modes")
+    if modes:
+        modes.pop().__exit__(None, None, None)

@@ -1,0 +1,205 @@
+"""StepClock: where on the timestep axis the model is. Quantizer: scales and zero points, and which of them apply now.
+
+Rows and parts: a quantizer holds ``scale`` and ``zero_point`` of shape ``[rows, parts]``. For a weight the rows are output channels
+(or one row for all), for an activation they are parameter sets, one chosen per sample through ``table[interval]``. The parts are the
+splits of the channels, one where nothing is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diffquant.core.affine import dequantize, fake_quantize, quantize, quantize_rounded
+from diffquant.core.spec import QuantSpec, SpecError
+
+
+class StepClock:
+    """The present interval of the model's own timestep axis, shared by all quantizers of a model.
+
+    ``timesteps`` are the recorded ones, noisy (large) first; interval i belongs to ``timesteps[i]`` and reaches to the midpoints of
+    its neighbours, the outermost intervals without end. Without timesteps there is one interval.
+    """
+
+    def __init__(self, timesteps: Sequence[float] = ()) -> None:
+        self.interval: int | Int[Tensor, " batch"] = 0
+        self.divide(timesteps)
+
+    def divide(self, timesteps: Sequence[float]) -> None:
+        """Cut the axis anew around `timesteps` (any order, floats allowed); the present interval becomes 0."""
+        self.timesteps = tuple(sorted({float(timestep) for timestep in timesteps}, reverse=True))
+        ascending = torch.tensor(self.timesteps[::-1], dtype=torch.float64)
+        self._edges = (ascending[1:] + ascending[:-1]) / 2  # [intervals - 1], float64 so that integers stay exact
+        self.interval = 0
+
+    @property
+    def intervals(self) -> int:
+        """Number of intervals, at least 1."""
+        return max(1, len(self.timesteps))
+
+    def set_timestep(self, timestep: Tensor | float) -> None:
+        """Set the interval from a timestep (scalar, or one per sample)."""
+        values = torch.as_tensor(timestep).detach().to("cpu", torch.float64).reshape(-1)
+        ascending = torch.bucketize(values, self._edges)
+        index = self.intervals - 1 - ascending
+        self.set_interval(index)
+
+    def set_interval(self, interval: int | Int[Tensor, " batch"]) -> None:
+        """Set the interval itself, one for all samples or one per sample."""
+        if isinstance(interval, Tensor):
+            same = bool((interval == interval[0]).all())
+            self.interval = int(interval[0]) if same else interval
+        else:
+            self.interval = interval
+
+
+def tick(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Forward pre-hook of a denoiser: set its clock from the `timestep` argument (its name and place were read at surgery)."""
+    name, position = model.timestep_argument
+    timestep = keywords.get(name, arguments[position] if position < len(arguments) else None)  # type: ignore[operator]
+    if timestep is None:
+        raise SpecError(f"{type(model).__name__}: called without {name}; the quantizers need it to choose their parameters")
+    model.step_clock.set_timestep(timestep)  # type: ignore[union-attr, operator]
+
+
+class Quantizer(nn.Module):
+    """Affine quantizer of a weight (``clock`` None) or of an activation.
+
+    ``scale``, ``zero_point``: float32 ``[rows, parts]``, nan until calibrated. ``table``: uint8 or int16 ``[intervals]``, the row of
+    each interval. ``shift``: int8 ``[rows, channels]``, the exponent by which a channel's step exceeds ``scale``. ``codes``: the
+    integer weight once its rounding is decided. ``rounding``: logits of the rounding while it is learned (AdaRound).
+    Off (``enabled`` False) it returns its input untouched.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    table: Tensor | None
+    shift: Tensor | None
+    codes: Tensor | None
+    rounding: Tensor | None
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        rows: int = 1,
+        splits: Sequence[int] = (),
+        axis: int = 1,
+        clock: StepClock | None = None,
+        shift_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        self.spec, self.splits, self.axis, self.clock, self.enabled = spec, tuple(splits), axis, clock, False
+        parts = max(1, len(splits))
+        self.register_buffer("scale", torch.full((rows, parts), torch.nan))
+        self.register_buffer("zero_point", torch.zeros(rows, parts))
+        index_type = torch.uint8 if rows <= 256 else torch.int16
+        has_table = clock is not None and rows > 1
+        self.register_buffer("table", spread(rows, clock.intervals).to(index_type) if has_table and clock else None)
+        self.register_buffer("shift", torch.zeros(rows, shift_channels, dtype=torch.int8) if shift_channels else None)
+        self.register_buffer("codes", None)
+        self.register_buffer("rounding", None)
+
+    @property
+    def rows(self) -> int:
+        """Output channels of a weight (or 1), parameter sets of an activation."""
+        return self.scale.shape[0]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every scale has been set."""
+        return bool(torch.isfinite(self.scale).all())
+
+    def present_rows(self, device: torch.device) -> Int[Tensor, " batch"] | int:
+        """The parameter set in force: one row, or one per sample where the clock holds an interval per sample."""
+        if self.clock is None or self.table is None:
+            return 0
+        interval = self.clock.interval
+        if isinstance(interval, int):
+            return int(self.table[interval])
+        return self.table.to(device)[interval.to(device)].long()
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, shaped to broadcast against `x`."""
+        if self.clock is None:
+            return self._shape(self.scale, x), self._shape(self.zero_point, x)
+        rows = self.present_rows(x.device)
+        picked = [rows] if isinstance(rows, int) else rows
+        if not isinstance(rows, int) and len(rows) != x.shape[0]:
+            raise SpecError(f"quantizer: {len(rows)} timesteps for a batch of {x.shape[0]}; give one timestep per sample")
+        scale, zero_point = self._shape(self.scale[picked], x), self._shape(self.zero_point[picked], x)
+        if self.shift is not None:
+            scale = scale * torch.exp2(self.shift[picked].float()).view(self._view(x, self.shift.shape[1]))
+        return scale, zero_point
+
+    def quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Codes of `x`: the decided ones of a weight if there are any, else by rounding (learned where it is being learned)."""
+        if self.codes is not None:
+            return self.codes.float()
+        scale, zero_point = self.operands(x)
+        if self.rounding is not None:
+            return quantize_rounded(x.float(), scale, zero_point, rectified_sigmoid(self.rounding), self.spec)
+        return quantize(x.float(), scale, zero_point, self.spec)
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """`x` as the integer engine would see it: quantized and dequantized in float32, in the dtype of `x`."""
+        if not self.enabled:
+            return x
+        scale, zero_point = self.operands(x)
+        if self.codes is not None or self.rounding is not None:
+            return dequantize(self.quantize(x), scale, zero_point).to(x.dtype)
+        return fake_quantize(x.float(), scale, zero_point, self.spec).to(x.dtype)
+
+    def dequantized_codes(self) -> Float[Tensor, "*shape"]:
+        """The weight of a frozen layer, float32."""
+        assert self.codes is not None
+        scale, zero_point = self.operands(self.codes)
+        return dequantize(self.codes.float(), scale, zero_point)
+
+    def decide(self, weight: Float[Tensor, "*shape"]) -> None:
+        """Fix the integer codes of `weight` (float32): the learned rounding is cut at one half and forgotten."""
+        scale, zero_point = self.operands(weight)
+        with torch.no_grad():
+            if self.codes is None and self.rounding is not None:
+                up = (self.rounding >= 0).float()
+                codes = quantize_rounded(weight, scale, zero_point, up, self.spec)
+            else:
+                codes = self.quantize(weight)
+        self.codes = codes.to(torch.int8 if self.spec.symmetric else torch.uint8)
+        self.rounding = None
+
+    def _view(self, x: Tensor, channels: int) -> list[int]:
+        shape = [1] * x.dim()
+        shape[self.axis % x.dim()] = channels
+        shape[0] = -1
+        return shape
+
+    def _shape(self, values: Float[Tensor, "rows parts"], x: Tensor) -> Tensor:
+        """``[rows, parts]`` to a shape that broadcasts against `x`: rows along the first axis, parts spread over the channels."""
+        if not self.splits:
+            return values.view(-1, *[1] * (x.dim() - 1))
+        sizes = torch.tensor(self.splits, device=values.device)
+        channels = sum(self.splits)
+        return values.repeat_interleave(sizes, dim=1, output_size=channels).view(self._view(x, channels))
+
+    def extra_repr(self) -> str:
+        """The spec, for `print(model)`."""
+        return f"{self.spec}, rows={self.rows}, splits={self.splits or None}, enabled={self.enabled}"
+
+
+def rectified_sigmoid(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Sigmoid stretched to [-0.1, 1.1] and cut to [0, 1] (Louizos et al. 2018; AdaRound, Nagel et al. 2020, arXiv 2004.10568, eq. 23)."""
+    return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
+
+
+def logits_of(fraction: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The logits whose `rectified_sigmoid` is `fraction` in [0, 1)."""
+    return -torch.log(1.2 / (fraction + 0.1) - 1)
+
+
+def spread(rows: int, intervals: int) -> Int[Tensor, " intervals"]:
+    """The table that gives consecutive intervals to `rows` sets in equal shares; the identity where there is a row per interval."""
+    return torch.arange(intervals) * rows // intervals

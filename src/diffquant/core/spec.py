@@ -1,0 +1,119 @@
+"""What is asked of a layer: bits, symmetry, granularity, and the rules that decide which layer gets what. And the typed errors.
+
+No tensors here: a spec is a value that can be written in a recipe and read back from a checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+class DiffquantError(ValueError):
+    """Base of every error that is the user's to mend; its text is one line: where, what was found, what is allowed, what to do."""
+
+
+class SpecError(DiffquantError):
+    """A layer cannot be quantized as asked."""
+
+
+class CalibrationError(DiffquantError):
+    """Calibration data are missing, damaged, or of another model."""
+
+
+class RecipeError(DiffquantError):
+    """A recipe is not one that can be run."""
+
+
+class CheckpointError(DiffquantError):
+    """A packed checkpoint cannot be written or read."""
+
+
+class EvaluationError(DiffquantError):
+    """Two things cannot be compared."""
+
+
+class ZooError(DiffquantError):
+    """A reference model cannot be trained or found."""
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class QuantSpec(_Value):
+    """How one tensor is quantized.
+
+    ``granularity`` ``channel`` gives every output channel of a weight its own scale; activations are always per tensor (and per
+    input split). Symmetric codes are signed around zero, asymmetric ones unsigned with a zero point.
+    """
+
+    bits: int = Field(ge=MIN_BITS, le=MAX_BITS)
+    symmetric: bool = False
+    granularity: Literal["tensor", "channel"] = "tensor"
+
+    @property
+    def code_min(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def code_max(self) -> int:
+        """Largest code."""
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    def __str__(self) -> str:
+        return f"{'int' if self.symmetric else 'uint'}{self.bits}/{self.granularity}"
+
+
+class LayerSpec(_Value):
+    """How one layer is quantized: None leaves that operand in floating point.
+
+    ``splits`` are the sizes of consecutive parts of the input channels with quantizers of their own (concatenated skips); their sum
+    is the number of input channels. ``smooth`` and ``shift`` allocate the layer's equivalent-scaling and power-of-two buffers.
+    ``sets`` is the number of parameter sets of the input quantizer.
+    """
+
+    weight: QuantSpec | None = None
+    input: QuantSpec | None = None
+    splits: tuple[int, ...] = ()
+    sets: int = Field(default=1, ge=1)
+    smooth: bool = False
+    shift: bool = False
+
+
+class AttentionSpec(_Value):
+    """How the operands of an attention's two products are quantized; None leaves an operand in floating point."""
+
+    query: QuantSpec | None = None
+    key: QuantSpec | None = None
+    value: QuantSpec | None = None
+    softmax: QuantSpec | None = None
+    sets: int = Field(default=1, ge=1)
+
+
+class LayerRule(_Value):
+    """One line of the plan: what happens to the layers that `match` names. Later rules override earlier ones, field by field.
+
+    ``match`` is a shell pattern on module names (it has to match a layer), or a structural selector that may match none:
+    ``@all``, ``@conv``, ``@linear``, ``@first`` and ``@last`` layer, ``@embedding`` (time and class embedding, and the projections
+    of it inside blocks), ``@skip`` (layers that read a concatenated skip), ``@shortcut`` (1x1 convolutions of residual shortcuts),
+    ``@resample`` (up- and down-sampling convolutions), ``@attention`` (attention products).
+    ``weight_bits`` and ``input_bits`` may be ``float``. ``reason`` is printed where a layer stays in floating point.
+    """
+
+    match: str
+    weight_bits: int | Literal["float"] | None = None
+    input_bits: int | Literal["float"] | None = None
+    weight_symmetric: bool | None = None
+    input_symmetric: bool | None = None
+    weight_granularity: Literal["tensor", "channel"] | None = None
+    softmax_bits: int | Literal["float"] | None = None
+    split_skips: bool | None = None
+    sets: int | None = None
+    smooth: bool | None = None
+    shift: bool | None = None
+    reason: str | None = None

@@ -1,0 +1,313 @@
+"""From rules to a quantizable model, in place; the table of every layer and why; switching quantizers; reconstruction units.
+
+The model's structure is read from its modules' classes and places, never from a list of known models. Layers are matched by their
+exact type, so special subclasses are left alone and named in the table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from diffquant.core.layers import (
+    QUANTIZABLE,
+    AttentionProducts,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    attach_products,
+    freeze_layer,
+    make_quantizable,
+)
+from diffquant.core.quantizer import Quantizer, StepClock, tick
+from diffquant.core.spec import AttentionSpec, LayerRule, LayerSpec, QuantSpec, SpecError
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+FIRST_LAYERS = ("conv_in", "pos_embed.proj", "x_embedder", "patch_embed.proj", "proj_in")
+EMBEDDING_PARENTS = ("TimestepEmbedding", "PixArtAlphaTextProjection", "TextImageProjection")
+ATTENTION_OPERANDS = ("query", "key", "value")
+BLOCKS = (
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+    "Attention",
+)
+SELECTORS = (
+    "@all", "@conv", "@linear", "@first", "@last", "@embedding", "@skip", "@shortcut", "@resample", "@attention",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One row of the plan: a layer or attention, its spec, and the rule (or reason) that decided."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    spec: LayerSpec | AttentionSpec | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A layer or block that is fitted as one: its name, module, and quantizable layers."""
+
+    name: str
+    module: nn.Module
+    layers: tuple[tuple[str, QuantizedLayer], ...]
+
+
+def timestep_argument(model: nn.Module) -> tuple[str, int]:
+    """Name and position of the timestep among the arguments of a denoiser's forward; `SpecError` where there is none."""
+    names = list(inspect.signature(model.forward).parameters)
+    for name in TIMESTEP_NAMES:
+        if name in names:
+            return name, names.index(name)
+    raise SpecError(
+        f"{type(model).__name__}.forward: arguments {names}; a denoiser has one named {' or '.join(TIMESTEP_NAMES)}; "
+        "pass the pipeline's unet or transformer"
+    )
+
+
+def plan(model: nn.Module, rules: Sequence[LayerRule]) -> list[PlannedLayer]:
+    """What `rules` make of every layer of `model` that holds weights, without changing it.
+
+    Raises `SpecError` for a pattern that matches nothing, naming the nearest layer.
+    """
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    attentions = [(name, module) for name, module in modules if _is_attention(module)]
+    layers = [(name, module) for name, module in modules if type(module) in QUANTIZABLE]
+    structure = _Structure(model, [name for name, _ in layers])
+    _check_patterns(model, rules, [name for name, _ in layers + attentions])
+    rows = []
+    for name, module in modules:
+        if type(module) in QUANTIZABLE:
+            rows.append(_plan_layer(name, module, structure, rules))
+        elif _is_attention(module):
+            rows.append(_plan_attention(name, module, structure, rules))
+        elif isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() >= 2:
+            reason = f"{type(module).__name__} stays in floating point: only nn.Linear and nn.Conv2d are quantized"
+            rows.append(PlannedLayer(name, type(module).__name__, tuple(weight.shape), None, reason))
+    return rows
+
+
+def prepare(model: nn.Module, rows: Sequence[PlannedLayer], timesteps: Sequence[float] = ()) -> None:
+    """Make the planned layers of `model` quantizable in place, give it its clock and the hook that sets it.
+
+    Quantizers start off and uncalibrated: the model still computes exactly what it did. Raises `SpecError` when it already is
+    quantizable, or when rows name layers it does not have.
+    """
+    if hasattr(model, "step_clock"):
+        raise SpecError(f"{type(model).__name__}: already quantizable; load the full-precision model again to start over")
+    argument = timestep_argument(model)
+    modules = dict(model.named_modules())
+    clock = StepClock(timesteps)
+    for row in rows:
+        if row.spec is None:
+            continue
+        if row.name not in modules:
+            raise SpecError(f"layer {row.name!r}: not in this {type(model).__name__}")
+        if isinstance(row.spec, AttentionSpec):
+            attach_products(modules[row.name], row.spec, clock)
+        else:
+            make_quantizable(modules[row.name], row.spec, clock)
+    model.step_clock = clock  # type: ignore[assignment]
+    model.timestep_argument = argument  # type: ignore[assignment]
+    model.register_forward_pre_hook(tick, with_kwargs=True)
+
+
+def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Every quantizable Linear and Conv2d below `module`, by name."""
+    for name, child in module.named_modules():
+        if isinstance(child, (QuantizedLinear, QuantizedConv2d)):
+            yield name, child
+
+
+def quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Every quantizer below `module`, by name."""
+    for name, child in module.named_modules():
+        if isinstance(child, Quantizer):
+            yield name, child
+
+
+def enable(module: nn.Module, on: bool = True) -> None:
+    """Turn all quantizers below `module` on or off. Raises `SpecError` when one to be turned on was never calibrated."""
+    for name, quantizer in quantizers(module):
+        if on and not quantizer.calibrated:
+            raise SpecError(f"{name}: not calibrated; a recipe starts with a pass that sets ranges")
+        quantizer.enabled = on
+
+
+@contextmanager
+def full_precision(module: nn.Module) -> Iterator[None]:
+    """Every quantizer below `module` off, and as it was again afterwards."""
+    with switched(module, False):
+        yield
+
+
+@contextmanager
+def switched(module: nn.Module, on: bool) -> Iterator[None]:
+    """Every quantizer below `module` on (or off), and as it was again afterwards."""
+    before = [(quantizer, quantizer.enabled) for _, quantizer in quantizers(module)]
+    try:
+        enable(module, on)
+        yield
+    finally:
+        for quantizer, state in before:
+            quantizer.enabled = state
+
+
+def freeze(model: nn.Module) -> None:
+    """Replace every quantized float weight by its integer codes and switch all quantizers on, for good."""
+    enable(model)
+    for _, layer in quantized_layers(model):
+        freeze_layer(layer)
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether integer codes have replaced the weights."""
+    frozen = [layer.weight is None for _, layer in quantized_layers(model) if layer.weight_quantizer is not None]
+    return bool(frozen) and all(frozen)
+
+
+def units(model: nn.Module) -> list[Unit]:
+    """Blocks (residual, transformer, attention) and the single layers outside them, in order of registration."""
+    found: list[Unit] = []
+
+    def visit(name: str, module: nn.Module) -> None:
+        if type(module).__name__ in BLOCKS or isinstance(module, (QuantizedLinear, QuantizedConv2d)):
+            layers = tuple((f"{name}.{inner}".rstrip("."), layer) for inner, layer in quantized_layers(module))
+            if layers:
+                found.append(Unit(name, module, layers))
+            return
+        for child_name, child in module.named_children():
+            visit(f"{name}.{child_name}".lstrip("."), child)
+
+    visit("", model)
+    return found
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "processor") and hasattr(module, "to_q") or hasattr(module, "processor") and hasattr(module, "to_qkv")
+
+
+class _Structure:
+    """Where each layer stands in the model: what the structural selectors ask."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.modules = dict(model.named_modules())
+        self.first = next((name for name in FIRST_LAYERS if name in names), names[0] if names else "")
+        self.last = names[-1] if names else ""
+        self.skips = _skip_sizes(model)
+
+    def selects(self, selector: str, name: str) -> bool:
+        """Whether structural `selector` names the layer or attention `name`."""
+        module = self.modules[name]
+        parent = self.modules.get(name.rpartition(".")[0], module)
+        kind, own = type(parent).__name__, name.rpartition(".")[2]
+        attention = _is_attention(module)
+        if selector == "@attention" or attention:
+            return selector == "@attention" and attention
+        return {
+            "@all": True,
+            "@conv": isinstance(module, nn.Conv2d),
+            "@linear": isinstance(module, nn.Linear),
+            "@first": name == self.first,
+            "@last": name == self.last,
+            "@embedding": kind in EMBEDDING_PARENTS or kind.startswith("AdaLayerNorm") or own == "time_emb_proj",
+            "@skip": name in self.skips,
+            "@shortcut": own == "conv_shortcut",
+            "@resample": kind.startswith(("Upsample", "Downsample")),
+        }[selector]
+
+
+def _skip_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The 1x1 shortcuts (and first convolutions) of residual blocks whose input is a concatenated skip: (hidden, skip) channels.
+
+    In a UNet's up blocks the hidden channels are those the previous residual block put out, the rest is the skip.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    up_blocks, down_blocks = getattr(model, "up_blocks", None), getattr(model, "down_blocks", None)
+    if up_blocks is None or down_blocks is None:
+        return sizes
+    middle = getattr(model, "mid_block", None)
+    before = middle if middle is not None and hasattr(middle, "resnets") else down_blocks[-1]
+    if not hasattr(before, "resnets"):
+        return sizes
+    hidden = before.resnets[-1].out_channels
+    for block_index, block in enumerate(up_blocks):
+        for index, resnet in enumerate(getattr(block, "resnets", [])):
+            skip = resnet.in_channels - hidden
+            if skip > 0:
+                for layer in ("conv_shortcut", "conv1"):
+                    if type(getattr(resnet, layer, None)) in QUANTIZABLE:
+                        sizes[f"up_blocks.{block_index}.resnets.{index}.{layer}"] = (hidden, skip)
+            hidden = resnet.out_channels
+    return sizes
+
+
+def _check_patterns(model: nn.Module, rules: Sequence[LayerRule], names: list[str]) -> None:
+    for index, rule in enumerate(rules):
+        if rule.match.startswith("@"):
+            if rule.match not in SELECTORS:
+                raise SpecError(f"layers[{index}].match {rule.match!r}: unknown selector; allowed are {', '.join(SELECTORS)}")
+        elif not any(fnmatch.fnmatchcase(name, rule.match) for name in names):
+            near = difflib.get_close_matches(rule.match.replace("*", ""), names, n=1, cutoff=0.0)
+            hint = f'; nearest name "{near[0]}"' if near else ""
+            raise SpecError(f'layers[{index}].match "{rule.match}": matches no layer of {type(model).__name__}{hint}')
+
+
+def _merged(name: str, structure: _Structure, rules: Sequence[LayerRule]) -> tuple[dict[str, object], str]:
+    """The fields that the matching rules set, later ones winning, and the text of the last rule that set any."""
+    fields: dict[str, object] = {}
+    reason = "no rule"
+    for rule in rules:
+        named = structure.selects(rule.match, name) if rule.match.startswith("@") else fnmatch.fnmatchcase(name, rule.match)
+        if named:
+            given = rule.model_dump(exclude_none=True, exclude={"match", "reason"})
+            fields |= given
+            reason = f"{rule.match}: {rule.reason}" if rule.reason else rule.match
+    return fields, reason
+
+
+def _spec(bits: object, symmetric: object, granularity: str) -> QuantSpec | None:
+    if bits is None or bits == "float":
+        return None
+    return QuantSpec.model_validate({"bits": bits, "symmetric": bool(symmetric), "granularity": granularity})
+
+
+def _plan_layer(name: str, module: nn.Module, structure: _Structure, rules: Sequence[LayerRule]) -> PlannedLayer:
+    fields, reason = _merged(name, structure, rules)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    kind = type(module).__name__
+    spec = LayerSpec(
+        weight=_spec(fields.get("weight_bits"), fields.get("weight_symmetric", True), str(fields.get("weight_granularity", "channel"))),
+        input=_spec(fields.get("input_bits"), fields.get("input_symmetric", False), "tensor"),
+        splits=structure.skips.get(name, ()) if fields.get("split_skips") else (),
+        sets=int(str(fields.get("sets", 1))),
+        smooth=bool(fields.get("smooth", False)) and getattr(module, "groups", 1) == 1,
+        shift=bool(fields.get("shift", False)),
+    )
+    if spec.weight is None and spec.input is None:
+        return PlannedLayer(name, kind, tuple(weight.shape), None, f"{reason} (floating point)")
+    return PlannedLayer(name, kind, tuple(weight.shape), spec, reason)
+
+
+def _plan_attention(name: str, module: nn.Module, structure: _Structure, rules: Sequence[LayerRule]) -> PlannedLayer:
+    fields, reason = _merged(name, structure, rules)
+    operand = _spec(fields.get("input_bits"), fields.get("input_symmetric", False), "tensor")
+    softmax = _spec(fields.get("softmax_bits", fields.get("input_bits")), False, "tensor")
+    sets = int(str(fields.get("sets", 1)))
+    spec = AttentionSpec(query=operand, key=operand, value=operand, softmax=softmax, sets=sets)
+    empty = operand is None and softmax is None
+    return PlannedLayer(name, "attention products", (), None if empty else spec, f"{reason} (floating point)" if empty else reason)

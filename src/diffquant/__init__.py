@@ -1,0 +1,42 @@
+"""diffquant: post-training quantization for diffusion models.
+
+Importing the package registers it with diffusers, so that `DiffusionPipeline.from_pretrained` loads packed checkpoints.
+"""
+
+from importlib.metadata import version
+
+from diffquant.calibration.observe import Calibration
+from diffquant.calibration.trajectory import Trajectory, record
+from diffquant.core.spec import DiffquantError, LayerRule, LayerSpec, QuantSpec
+from diffquant.core.surgery import full_precision
+from diffquant.evaluation.evaluate import evaluate
+from diffquant.evaluation.sampling import SamplingProtocol
+from diffquant.recipe import QuantizationReport, Recipe, load_recipe, quantize
+from diffquant.runtime import hf
+from diffquant.runtime.checkpoint import load, save, verify
+from diffquant.runtime.estimate import inspect
+
+__version__ = version("diffquant")
+
+hf.register()
+
+__all__ = [
+    "Calibration",
+    "DiffquantError",
+    "LayerRule",
+    "LayerSpec",
+    "QuantSpec",
+    "QuantizationReport",
+    "Recipe",
+    "SamplingProtocol",
+    "Trajectory",
+    "evaluate",
+    "full_precision",
+    "inspect",
+    "load",
+    "load_recipe",
+    "quantize",
+    "record",
+    "save",
+    "verify",
+]

@@ -1,6 +1,6 @@
 """The two seams through which a diffusers pipeline is watched: its denoiser's forward and its scheduler's step.
 
-Nothing of a pipeline is copied or subclassed. `sample` runs one on its own terms: it reads what the pipeline's `__call__`
+Nothing of a pipeline is copied or subclassed. `run_pipeline` runs one on its own terms: it reads what the pipeline's `__call__`
 accepts and passes a seeded generator, a number of steps and conditions. Every hook is gone when its `with` block ends.
 """
 
@@ -11,13 +11,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from diffquant.core.spec import CalibrationError
+
+Pipeline: TypeAlias = Any  # a DiffusionPipeline: its components are attributes that its class does not declare
 
 DENOISER_NAMES = ("unet", "transformer")  # components that predict the noise, in diffusers' naming
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")  # 90 of the 99 denoisers of diffusers 0.42.1 use the first
@@ -73,7 +74,7 @@ class Calibration:
                 raise CalibrationError(f"calibration.{name}: is empty; give at least one, or None for the default")
 
 
-def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
+def find_denoiser(pipe: Pipeline) -> tuple[str, nn.Module]:
     """Return the name and the module of the pipeline's component that predicts the noise.
 
     Raises CalibrationError if the pipeline has neither a `unet` nor a `transformer`.
@@ -104,7 +105,7 @@ def timestep_name(denoiser: nn.Module) -> str:
 
 @contextmanager
 def observe(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     *,
     on_call: Callable[[dict[str, Any], Tensor], None] | None = None,
     on_step: Callable[[Tensor, Any, Tensor, Tensor], None] | None = None,
@@ -123,7 +124,7 @@ def observe(
 
 
 @contextmanager
-def _observed_calls(pipe: DiffusionPipeline, on_call: Callable[[dict[str, Any], Tensor], None] | None) -> Iterator[None]:
+def _observed_calls(pipe: Pipeline, on_call: Callable[[dict[str, Any], Tensor], None] | None) -> Iterator[None]:
     if on_call is None:
         yield
         return
@@ -154,7 +155,7 @@ def _predicted(module: nn.Module, output: Any) -> Tensor:
 
 
 @contextmanager
-def _observed_steps(pipe: DiffusionPipeline, on_step: Callable[[Tensor, Any, Tensor, Tensor], None] | None) -> Iterator[None]:
+def _observed_steps(pipe: Pipeline, on_step: Callable[[Tensor, Any, Tensor, Tensor], None] | None) -> Iterator[None]:
     if on_step is None:
         yield
         return
@@ -173,7 +174,7 @@ def _observed_steps(pipe: DiffusionPipeline, on_step: Callable[[Tensor, Any, Ten
         result = original(*args, **kwargs)
         arguments = signature.bind(*args, **kwargs).arguments
         prev_sample = result.prev_sample if hasattr(result, "prev_sample") else result[0]
-        on_step(*(arguments[name] for name in STEP_ARGUMENTS), prev_sample)
+        on_step(arguments["model_output"], arguments["timestep"], arguments["sample"], prev_sample)
         return result
 
     outer = vars(scheduler).get("step")  # of another observer or of a sampling-time correction
@@ -188,7 +189,7 @@ def _observed_steps(pipe: DiffusionPipeline, on_step: Callable[[Tensor, Any, Ten
 
 
 @contextmanager
-def evaluation_mode(pipe: DiffusionPipeline) -> Iterator[None]:
+def evaluation_mode(pipe: Pipeline) -> Iterator[None]:
     """Run the pipeline's modules in eval mode, without gradients; the mode of every submodule is restored."""
     components = (getattr(pipe, name) for name in getattr(pipe, "components", {}))
     training = [m for c in components if isinstance(c, nn.Module) for m in c.modules() if m.training]
@@ -202,7 +203,7 @@ def evaluation_mode(pipe: DiffusionPipeline) -> Iterator[None]:
             module.training = True
 
 
-def sample(pipe: DiffusionPipeline, calibration: Calibration, generator: torch.Generator, trajectories: range) -> Any:
+def run_pipeline(pipe: Pipeline, calibration: Calibration, generator: torch.Generator, trajectories: range) -> Any:
     """Run the pipeline once on a batch of trajectories and return what it returned.
 
     The trajectories' numbers choose their prompts or class labels. Decoding is skipped where the pipeline can.
@@ -234,7 +235,7 @@ def sample(pipe: DiffusionPipeline, calibration: Calibration, generator: torch.G
     return pipe(**arguments)
 
 
-def conditions(pipe: DiffusionPipeline, calibration: Calibration, trajectories: range) -> Mapping[str, Any]:
+def conditions(pipe: Pipeline, calibration: Calibration, trajectories: range) -> Mapping[str, Any]:
     """Return the batch's prompts, class labels or size, under the names of the pipeline's arguments."""
     accepted = inspect.signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {}
@@ -250,10 +251,10 @@ def conditions(pipe: DiffusionPipeline, calibration: Calibration, trajectories: 
     return arguments
 
 
-def _default_labels(pipe: DiffusionPipeline, samples: int) -> tuple[int, ...]:
+def _default_labels(pipe: Pipeline, samples: int) -> tuple[int, ...]:
     """Labels spread evenly over the classes: the first `samples` of ImageNet's would all be animals."""
     _, denoiser = find_denoiser(pipe)
-    config = denoiser.config
+    config: Any = denoiser.config
     classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
     if classes is None:
         raise CalibrationError(

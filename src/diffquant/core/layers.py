@@ -42,7 +42,8 @@ class QuantizedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``."""
         x, weight = _operands(self, x, channel_axis=1)
-        return self._conv_forward(x, weight, self.bias)
+        output: Tensor = self._conv_forward(x, weight, self.bias)
+        return output
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
@@ -74,8 +75,8 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
         input_quantizer = Quantizer(spec.input, spec.sets, spec.splits, axis, clock, channels)
     device = weight.device
     layer.__class__ = QUANTIZABLE[type(layer)]
-    layer.weight_quantizer = weight_quantizer.to(device) if weight_quantizer is not None else None
-    layer.input_quantizer = input_quantizer.to(device) if input_quantizer is not None else None
+    layer.weight_quantizer = weight_quantizer.to(device) if weight_quantizer is not None else None  # type: ignore[assignment]
+    layer.input_quantizer = input_quantizer.to(device) if input_quantizer is not None else None  # type: ignore[assignment]
     layer.register_buffer("smooth", torch.ones(in_channels, device=device) if spec.smooth else None)
     layer.layer_spec = spec  # type: ignore[assignment]
 
@@ -83,10 +84,7 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
 def _operands(layer: QuantizedLayer, x: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
     """Input and weight as the integer engine would see them; the originals where both quantizers are off."""
     weight_quantizer, input_quantizer = layer.weight_quantizer, layer.input_quantizer
-    live = (weight_quantizer is not None and weight_quantizer.enabled) or (
-        input_quantizer is not None and input_quantizer.enabled
-    )
-    if not live:
+    if not any(quantizer is not None and quantizer.live for quantizer in (weight_quantizer, input_quantizer)):
         if layer.weight is None:
             raise SpecError("frozen layer: its float weight is gone, so it cannot run with quantizers off")
         return x, layer.weight
@@ -100,7 +98,7 @@ def _operands(layer: QuantizedLayer, x: Tensor, channel_axis: int) -> tuple[Tens
         assert weight_quantizer is not None
         return x, weight_quantizer.dequantized_codes().to(x.dtype)
     weight = smoothed_weight(layer)
-    return x, weight_quantizer(weight).to(x.dtype) if weight_quantizer is not None else weight
+    return x, (weight if weight_quantizer is None else weight_quantizer(weight)).to(x.dtype)
 
 
 def smoothed_weight(layer: QuantizedLayer) -> Tensor:
@@ -133,9 +131,9 @@ class AttentionProducts(nn.Module):
             setattr(self, name, None if operand is None else Quantizer(operand, spec.sets, axis=-1, clock=clock))
 
     @property
-    def enabled(self) -> bool:
-        """Whether any of the quantizers is on."""
-        return any(isinstance(module, Quantizer) and module.enabled for module in self.children())
+    def live(self) -> bool:
+        """Whether any of the quantizers is on or observed."""
+        return any(isinstance(module, Quantizer) and module.live for module in self.children())
 
     def forward(
         self,
@@ -185,7 +183,7 @@ def attach_products(attention: nn.Module, spec: AttentionSpec, clock: StepClock)
 def _enter(attention: nn.Module, arguments: Any) -> None:
     products = attention.attention_products
     assert isinstance(products, AttentionProducts)
-    if products.enabled:
+    if products.live:
         mode = _InterceptAttention(products)
         mode.__enter__()
         attention.__dict__.setdefault("_attention_modes", []).append(mode)

@@ -1,13 +1,13 @@
 """StepClock: where on the timestep axis the model is. Quantizer: scales and zero points, and which of them apply now.
 
 Rows and parts: a quantizer holds ``scale`` and ``zero_point`` of shape ``[rows, parts]``. For a weight the rows are output channels
-(or one row for all), for an activation they are parameter sets, one chosen per sample through ``table[interval]``. The parts are the
-splits of the channels, one where nothing is split.
+(or one row for all), for an activation they are parameter sets, one chosen per sample through ``table[interval]``. The parts are
+the splits of the channels, one where nothing is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ class StepClock:
 
 def tick(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Forward pre-hook of a denoiser: set its clock from the `timestep` argument (its name and place were read at surgery)."""
-    name, position = model.timestep_argument
-    timestep = keywords.get(name, arguments[position] if position < len(arguments) else None)  # type: ignore[operator]
+    name, position = model.timestep_argument  # type: ignore[misc]
+    timestep = keywords.get(name, arguments[position] if position < len(arguments) else None)
     if timestep is None:
         raise SpecError(f"{type(model).__name__}: called without {name}; the quantizers need it to choose their parameters")
     model.step_clock.set_timestep(timestep)  # type: ignore[union-attr, operator]
@@ -69,10 +69,10 @@ def tick(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any])
 class Quantizer(nn.Module):
     """Affine quantizer of a weight (``clock`` None) or of an activation.
 
-    ``scale``, ``zero_point``: float32 ``[rows, parts]``, nan until calibrated. ``table``: uint8 or int16 ``[intervals]``, the row of
-    each interval. ``shift``: int8 ``[rows, channels]``, the exponent by which a channel's step exceeds ``scale``. ``codes``: the
+    ``scale``, ``zero_point``: float32 ``[rows, parts]``, nan until calibrated. ``table``: uint8 or int16 ``[intervals]``, the row
+    of each interval. ``shift``: int8 ``[rows, channels]``, the exponent by which a channel's step exceeds ``scale``. ``codes``: the
     integer weight once its rounding is decided. ``rounding``: logits of the rounding while it is learned (AdaRound).
-    Off (``enabled`` False) it returns its input untouched.
+    Off (``enabled`` False) it returns its input untouched; an ``observer``, while one is set, is shown every input.
     """
 
     scale: Tensor
@@ -93,6 +93,7 @@ class Quantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.splits, self.axis, self.clock, self.enabled = spec, tuple(splits), axis, clock, False
+        self.observer: Callable[[Tensor], None] | None = None
         parts = max(1, len(splits))
         self.register_buffer("scale", torch.full((rows, parts), torch.nan))
         self.register_buffer("zero_point", torch.zeros(rows, parts))
@@ -112,6 +113,11 @@ class Quantizer(nn.Module):
     def calibrated(self) -> bool:
         """Whether every scale has been set."""
         return bool(torch.isfinite(self.scale).all())
+
+    @property
+    def live(self) -> bool:
+        """Whether a forward call does anything: quantizes, or shows its input to an observer."""
+        return self.enabled or self.observer is not None
 
     def present_rows(self, device: torch.device) -> Int[Tensor, " batch"] | int:
         """The parameter set in force: one row, or one per sample where the clock holds an interval per sample."""
@@ -146,6 +152,8 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """`x` as the integer engine would see it: quantized and dequantized in float32, in the dtype of `x`."""
+        if self.observer is not None:
+            self.observer(x)
         if not self.enabled:
             return x
         scale, zero_point = self.operands(x)
@@ -191,7 +199,7 @@ class Quantizer(nn.Module):
 
 
 def rectified_sigmoid(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Sigmoid stretched to [-0.1, 1.1] and cut to [0, 1] (Louizos et al. 2018; AdaRound, Nagel et al. 2020, arXiv 2004.10568, eq. 23)."""
+    """Sigmoid stretched to [-0.1, 1.1] and cut to [0, 1] (AdaRound, Nagel et al. 2020, arXiv 2004.10568, eq. 23)."""
     return (1.2 * torch.sigmoid(logits) - 0.1).clamp(0, 1)
 
 

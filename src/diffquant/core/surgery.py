@@ -18,7 +18,6 @@ from torch import nn
 
 from diffquant.core.layers import (
     QUANTIZABLE,
-    AttentionProducts,
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
@@ -141,9 +140,11 @@ def quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 
 def enable(module: nn.Module, on: bool = True) -> None:
     """Turn all quantizers below `module` on or off. Raises `SpecError` when one to be turned on was never calibrated."""
-    for name, quantizer in quantizers(module):
+    found = list(quantizers(module))
+    for name, quantizer in found:
         if on and not quantizer.calibrated:
             raise SpecError(f"{name}: not calibrated; a recipe starts with a pass that sets ranges")
+    for _, quantizer in found:
         quantizer.enabled = on
 
 
@@ -197,7 +198,7 @@ def units(model: nn.Module) -> list[Unit]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "processor") and hasattr(module, "to_q") or hasattr(module, "processor") and hasattr(module, "to_qkv")
+    return hasattr(module, "processor") and (hasattr(module, "to_q") or hasattr(module, "to_qkv"))
 
 
 class _Structure:
@@ -291,7 +292,9 @@ def _plan_layer(name: str, module: nn.Module, structure: _Structure, rules: Sequ
     assert isinstance(weight, torch.Tensor)
     kind = type(module).__name__
     spec = LayerSpec(
-        weight=_spec(fields.get("weight_bits"), fields.get("weight_symmetric", True), str(fields.get("weight_granularity", "channel"))),
+        weight=_spec(
+            fields.get("weight_bits"), fields.get("weight_symmetric", True), str(fields.get("weight_granularity", "channel"))
+        ),
         input=_spec(fields.get("input_bits"), fields.get("input_symmetric", False), "tensor"),
         splits=structure.skips.get(name, ()) if fields.get("split_skips") else (),
         sets=int(str(fields.get("sets", 1))),

@@ -1,118 +1,69 @@
-"""Training of the reference models: one resumable loop, and what each model minimises.
+"""Training of the reference models: what each minimises, on the project's one optimisation loop.
 
-Every random draw of a step comes from a generator seeded with (seed, step), so a run that was killed and resumed is the same run.
 The learning rate warms up, stays constant, and falls linearly to zero over the last fifth of the steps; a moving average of the
-weights is what is kept.
+weights is what is kept. A run that was killed and resumed is the same run.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffquant.core.spec import ZooError
+from diffquant.calibration.fit import Run, fit
 
 WARM_UP = 200  # steps
 DECAY_SHARE = 0.2  # of the steps, at the end
 EMA_DECAY = 0.999
-SNR_CAP = 5.0  # min-SNR weighting, Hang et al. 2023 (arXiv 2303.09556), gamma = 5
+SNR_CAP = 5.0  # gamma of min-SNR weighting
+CURVE_STRIDE = 250  # steps over which the written loss curve is averaged
 
 StepLoss = Callable[[nn.Module, torch.Generator], Tensor]
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up, constant, linear decay over the last `DECAY_SHARE` of the steps."""
-    warm = min(1.0, (step + 1) / WARM_UP)
-    decay = min(1.0, (steps - step) / max(1.0, DECAY_SHARE * steps))
-    return peak * min(warm, decay)
+def warm_constant_decay(step: int, steps: int) -> float:
+    """Warm-up, constant, linear decay over the last `DECAY_SHARE` of the steps; a share of the peak rate."""
+    return min(1.0, (step + 1) / WARM_UP, (steps - step) / max(1.0, DECAY_SHARE * steps))
 
 
-def train(
-    model: nn.Module,
-    loss: StepLoss,
-    *,
-    steps: int,
-    peak_rate: float,
-    seed: int,
-    folder: Path,
-    save_every: int = 500,
-) -> nn.Module:
-    """Train `model` in place for `steps` steps and return it holding the moving average of its weights.
+def train(model: nn.Module, loss: StepLoss, *, steps: int, peak_rate: float, seed: int, run: Run) -> None:
+    """Train `model` in place; it ends holding the moving average of its weights. `run.folder` keeps the state and ``losses.json``.
 
-    The state is kept in ``folder/state.safetensors`` every `save_every` steps and picked up again by the next call; the mean loss of
-    each stretch is appended to ``folder/losses.jsonl``. Raises `ZooError` when the loss is not finite.
+    Raises `CalibrationError` when the loss is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=1e-4)
-    average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    first = _resume(folder, model, average, optimizer)
-    total, begun = 0.0, time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task(f"training {folder.name}", total=steps, completed=first)
-        for step in range(first, steps):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_rate)
-            value = loss(model, torch.Generator().manual_seed(seed * 1_000_003 + step))
-            if not torch.isfinite(value):
-                raise ZooError(f"{folder.name}: loss is {value.item()} at step {step}; lower the learning rate")
-            optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            decay = min(EMA_DECAY, (1 + step) / (10 + step))
-            for name, parameter in model.named_parameters():
-                average[name].lerp_(parameter.detach(), 1 - decay)
-            total += value.item()
-            progress.update(task, completed=step + 1)
-            if (step + 1) % save_every == 0 or step + 1 == steps:
-                _save(folder, step + 1, model, average, optimizer)
-                row = {"step": step + 1, "loss": total / save_every, "seconds": round(time.monotonic() - begun)}
-                with (folder / "losses.jsonl").open("a") as log:
-                    log.write(json.dumps(row) + "\n")
-                total = 0.0
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(average[name])
-    return model
-
-
-def _save(folder: Path, step: int, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    temporary = folder / "state.safetensors.tmp"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"step": str(step)})
-    os.replace(temporary, folder / "state.safetensors")
-    (folder / "step.json").write_text(json.dumps({"step": step}))
-
-
-def _resume(folder: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Put back a saved state; return the step to go on from (0 where nothing was saved)."""
-    if not (folder / "state.safetensors").exists():
-        return 0
-    tensors = load_file(folder / "state.safetensors")
     parameters = dict(model.named_parameters())
+    average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def move_average(step: int) -> None:
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        for name, parameter in parameters.items():
+            average[name].lerp_(parameter.detach(), 1 - decay)
+
+    curve = fit(
+        [(parameter, peak_rate) for parameter in parameters.values()],
+        lambda _, generator: loss(model, generator),
+        iterations=steps,
+        seed=seed,
+        run=run,
+        label="training",
+        schedule=warm_constant_decay,
+        after_step=move_average,
+        optimizer_type=partial(torch.optim.AdamW, weight_decay=1e-4),
+        clip_norm=1.0,
+        also_kept=average,
+        save_every=CURVE_STRIDE,
+    )
+    if run.folder is not None:
+        means = torch.tensor(curve).split(CURVE_STRIDE)
+        rows = [{"step": index * CURVE_STRIDE + len(part), "loss": float(part.mean())} for index, part in enumerate(means)]
+        (run.folder / "losses.json").write_text(json.dumps(rows, indent=1))
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"model.{name}"])
-            average[name].copy_(tensors[f"average.{name}"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, field = key.split(".")
-            state.setdefault(int(index), {})[field] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(state[0]["step"].item())
+            parameter.copy_(average[name])
 
 
 def denoising_loss(samples: Float[Tensor, "n c h w"], alphas_cumprod: Float[Tensor, " t"], batch: int) -> StepLoss:

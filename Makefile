@@ -1,0 +1,36 @@
+# `make demo`, `make test` and `make lint` need python3 with venv, and nothing else: they make .venv and install into it what is
+# missing. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply.
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint clean
+
+help: ## say what the targets do
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## quantize the reference model and compare: table, pictures and checkpoint in demo-output/
+	@$(BIN)/diffquant demo --out demo-output
+
+test: $(INSTALLED) ## run the tests
+	@$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED) ## style, format and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+clean: ## remove what the other targets made, except .venv
+	@rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and by itself: the pinned version decides which build everything else has to fit.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into .venv (once; some minutes)"
+	@test -x $(BIN)/pip || python3 -m venv .venv
+	@$(PIP) torch
+	@$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,241 @@
+"""The command line: the public verbs with arguments, and no logic of its own.
+
+A model is a directory, a hub id, or the name of a reference model (``glyph-ddim``).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import diffquant as dq
+from diffquant import zoo
+from diffquant.core.spec import AttentionSpec, DiffquantError, LayerSpec
+from diffquant.demo import run_demo
+from diffquant.evaluation import report as reports
+from diffquant.evaluation.sampling import OnProgress, sample
+from diffquant.recipe import shipped
+from diffquant.runtime.checkpoint import file_size, float32_size
+from diffquant.zoo import models
+from diffquant.zoo.data import render_letters
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+zoo_app = typer.Typer(help="Reference models that come with the package.", no_args_is_help=True)
+app.add_typer(zoo_app, name="zoo")
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Directory of a pipeline, hub id, or name of a reference model (glyph-ddim).")]
+Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override in the recipe by path, e.g. passes.1.iterations=100.")]
+RECIPE_HELP = "Recipe with bits, e.g. brecq-w4a8 (weights 4, activations 8; a32 is weight-only), or a .yaml file."
+
+
+@app.callback()
+def main_options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+    """Post-training quantization for diffusion models."""
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+
+
+@app.command()
+def record(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of the recording; a killed recording goes on where it stopped.")],
+    samples: Annotated[int, typer.Option(help="Trajectories to record.")] = 64,
+    steps: Annotated[int, typer.Option(help="Sampling steps of a trajectory.")] = 20,
+    seed: Seed = 0,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line (text pipelines).")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale (default: the pipeline's).")] = None,
+    budget: Annotated[float, typer.Option(help="GiB that the recording may take on disk.")] = 4.0,
+) -> None:
+    """Run a pipeline in full precision and record what its denoiser sees: the calibration data."""
+    calibration = dq.Calibration(
+        samples=samples, steps=steps, seed=seed, prompts=_lines(prompts), guidance_scale=guidance, budget_gib=budget
+    )
+    data = dq.record(_load(model), calibration, folder=out)
+    console.print(f"{len(data)} denoiser calls at {len(data.timesteps)} timesteps in {out}")
+
+
+@app.command()
+def quantize(
+    model: Model,
+    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)],
+    out: Annotated[Path, typer.Option(help="Directory of the packed checkpoint.")],
+    data: Annotated[Path | None, typer.Option(help="Recording to calibrate on; without it 64 trajectories are recorded.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder that keeps finished passes, so that a killed run goes on.")] = None,
+    seed: Seed = 0,
+    set_: Set = None,
+) -> None:
+    """Quantize a pipeline and write a packed checkpoint that diffusers loads."""
+    chosen = dq.load_recipe(recipe, set_ or ())
+    pipe = _load(model)
+    calibration = dq.Trajectory.open(data) if data else dq.record(pipe, dq.Calibration(samples=64, seed=seed), folder=_below(work))
+    result = dq.quantize(pipe, chosen, calibration, seed=seed, folder=work)
+    dq.save(pipe, out, recipe_name=chosen.full_name)
+    result.write(out / "quantization.json")
+    denoiser = next(part for part in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)) if part is not None)
+    written, full = file_size(out), float32_size(denoiser)
+    console.print(f"{out}: {written / 1e6:.2f} MB, {written / full:.3f} of float32 ({full / 1e6:.2f} MB)")
+
+
+@app.command(name="sample")
+def sample_pictures(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="PNG file of the grid of pictures.")],
+    count: Annotated[int, typer.Option(help="Pictures to draw.")] = 16,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
+    seed: Seed = 0,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm, pndm, dpm-solver++, euler, unipc, or pipeline (its own).")] = "pipeline",
+) -> None:
+    """Draw pictures with a pipeline, quantized or not."""
+    protocol = _protocol(samples=count, steps=steps, seed=seed, sampler=sampler, batch_size=min(count, 16))
+    pipe = _load(model)
+    with _progress() as progress:
+        drawn = sample(pipe, protocol, progress=progress)
+    reports.draw_grid(reports.to_uint8(drawn.pictures).numpy()).save(out)
+    console.print(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[list[str], typer.Argument(help="Quantized checkpoints to compare.")],
+    reference: Annotated[str, typer.Option(help="The full-precision model.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")],
+    samples: Annotated[int, typer.Option(help="Samples to draw from each model.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
+    seed: Seed = 0,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm, pndm, dpm-solver++, euler, unipc, or pipeline (its own).")] = "pipeline",
+    eta: Annotated[float, typer.Option(help="Share of the noise that DDIM injects, 0 to 1.")] = 0.0,
+) -> None:
+    """Send the same noise through full precision and quantized models; write what was lost."""
+    protocol = _protocol(samples=samples, steps=steps, seed=seed, sampler=sampler, eta=eta)
+    known = reference in models.NAMES
+    with _progress() as progress:
+        report = dq.evaluate(
+            {Path(name).name: name for name in model},
+            _load(reference),
+            protocol=protocol,
+            features=zoo.load("glyph-classifier") if known else None,
+            data=zoo.load_statistics() if known else None,
+            out=out,
+            progress=progress,
+        )
+    console.print(reports.table(report))
+    console.print(f"report.md, report.json, pairs.png and drift.png in {out}")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)] = "brecq-w4a8",
+    set_: Set = None,
+) -> None:
+    """Show what a recipe will do to every layer, and the file, memory and time it will take."""
+    chosen = dq.load_recipe(recipe, set_ or ())
+    found = dq.inspect(_load(model), chosen)
+    table = Table("layer", "shape", "weight", "input", "MACs", "decided by")
+    for row in found.layers:
+        weight, activation = _describe(row.spec)
+        share = f"{100 * found.shares[row.name]:.1f} %" if row.name in found.shares else ""
+        table.add_row(row.name, "x".join(map(str, row.shape)), weight, activation, share, row.reason)
+    console.print(table)
+    console.print(f"file {found.file_bytes / 1e6:.2f} MB, {found.file_bytes / found.float32_bytes:.3f} of float32")
+    console.print(f"peak memory about {found.memory_bytes / 1e9:.2f} GB, calibration about {found.seconds / 60:.1f} minutes here")
+
+
+@zoo_app.command(name="list")
+def zoo_list() -> None:
+    """Name the reference models, and the recipes that come with the package."""
+    console.print(f"models: {', '.join(models.NAMES)}")
+    console.print(f"recipes: {', '.join(shipped())} (with bits, as in brecq-w4a8)")
+
+
+@zoo_app.command(name="train")
+def zoo_train(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(models.NAMES)}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the trained model and of the training state; a killed run goes on.")],
+    steps: Annotated[int | None, typer.Option(help="Training steps (default: those of the shipped model).")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a reference model on letters rendered from the installed fonts."""
+    letters = render_letters()
+    console.print(f"{len(letters.labels)} letters of {len(letters.names)} fonts, sha256 {letters.digest()[:16]}")
+    console.print_json(data=models.train_model(name, letters, out, steps, seed))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the report.")] = Path("demo-output"),
+    seed: Seed = 0,
+) -> None:
+    """Quantize the shipped model three ways in a few minutes, and show what was lost."""
+    run_demo(out, seed, console)
+
+
+def main() -> None:
+    """Entry point: errors that are the user's to mend are one line and exit code 1."""
+    try:
+        app()
+    except (DiffquantError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        errors.print(f"error: {' '.join(str(error).split())}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _load(model: str) -> Any:
+    """A pipeline by directory, hub id, or zoo name."""
+    if model in models.NAMES:
+        return zoo.load(model)
+    if Path(model).is_dir():
+        return dq.load(model)
+    return DiffusionPipeline.from_pretrained(model)
+
+
+def _protocol(**options: Any) -> dq.SamplingProtocol:
+    return dq.SamplingProtocol(**options)
+
+
+def _lines(path: Path | None) -> tuple[str, ...] | None:
+    return None if path is None else tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _below(work: Path | None) -> Path | None:
+    return None if work is None else work / "recording"
+
+
+def _describe(spec: LayerSpec | AttentionSpec | None) -> tuple[str, str]:
+    if spec is None:
+        return "float", "float"
+    if isinstance(spec, AttentionSpec):
+        return f"softmax {spec.softmax or 'float'}", f"q, k, v {spec.query or 'float'}"
+    splits = f" split {'+'.join(map(str, spec.splits))}" if spec.splits else ""
+    return str(spec.weight or "float"), f"{spec.input or 'float'}{splits}"
+
+
+@contextmanager
+def _progress() -> Iterator[OnProgress]:
+    """A progress bar as the evaluation reports to it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield show
+
+

@@ -1,0 +1,368 @@
+"""The same noise through a full-precision and a quantized pipeline, and what differs.
+
+`run_reference` samples full precision once, twice where features are given: the second time through other noise, for the floor, the
+distance that full precision has from itself. `compare_to` then compares any number of quantized pipelines with it.
+
+The FID of a quantized model to full precision is taken over the same noise, so equal models are at distance 0, below the floor; a
+value below the floor says that quantization moves the distribution less than drawing the samples again does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from diffquant.calibration.observe import Pipeline, find_denoiser
+from diffquant.calibration.trajectory import model_hash
+from diffquant.core.spec import EvaluationError
+from diffquant.evaluation.metrics import (
+    Distances,
+    Interval,
+    bootstrap_mean,
+    bootstrap_median,
+    bootstrap_ratio_of_means,
+    distances,
+    mean_squared_error,
+    pooled_psnr,
+    psnr,
+    relative_l2,
+    sqnr_db,
+    ssim,
+    to_uint8,
+)
+from diffquant.evaluation.sampling import OnProgress, SamplingProtocol, StepResult, sample, scheduler_of
+
+MEMORY_LIMIT = 2**30  # bytes of trajectories kept for comparison
+INTERVAL_SEED = 0  # of bootstrap draws and of jackknife groups
+FEATURE_BATCH = 256  # pictures per call of an extractor
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """What turns pictures into features; given to the evaluation from outside."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Hash of its weights."""
+        ...
+
+    def features(self, pictures: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Features of each picture."""
+        ...
+
+    def confidence(self, pictures: UInt8[Tensor, "n c h w"]) -> Float[Tensor, " n"] | None:
+        """Largest class probability of each picture, or None if the extractor is no classifier."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """Features of real pictures under the extractor, and the hash that names the data."""
+
+    features: Float[Tensor, "n d"]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The first samples' latents after every step and the noise predicted at it, on the CPU."""
+
+    timesteps: tuple[float, ...]
+    latents: Float[Tensor, "steps kept *shape"]
+    noise: Float[Tensor, "steps kept *output"]
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """Full precision, sampled once; everything that quantized models are compared with.
+
+    `floor` is the distance of its samples from those of other noise. `floor_to_data` is the distance of the latter from the data.
+    """
+
+    name: str
+    protocol: SamplingProtocol
+    scheduler: dict[str, Any]
+    weights_sha256: str
+    device: str
+    dtype: str
+    pictures: UInt8[Tensor, "n c h w"]
+    last_samples: Float[Tensor, "n *shape"]
+    trajectory: Trajectory
+    seconds: float
+    extractor: FeatureExtractor | None
+    data: DataStatistics | None
+    features: Float[Tensor, "n d"] | None
+    floor: Distances | None
+    to_data: Distances | None
+    floor_to_data: Distances | None
+    legibility: Interval | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a quantized model does to the samples of a reference run.
+
+    `drift` is the mean relative L2 of the latents after each step, `noise_sqnr_db` the mean SQNR of the predicted noise; both over
+    the samples whose trajectories are kept, and both with what earlier steps did to the input. `final_errors` is the relative L2 of
+    every last sample, paired with the reference's noise. PSNR is pooled over pairs.
+    """
+
+    name: str
+    timesteps: tuple[float, ...]
+    drift: tuple[float, ...]
+    noise_sqnr_db: tuple[float, ...]
+    final_errors: Float[Tensor, " n"]
+    final_error: Interval
+    final_error_median: Interval
+    psnr: Interval
+    psnr_median: float
+    ssim: Interval
+    to_reference: Distances | None
+    to_data: Distances | None
+    legibility: Interval | None
+    pictures: UInt8[Tensor, "n c h w"]
+    seconds: float
+
+
+def compare(
+    reference_pipe: Pipeline,
+    quantized_pipe: Pipeline,
+    protocol: SamplingProtocol,
+    *,
+    name: str = "quantized",
+    features: FeatureExtractor | None = None,
+    data: DataStatistics | None = None,
+    progress: OnProgress | None = None,
+) -> Comparison:
+    """Send the same noise through both pipelines and compare: `run_reference`, then `compare_to`."""
+    reference = run_reference(reference_pipe, protocol, features=features, data=data, progress=progress)
+    return compare_to(reference, quantized_pipe, name=name, progress=progress)
+
+
+def run_reference(
+    pipe: Pipeline,
+    protocol: SamplingProtocol,
+    *,
+    name: str = "full precision",
+    features: FeatureExtractor | None = None,
+    data: DataStatistics | None = None,
+    progress: OnProgress | None = None,
+) -> ReferenceRun:
+    """Sample full precision, and keep what comparisons need.
+
+    Raises EvaluationError on non-finite samples, on data without an extractor, and where trajectories would take more than
+    `MEMORY_LIMIT` bytes.
+    """
+    if data is not None and features is None:
+        raise EvaluationError("data: statistics are given without an extractor; pass the extractor that made them")
+    _, denoiser = find_denoiser(pipe)
+    keeper = _Keeper(name, protocol)
+    drawn = sample(pipe, protocol, on_step=keeper, progress=progress, name=name)
+    pictures = to_uint8(drawn.pictures)
+    with scheduler_of(pipe, protocol) as scheduler:
+        scheduler_config = _scheduler_config(scheduler)
+
+    extracted = floor = to_data = floor_to_data = legibility = None
+    if features is not None:
+        other = sample(
+            pipe, protocol, seed=protocol.floor_seed, on_step=_finite_only(name), progress=progress, name=f"{name}, other noise"
+        )
+        extracted, other_extracted = (_extract(features, p) for p in (pictures, to_uint8(other.pictures)))
+        floor = distances(extracted, other_extracted, "independent", _generator())
+        legibility = _legibility(features, pictures)
+        if data is not None:
+            to_data = distances(extracted, data.features, "fixed", _generator())
+            floor_to_data = distances(other_extracted, data.features, "fixed", _generator())
+    return ReferenceRun(
+        name=name,
+        protocol=protocol,
+        scheduler=scheduler_config,
+        weights_sha256=model_hash(denoiser),
+        device=_device(pipe),
+        dtype=str(denoiser.dtype).removeprefix("torch."),
+        pictures=pictures,
+        last_samples=drawn.last_samples,
+        trajectory=keeper.trajectory(),
+        seconds=drawn.seconds,
+        extractor=features,
+        data=data,
+        features=extracted,
+        floor=floor,
+        to_data=to_data,
+        floor_to_data=floor_to_data,
+        legibility=legibility,
+    )
+
+
+def compare_to(
+    reference: ReferenceRun, quantized_pipe: Pipeline, *, name: str = "quantized", progress: OnProgress | None = None
+) -> Comparison:
+    """Send the noise of a reference run through a quantized pipeline and compare.
+
+    Raises EvaluationError if the two schedulers differ, or if samples are not finite.
+    """
+    protocol = reference.protocol
+    with scheduler_of(quantized_pipe, protocol) as scheduler:
+        _check_schedulers(reference, _scheduler_config(scheduler), name)
+    differ = _Differ(name, reference.trajectory)
+    drawn = sample(quantized_pipe, protocol, on_step=differ, progress=progress, name=name)
+    pictures = to_uint8(drawn.pictures)
+    final_errors = relative_l2(reference.last_samples, drawn.last_samples)
+
+    to_reference = to_data = legibility = None
+    if reference.extractor is not None and reference.features is not None:
+        extracted = _extract(reference.extractor, pictures)
+        to_reference = distances(extracted, reference.features, "paired", _generator())
+        legibility = _legibility(reference.extractor, pictures)
+        if reference.data is not None:
+            to_data = distances(extracted, reference.data.features, "fixed", _generator())
+    return Comparison(
+        name=name,
+        timesteps=reference.trajectory.timesteps,
+        drift=tuple(differ.drift.mean(dim=1).tolist()),
+        noise_sqnr_db=tuple(differ.noise_sqnr_db.mean(dim=1).tolist()),
+        final_errors=final_errors,
+        final_error=bootstrap_mean(final_errors, _generator()),
+        final_error_median=bootstrap_median(final_errors, _generator()),
+        psnr=pooled_psnr(bootstrap_mean(mean_squared_error(reference.pictures, pictures), _generator())),
+        psnr_median=float(psnr(reference.pictures, pictures).median()),
+        ssim=bootstrap_mean(ssim(reference.pictures, pictures), _generator()),
+        to_reference=to_reference,
+        to_data=to_data,
+        legibility=legibility,
+        pictures=pictures,
+        seconds=drawn.seconds,
+    )
+
+
+def final_error_ratio(numerator: Comparison, denominator: Comparison) -> Interval:
+    """Mean final error of one quantized model over that of another, paired by noise: below 1, the first is nearer.
+
+    Both have to come from the same reference run. Raises EvaluationError if they hold different numbers of samples.
+    """
+    if len(numerator.final_errors) != len(denominator.final_errors):
+        counts = f"{len(numerator.final_errors)} and {len(denominator.final_errors)}"
+        raise EvaluationError(f"final_error_ratio: {counts} samples; compare both with one reference run")
+    return bootstrap_ratio_of_means(numerator.final_errors, denominator.final_errors, _generator())
+
+
+class _Keeper:
+    """Observer of the reference run: keeps latents and predicted noise of the first samples."""
+
+    def __init__(self, name: str, protocol: SamplingProtocol) -> None:
+        self.name = name
+        self.kept = min(protocol.trajectory_samples, protocol.samples)
+        self.steps = protocol.steps
+        self.timesteps: list[float] = []
+        self.latents: list[list[Tensor]] = []
+        self.noise: list[list[Tensor]] = []
+
+    def __call__(self, indices: range, result: StepResult) -> None:
+        _check_finite(self.name, result)
+        count = min(len(indices), self.kept - indices.start)
+        if count <= 0:
+            return
+        if result.step == len(self.timesteps):
+            self._check_memory(result)
+            self.timesteps.append(result.timestep)
+            self.latents.append([])
+            self.noise.append([])
+        self.latents[result.step].append(result.sample_after[:count].float().cpu().clone())
+        self.noise[result.step].append(result.noise_prediction[:count].float().cpu().clone())
+
+    def trajectory(self) -> Trajectory:
+        latents, noise = (torch.stack([torch.cat(step) for step in kept]) for kept in (self.latents, self.noise))
+        return Trajectory(tuple(self.timesteps), latents, noise)
+
+    def _check_memory(self, result: StepResult) -> None:
+        per_step = 4 * self.kept * (result.sample_after[0].numel() + result.noise_prediction[0].numel())  # bytes, float32
+        needed = per_step * max(self.steps, result.step + 1)
+        if needed > MEMORY_LIMIT:
+            raise EvaluationError(
+                f"protocol.trajectory_samples: the steps of {self.kept} samples take {needed / 2**30:.1f} GiB; "
+                f"{MEMORY_LIMIT / 2**30:.0f} GiB are allowed; at most {self.kept * MEMORY_LIMIT // needed} samples fit"
+            )
+
+
+class _Differ:
+    """Observer of a quantized run: compares every step with the trajectory of the reference."""
+
+    def __init__(self, name: str, reference: Trajectory) -> None:
+        self.name = name
+        self.reference = reference
+        self.drift = torch.zeros(reference.latents.shape[:2], dtype=torch.float64)  # [steps, kept]
+        self.noise_sqnr_db = torch.zeros_like(self.drift)
+
+    def __call__(self, indices: range, result: StepResult) -> None:
+        _check_finite(self.name, result)
+        step, kept = result.step, self.drift.shape[1]
+        rows = slice(indices.start, min(indices.stop, kept))
+        if rows.start >= kept:
+            return
+        timesteps = self.reference.timesteps
+        if step >= len(timesteps) or timesteps[step] != result.timestep:
+            expected = f"{timesteps[step]:g}" if step < len(timesteps) else "over"
+            raise EvaluationError(f"{self.name}: step {step} is at timestep {result.timestep:g}, full precision at {expected}")
+        count = rows.stop - rows.start
+        latents, noise = (x[:count].float().cpu() for x in (result.sample_after, result.noise_prediction))
+        self.drift[step, rows] = relative_l2(self.reference.latents[step, rows], latents)
+        self.noise_sqnr_db[step, rows] = sqnr_db(self.reference.noise[step, rows], noise)
+
+
+def _finite_only(name: str) -> Any:
+    return lambda indices, result: _check_finite(name, result)
+
+
+def _check_finite(name: str, result: StepResult) -> None:
+    finite = torch.isfinite(result.sample_after).flatten(1).all(dim=1)
+    if not finite.all():
+        bad = int((~finite).sum())
+        raise EvaluationError(
+            f"{name}: step {result.step} (timestep {result.timestep:g}): {bad} of {len(finite)} samples hold non-finite values; "
+            "such a model cannot be evaluated"
+        )
+
+
+def _scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """The scheduler's class and configuration as JSON values, without where and by which version it was written."""
+    config: dict[str, Any] = json.loads(scheduler.to_json_string())
+    return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+
+
+def _check_schedulers(reference: ReferenceRun, config: dict[str, Any], name: str) -> None:
+    keys = sorted(key for key in reference.scheduler.keys() | config.keys() if reference.scheduler.get(key) != config.get(key))
+    if keys:
+        found = ", ".join(f"{key} {config.get(key)} (full precision: {reference.scheduler.get(key)})" for key in keys)
+        raise EvaluationError(f"{name}: its scheduler differs: {found}; give both pipelines the same scheduler")
+
+
+def _extract(extractor: FeatureExtractor, pictures: Tensor) -> Tensor:
+    return torch.cat([extractor.features(batch).cpu().double() for batch in _batches(pictures)])
+
+
+def _batches(pictures: Tensor) -> list[Tensor]:
+    return [pictures[start : start + FEATURE_BATCH] for start in range(0, len(pictures), FEATURE_BATCH)]
+
+
+def _legibility(extractor: FeatureExtractor, pictures: Tensor) -> Interval | None:
+    scores = [extractor.confidence(batch) for batch in _batches(pictures)]
+    present = [score.cpu() for score in scores if score is not None]
+    return bootstrap_mean(torch.cat(present), _generator()) if present else None
+
+
+def _device(pipe: Pipeline) -> str:
+    return f"cuda ({torch.cuda.get_device_name(pipe.device)})" if pipe.device.type == "cuda" else str(pipe.device)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(INTERVAL_SEED)

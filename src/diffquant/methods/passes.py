@@ -1,0 +1,83 @@
+"""What a pass is: a frozen options object with one method that transforms a quantizable model and returns figures for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from diffquant.calibration.fit import Run
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.surgery import quantizers
+
+Figures = dict[str, Any]
+
+
+class Pass(BaseModel):
+    """Options of one step of a recipe; subclasses are final and add one method.
+
+    A pass leaves quantizers switched on or off as it found them, and leaves no hook, gradient or observer behind.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Change the quantizers of `model` in place; return figures that JSON can hold, ``layers`` among them a row per layer."""
+        raise TypeError(f"{type(self).__name__}: not a pass")
+
+    def sample_forwards(self) -> float:
+        """About how many times one sample goes through the model, a backward pass counted as two: for the estimate of time."""
+        raise TypeError(f"{type(self).__name__}: not a pass")
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """A seed for everything a pass draws, itself drawn from the run's generator."""
+    return int(torch.randint(2**31, (1,), generator=generator))
+
+
+def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every buffer of every quantizer (and `smooth`), by full name: all that passes change."""
+    state = {
+        f"{name}.{buffer}": value
+        for name, quantizer in quantizers(model)
+        for buffer, value in quantizer._buffers.items()
+        if value is not None
+    }
+    for name, module in model.named_modules():
+        smooth = module._buffers.get("smooth")
+        if smooth is not None:
+            state[f"{name}.smooth"] = smooth
+    return state
+
+
+def restore_quantizers(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back a `quantizer_state`; buffers that it lacks become None again."""
+    modules = dict(model.named_modules())
+    for name, quantizer in quantizers(model):
+        for buffer in list(quantizer._buffers):
+            value = state.get(f"{name}.{buffer}")
+            quantizer._buffers[buffer] = None if value is None else value.to(quantizer.scale.device)
+    for name, value in state.items():
+        owner, _, buffer = name.rpartition(".")
+        if buffer == "smooth":
+            modules[owner]._buffers["smooth"] = value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode with its parameters not requiring gradients; as it was afterwards."""
+    training = model.training
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _ in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter, state in required:
+            parameter.requires_grad_(state)

@@ -1,0 +1,296 @@
+"""Recipes: which layers get how many bits, and the passes that choose the numbers, in order. YAML in, a quantized model out.
+
+One file per method; the bits come with the name: ``brecq-w4a8`` is ``recipes/brecq.yaml`` at 4-bit weights and 8-bit activations,
+``a32`` leaves activations in floating point. A path to a YAML file works in place of a name. In a recipe the words ``weights`` and
+``activations`` stand for those bits. Everything is checked before anything is computed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from diffquant.calibration import fit
+from diffquant.calibration.trajectory import Trajectory, find_denoiser
+from diffquant.core.spec import LayerRule, RecipeError, SpecError
+from diffquant.core.surgery import PlannedLayer, enable, freeze, plan, prepare
+from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
+from diffquant.methods.ranges import CalibrateRanges
+from diffquant.methods.rounding import LearnScales, ReconstructRounding
+
+PASSES: dict[str, type[Pass]] = {
+    "CalibrateRanges": CalibrateRanges,
+    "ReconstructRounding": ReconstructRounding,
+    "LearnScales": LearnScales,
+}
+FLOAT_BITS = 32
+_NAME = re.compile(r"(?P<method>.+)-w(?P<weights>\d+)a(?P<activations>\d+)")
+
+
+class Bits(BaseModel):
+    """Bits of weights and activations: 2 to 8, or 32 for floating point."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    weights: int = 4
+    activations: int = 8
+
+    def __str__(self) -> str:
+        return f"w{self.weights}a{self.activations}"
+
+
+class Recipe(BaseModel):
+    """A checked recipe: rules for layers, and passes in order.
+
+    ``tuned`` maps bits such as ``w4a6`` to options by path, ``{"passes.1.iterations": 2000}``, that hold for those bits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    summary: str
+    source: str = ""
+    bits: Bits = Bits()
+    layers: tuple[LayerRule, ...] = Field(min_length=1)
+    passes: tuple[dict[str, Any], ...] = Field(min_length=1)
+    tuned: dict[str, dict[str, Any]] = {}
+
+    @property
+    def full_name(self) -> str:
+        """Name and bits."""
+        return f"{self.name}-{self.bits}"
+
+    def steps(self) -> list[Pass]:
+        """The passes as values. Raises `RecipeError` naming the pass and option that is wrong."""
+        return [_build_pass(index, options, self.name) for index, options in enumerate(self.passes)]
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize` did: a row per pass with its figures, and a row per layer."""
+
+    recipe: str
+    seed: int
+    calibration: dict[str, Any]
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1))
+        temporary.replace(path)
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    files = resources.files("diffquant") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in files.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe called `name` (``brecq-w4a8``, or a path to a YAML file), with overrides such as ``passes.1.iterations=100``.
+
+    Raises `RecipeError` for unknown names, keys, values, bits and paths.
+    """
+    text, where, bits = _find(name)
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: holds {type(raw).__name__}; a recipe is a mapping with name, layers and passes")
+    if bits is not None:
+        raw["bits"] = bits.model_dump()
+    given = [_assignment(text) for text in overrides]
+    for path, value in given:
+        if path.startswith("bits."):
+            _assign(raw, path, value)
+    chosen = _validated(Bits, raw.get("bits", {}), f"{where}: bits")
+    _check_bits(chosen, name)
+    for path, value in (raw.get("tuned", {}) or {}).get(str(chosen), {}).items():
+        _assign(raw, path, value)
+    for path, value in given:
+        _assign(raw, path, value)
+    raw["bits"] = chosen.model_dump()
+    raw["layers"] = [_with_bits(rule, chosen) for rule in raw.get("layers", [])]
+    recipe: Recipe = _validated(Recipe, raw, where)
+    _check_order(recipe)
+    return recipe
+
+
+def quantize(
+    pipe: Any,
+    recipe: str | Recipe,
+    data: Trajectory,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantize the denoiser of `pipe` (or a denoiser itself) in place by `recipe`, calibrated on `data`; end with `freeze`.
+
+    With `folder` every finished pass is kept there and a killed run goes on where it stopped. Raises `RecipeError`, `SpecError`, or
+    `CalibrationError` when `data` was recorded with another model.
+    """
+    model = pipe if isinstance(pipe, nn.Module) else find_denoiser(pipe)[1]
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    steps = recipe.steps()
+    _check_weights(model)
+    rows = plan(model, recipe.layers)
+    data.verify(model)
+    report = QuantizationReport(recipe.full_name, seed, data.manifest, layers=[_row(row) for row in rows])
+    _claim(folder, recipe, seed, data)
+    prepare(model, rows, data.timesteps)
+    with fit.run(folder, progress) as run:
+        for index, step in enumerate(steps):
+            name = type(step).__name__
+            generator = torch.Generator().manual_seed(seed * 1_000 + index)
+            done = None if folder is None else folder / f"pass-{index:02d}-{name}.safetensors"
+            begun = time.monotonic()
+            if done is not None and done.exists():
+                tensors, metadata = fit.load_tensors(done)
+                restore_quantizers(model, tensors)
+                report.passes.append(json.loads(metadata["row"]))
+                continue
+            figures = step.apply(model, data, generator, run.below(f"pass-{index:02d}-{name}"))
+            row = {"pass": name, "options": step.model_dump(), "seconds": round(time.monotonic() - begun, 2), "figures": figures}
+            report.passes.append(row)
+            if done is not None:
+                fit.save_tensors(done, quantizer_state(model), {"row": json.dumps(row)})
+    enable(model)
+    freeze(model)
+    model.recipe_name = recipe.full_name  # type: ignore[assignment]
+    return report
+
+
+def _row(row: PlannedLayer) -> dict[str, Any]:
+    spec = None if row.spec is None else row.spec.model_dump(exclude_defaults=True)
+    return {"name": row.name, "kind": row.kind, "shape": row.shape, "spec": spec, "reason": row.reason}
+
+
+def _claim(folder: Path | None, recipe: Recipe, seed: int, data: Trajectory) -> None:
+    """Mark `folder` as belonging to this run; refuse one that holds another's passes."""
+    if folder is None:
+        return
+    mine = {"recipe": recipe.model_dump(mode="json"), "seed": seed, "model": data.manifest.get("model_hash")}
+    path = folder / "run.json"
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        differing = [key for key in mine if theirs.get(key) != json.loads(json.dumps(mine[key]))]
+        if differing:
+            raise RecipeError(f"{folder}: holds the passes of another run ({', '.join(differing)} differ); give another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(mine, indent=1))
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise SpecError(f"{name}: the weight holds inf or nan; quantize a model whose weights are finite")
+
+
+def _find(name: str) -> tuple[str, str, Bits | None]:
+    """Text of a recipe, how to call it in messages, and the bits in its name."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise RecipeError(f"recipe {name!r}: no such file")
+        return path.read_text(), name, None
+    match = _NAME.fullmatch(name)
+    method = match["method"] if match else name
+    known = shipped()
+    if method not in known:
+        near = difflib.get_close_matches(method, known, n=1)
+        hint = f'; did you mean "{near[0]}"' if near else ""
+        raise RecipeError(f"recipe {name!r}: unknown; allowed are {', '.join(known)} with bits, as in brecq-w4a8, or a .yaml file{hint}")
+    bits = Bits(weights=int(match["weights"]), activations=int(match["activations"])) if match else None
+    return (resources.files("diffquant") / "recipes" / f"{method}.yaml").read_text(), method, bits
+
+
+def _check_bits(bits: Bits, name: str) -> None:
+    for what, value in (("weights", bits.weights), ("activations", bits.activations)):
+        if value != FLOAT_BITS and not 2 <= value <= 8:
+            raise RecipeError(f"recipe {name!r}: {value} bits for {what}; allowed are 2 to 8, or 32 for floating point")
+
+
+def _with_bits(rule: Any, bits: Bits) -> Any:
+    """A rule with the words ``weights`` and ``activations`` replaced by bits; floating point wins over fixed bits."""
+    if not isinstance(rule, dict):
+        return rule
+    words = {"weights": bits.weights, "activations": bits.activations}
+    resolved = {key: words.get(value, value) if isinstance(value, str) and key.endswith("_bits") else value for key, value in rule.items()}
+    for key, total in (("weight_bits", bits.weights), ("input_bits", bits.activations), ("softmax_bits", bits.activations)):
+        if key in resolved and (total == FLOAT_BITS or resolved[key] == FLOAT_BITS):
+            resolved[key] = "float"
+    return resolved
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {text!r}: must read path=value, as in passes.1.iterations=100")
+    return path.strip(), yaml.safe_load(value)
+
+
+def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
+    """Set `path` (keys and list positions joined by dots) in a raw recipe."""
+    place: Any = raw
+    *parents, last = path.split(".")
+    for part in parents:
+        try:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        except (ValueError, IndexError, AttributeError) as error:
+            raise RecipeError(f"{path}: {part!r} does not lead anywhere; the recipe has {_choices(place)}") from error
+    if isinstance(place, list):
+        if not last.isdigit() or int(last) >= len(place):
+            raise RecipeError(f"{path}: {last!r} does not lead anywhere; the recipe has {_choices(place)}")
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise RecipeError(f"{path}: {last!r} does not lead anywhere; the recipe has {place!r} there")
+
+
+def _choices(place: Any) -> str:
+    return f"positions 0 to {len(place) - 1}" if isinstance(place, list) else f"keys {list(place)}" if isinstance(place, Mapping) else repr(place)
+
+
+def _build_pass(index: int, options: Mapping[str, Any], name: str) -> Pass:
+    kind = options.get("pass")
+    if kind not in PASSES:
+        raise RecipeError(f"{name}: passes[{index}].pass {kind!r}: unknown; allowed are {', '.join(PASSES)}")
+    rest = {key: value for key, value in options.items() if key != "pass"}
+    built: Pass = _validated(PASSES[kind], rest, f"{name}: passes[{index}] {kind}")
+    return built
+
+
+def _validated(kind: type[Any], raw: Any, where: str) -> Any:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"]
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key; allowed are {', '.join(kind.model_fields)}" if len(first["loc"]) == 1 else "unknown key"
+        raise RecipeError(f"{where}: {place}: {message}") from error
+
+
+def _check_order(recipe: Recipe) -> None:
+    """Ranges come first: every other pass needs them."""
+    kinds = [type(step) for step in recipe.steps()]
+    if kinds[0] is not CalibrateRanges:
+        raise RecipeError(f"{recipe.name}: passes[0] is {kinds[0].__name__}; the first pass must be CalibrateRanges, which sets the scales")

@@ -1,0 +1,339 @@
+"""How diffusers reads and writes a quantized denoiser: a quantization config, a quantizer, and their registration.
+
+diffusers has no call to register a quantization method, so `register` writes into its two tables, on import of this file.
+After that `from_pretrained` of a pipeline or a model reads our checkpoints, and `save_pretrained` writes them.
+
+What a file holds is in `packing`; its metadata state a digest over all tensors. diffusers casts floating tensors to the dtype
+asked for before we see them placed; the parameters of quantizers are therefore kept aside as they are read, shard by shard, and put
+back at the end.
+
+Not here: which folder, and what happens to the one that was there (`checkpoint`); LoRA; offloading to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from diffquant.core.layers import AttentionProducts
+from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec, SpecError
+from diffquant.core.surgery import PlannedLayer, enable, is_frozen, prepare, quantized_layers, quantizers
+from diffquant.runtime.packing import (
+    belongs_to_quantizer,
+    check_values,
+    combined_digest,
+    digest_of_tensor,
+    kind_of,
+    packed_size,
+    packed_state,
+    unpack,
+)
+
+VERSION = 1
+DIGEST = "diffquant_sha256"  # key of the safetensors metadata
+OPERANDS = ("query", "key", "value", "softmax")
+AGAIN = "copy or save the checkpoint again"
+
+
+class Method(str, Enum):
+    """The `quant_method` under which diffusers knows us; it has to be an Enum."""
+
+    DIFFQUANT = "diffquant"
+
+
+class _LayerGroup(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    spec: LayerSpec
+    names: list[str]
+
+
+class _AttentionGroup(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    spec: AttentionSpec
+    names: list[str]
+
+
+class _Json(BaseModel):
+    """`quantization_config` as it stands in config.json."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    quant_method: Literal["diffquant"]
+    version: int
+    recipe: str = ""
+    timesteps: list[float] = []
+    layers: list[_LayerGroup] = []
+    attentions: list[_AttentionGroup] = []
+
+
+@dataclass(repr=False)
+class QuantizationConfig(QuantizationConfigMixin):
+    """What was quantized and how: the spec of every layer and attention by name, and the timesteps of the clock."""
+
+    quant_method: Method = Method.DIFFQUANT  # type: ignore[assignment]
+    layers: dict[str, LayerSpec] = field(default_factory=dict)
+    attentions: dict[str, AttentionSpec] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
+    recipe: str = ""
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config that `to_dict` wrote. Raises `CheckpointError` for another version or anything it does not know."""
+        version = config_dict.get("version")
+        if version != VERSION:
+            raise CheckpointError(
+                f"quantization_config.version: {version}; this diffquant reads version {VERSION}; "
+                "install the diffquant that wrote the checkpoint"
+            )
+        try:
+            read = _Json.model_validate(dict(config_dict))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+            raise CheckpointError(f"quantization_config{where}: {first['msg']}; {AGAIN}") from error
+        config = cls(
+            layers={name: group.spec for group in read.layers for name in group.names},
+            attentions={name: group.spec for group in read.attentions for name in group.names},
+            timesteps=tuple(read.timesteps),
+            recipe=read.recipe,
+        )
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, names grouped by equal spec."""
+        return {
+            "quant_method": self.quant_method.value,
+            "version": VERSION,
+            "recipe": self.recipe,
+            "timesteps": list(self.timesteps),
+            "layers": _grouped(self.layers),
+            "attentions": _grouped(self.attentions),
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As `to_dict`; diffusers prints it."""
+        return self.to_dict()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """The items of `to_dict`, for `dict(config)`."""
+        return iter(self.to_dict().items())
+
+    def quantizer_specs(self) -> dict[str, QuantSpec]:
+        """The spec of every quantizer by its module name; those of weights end in ``.weight_quantizer``."""
+        found: dict[str, QuantSpec | None] = {}
+        for name, layer in self.layers.items():
+            found |= {f"{name}.weight_quantizer": layer.weight, f"{name}.input_quantizer": layer.input}
+        for name, attention in self.attentions.items():
+            found |= {f"{name}.attention_products.{operand}": getattr(attention, operand) for operand in OPERANDS}
+        return {name: spec for name, spec in found.items() if spec is not None}
+
+
+def describe(model: nn.Module, recipe: str = "") -> QuantizationConfig:
+    """The config of a quantizable model. Raises `CheckpointError` when `model` is not frozen."""
+    if not is_frozen(model):
+        raise CheckpointError(f"{type(model).__name__}: its weights are not integer codes; quantize first")
+    layers = {name: layer.layer_spec for name, layer in quantized_layers(model)}
+    attentions = {
+        name.removesuffix(".attention_products"): module.spec
+        for name, module in model.named_modules()
+        if isinstance(module, AttentionProducts)
+    }
+    timesteps = model.step_clock.timesteps  # type: ignore[union-attr]
+    return QuantizationConfig(layers=layers, attentions=attentions, timesteps=timesteps, recipe=recipe)  # type: ignore[arg-type]
+
+
+def mark_quantized(model: nn.Module, config: QuantizationConfig) -> None:
+    """Tell diffusers that a frozen `model` is quantized: its `save_pretrained` then writes the packed form.
+
+    From then on diffusers refuses to cast the model (`.to(dtype)`, `.half()`). Raises `CheckpointError` when it is not frozen.
+    """
+    if not is_frozen(model):
+        raise CheckpointError(f"{type(model).__name__}: its weights are not integer codes; quantize first")
+    model.hf_quantizer = DiffquantQuantizer(config)  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    model.register_to_config(quantization_config=config)  # type: ignore[operator]
+
+
+class DiffquantQuantizer(DiffusersQuantizer):
+    """What diffusers calls while it loads or saves a quantized denoiser. It holds tensors only during a load."""
+
+    requires_calibration = True  # a float checkpoint cannot be quantized while it loads
+    use_keep_in_fp32_modules = True  # float parameters are treated as in a model that is not quantized
+
+    quantization_config: QuantizationConfig
+
+    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._load: _Load | None = None
+
+    @property
+    def is_serializable(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: a frozen model has no float weights."""
+        return False
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """No: shards are counted as they come."""
+        return False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raises `CheckpointError` for what cannot be loaded: dtypes below 16 bits, parts on disk."""
+        dtype, device_map = kwargs.get("torch_dtype"), kwargs.get("device_map")
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise CheckpointError(f"torch_dtype: {dtype}; float parameters are float32, bfloat16 or float16")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise CheckpointError("device_map: has parts on disk; a quantized model is held in memory; use a device or the CPU")
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str | Path]) -> list[str]:
+        """First call of a load: the names of all tensors, and the files. Only safetensors files are read."""
+        files = [Path(file) for file in checkpoint_files]
+        for file in files:
+            if file.suffix != ".safetensors":
+                raise CheckpointError(f"{file}: not a safetensors file; diffquant never reads pickles; {AGAIN}")
+        self._load = _Load(files[0].parent, set(loaded_keys), [written_digest(file) for file in files])
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Give `model`, on the meta device, the shape of its file, and check that the names agree."""
+        load = self._loading()
+        kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+        specs: dict[str, LayerSpec | AttentionSpec] = {**self.quantization_config.layers, **self.quantization_config.attentions}
+        rows = [PlannedLayer(name, kinds.get(name, ""), (), spec, "checkpoint") for name, spec in specs.items()]
+        try:
+            prepare(model, rows, self.quantization_config.timesteps)
+        except SpecError as error:
+            raise CheckpointError(f"{load.folder}: config.json does not fit the model: {error}; {AGAIN}") from error
+        load.shapes = _make_packed(model)
+        load.expected = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+        _refuse_missing(load, load.names)
+        if unknown := sorted(load.names - load.expected.keys()):
+            raise CheckpointError(f"{load.folder}: tensor {unknown[0]!r} is unknown to this {type(model).__name__}; {AGAIN}")
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one file, as they stand in it: check them, and keep what diffusers would cast."""
+        load, specs = self._loading(), self.quantization_config.quantizer_specs()
+        for name, tensor in state_dict.items():
+            if (expected := load.expected.get(name)) is None:
+                raise CheckpointError(f"{load.folder}: tensor {name!r} is not in the index of the files; {AGAIN}")
+            ours = belongs_to_quantizer(name, specs)
+            dtype_differs = tensor.dtype != expected.dtype
+            cast = not ours and tensor.is_floating_point() and expected.is_floating_point()
+            if tensor.shape != expected.shape or (dtype_differs and not cast):
+                raise CheckpointError(f"{load.folder}: tensor {name!r}: {kind_of(tensor)}; must be {kind_of(expected)}; {AGAIN}")
+            try:
+                check_values(name, tensor, specs, load.expected)
+            except CheckpointError as error:
+                raise CheckpointError(f"{load.folder}: {error}; {AGAIN}") from error
+            if ours and tensor.is_floating_point():
+                load.exact[name] = tensor.clone()
+            load.digests[name] = digest_of_tensor(name, tensor)
+        return state_dict
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Check that nothing was altered or left out, unpack the codes, restore float32, and switch the quantizers on."""
+        load = self._loading()
+        _refuse_missing(load, load.digests)
+        if any(written != combined_digest(load.digests) for written in load.written):
+            raise CheckpointError(f"{load.folder}: its tensors are not those that were written; {AGAIN}")
+        for name, quantizer in quantizers(model):
+            quantizer.scale = load.exact[f"{name}.scale"].to(quantizer.scale.device)
+            stored = quantizer.zero_point
+            quantizer.zero_point = torch.zeros_like(quantizer.scale) if quantizer.spec.symmetric else stored.float()
+        for name, layer in quantized_layers(model):
+            if layer.smooth is not None:
+                layer.smooth = load.exact[f"{name}.smooth"].to(layer.smooth.device)
+            if (weight := layer.weight_quantizer) is not None:
+                assert weight.codes is not None
+                weight.codes = unpack(weight.codes, load.shapes[name], weight.spec.bits, weight.spec.symmetric)
+        enable(model)
+        self._load = None
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes. Raises `CheckpointError` when asked for a pickle."""
+        if not safe_serialization:
+            raise CheckpointError("safe_serialization: False; diffquant never writes pickles; leave it True")
+        stored = packed_state(state_dict, self.quantization_config.quantizer_specs())
+        return stored, {DIGEST: combined_digest({name: digest_of_tensor(name, tensor) for name, tensor in stored.items()})}
+
+    def _loading(self) -> _Load:
+        assert self._load is not None, "diffusers calls maybe_update_loaded_keys first"
+        return self._load
+
+
+@dataclass
+class _Load:
+    """What is known while one model is being loaded."""
+
+    folder: Path
+    names: set[str]  # of all tensors in the files
+    written: list[str]  # the digest that each file states
+    expected: dict[str, Tensor] = field(default_factory=dict)  # meta tensors: shape and dtype of each
+    shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the weight of each layer
+    exact: dict[str, Tensor] = field(default_factory=dict)  # float32 parameters of quantizers, as read
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def register() -> None:
+    """Make our config and quantizer known to diffusers; done on import."""
+    AUTO_QUANTIZER_MAPPING[Method.DIFFQUANT.value] = DiffquantQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[Method.DIFFQUANT.value] = QuantizationConfig
+
+
+def _make_packed(model: nn.Module) -> dict[str, torch.Size]:
+    """Replace weights and zero points of a prepared model by empty buffers as stored; the shapes of the weights."""
+    shapes = {}
+    for name, layer in quantized_layers(model):
+        if (weight := layer.weight_quantizer) is not None:
+            shapes[name] = layer.weight.shape
+            size = packed_size(layer.weight.numel(), weight.spec.bits)
+            weight.codes = torch.empty(size, dtype=torch.uint8, device=layer.weight.device)
+            layer.weight = None  # type: ignore[assignment]
+    for _, quantizer in quantizers(model):
+        stored = None if quantizer.spec.symmetric else quantizer.zero_point.to(torch.uint8)
+        quantizer.zero_point = stored  # type: ignore[assignment]
+    return shapes
+
+
+def _refuse_missing(load: _Load, names: Collection[str]) -> None:
+    if missing := sorted(load.expected.keys() - set(names)):
+        raise CheckpointError(f"{load.folder}: tensor {missing[0]!r} is missing; config.json asks for it; {AGAIN}")
+
+
+def written_digest(file: Path) -> str:
+    """The digest that a safetensors file states. Raises `CheckpointError` when it cannot be read, or states none."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            digest = (opened.metadata() or {}).get(DIGEST)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: truncated or damaged ({error}); {AGAIN}") from error
+    if digest is None:
+        raise CheckpointError(f"{file}: has no digest of its contents; it was not written by diffquant; {AGAIN}")
+    return str(digest)
+
+
+def _grouped(specs: Mapping[str, LayerSpec] | Mapping[str, AttentionSpec]) -> list[dict[str, Any]]:
+    groups: dict[LayerSpec | AttentionSpec, list[str]] = {}
+    for name, spec in specs.items():
+        groups.setdefault(spec, []).append(name)
+    return [{"spec": spec.model_dump(mode="json"), "names": names} for spec, names in groups.items()]
+
+
+register()

@@ -1,0 +1,211 @@
+"""Reports: written, read back, refused where they do not compare."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from diffquant.core.spec import EvaluationError
+from diffquant.evaluation import report as reporting
+from diffquant.evaluation.compare import Comparison, ReferenceRun, Trajectory
+from diffquant.evaluation.metrics import Distances, FrechetDistance, Interval, KernelDistance
+from diffquant.evaluation.report import Report, check_comparable, draw_pairs, make_report, markdown, read, table
+from diffquant.evaluation.sampling import SamplingProtocol
+
+NEAR = Distances(FrechetDistance(1.5, 1.25, 1.0, 1.5), KernelDistance(0.01, 0.002))
+SHORT = Distances(FrechetDistance(0.7, None, None, None), KernelDistance(0.0, 0.001))
+
+
+class Extractor:
+    name = "letters"
+    sha256 = "e0"
+
+    def features(self, pictures):
+        raise NotImplementedError
+
+    confidence = features
+
+
+def reference_run(features: bool = True, **protocol) -> ReferenceRun:
+    return ReferenceRun(
+        name="full precision",
+        protocol=SamplingProtocol(samples=3, steps=2, trajectory_samples=3, **protocol),
+        scheduler={"_class_name": "DDIMScheduler", "beta_end": 0.02},
+        weights_sha256="f0",
+        device="cpu",
+        dtype="float32",
+        pictures=torch.full((3, 1, 8, 8), 255, dtype=torch.uint8),
+        last_samples=torch.ones(3, 1, 8, 8),
+        trajectory=Trajectory((500.0, 0.0), torch.ones(2, 3, 1, 8, 8), torch.ones(2, 3, 1, 8, 8)),
+        seconds=2.0,
+        extractor=Extractor() if features else None,
+        data=None,
+        features=torch.zeros(3, 2) if features else None,
+        floor=SHORT if features else None,
+        to_data=None,
+        floor_to_data=None,
+        legibility=Interval(0.9, 0.8, 1.0) if features else None,
+    )
+
+
+def comparison(name: str, error: float, psnr: float, features: bool = True) -> Comparison:
+    return Comparison(
+        name=name,
+        timesteps=(500.0, 0.0),
+        drift=(error / 2, error),
+        noise_sqnr_db=(psnr, psnr),
+        final_errors=torch.full((3,), error, dtype=torch.float64),
+        final_error=Interval(error, error, error),
+        final_error_median=Interval(error, error, error),
+        psnr=Interval(psnr, psnr, psnr),
+        psnr_median=psnr,
+        ssim=Interval(1.0, 1.0, 1.0),
+        to_reference=NEAR if features else None,
+        to_data=None,
+        legibility=Interval(0.5, 0.4, 0.6) if features else None,
+        pictures=torch.zeros(3, 1, 8, 8, dtype=torch.uint8),
+        seconds=1.0,
+    )
+
+
+def report(**protocol) -> Report:
+    comparisons = [comparison("same", 0.0, math.inf), comparison("mse-w4a8", 0.25, 20.0)]
+    return make_report(reference_run(**protocol), comparisons, {"full precision": 4_000_000, "mse-w4a8": 600_000})
+
+
+def test_a_report_is_read_back_as_it_was_written(tmp_path):
+    written = report()
+    written.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "pairs.png", "drift.png"}
+    for path in (tmp_path, tmp_path / "report.json"):
+        back = read(path)
+        assert back.rows == written.rows and back.protocol == written.protocol and back.pictures == {}
+    assert back.rows[1].psnr.value == math.inf and back.rows[2].ratio == 0.15
+
+
+def test_json_names_infinite_and_missing_values(tmp_path):
+    report().write(tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    full, same, _ = content["rows"]
+    assert same["psnr"]["value"] == "Infinity" and same["noise_sqnr_db"] == ["Infinity", "Infinity"]
+    assert full["psnr"] is None and same["file_bytes"] is None and same["floor"]["fid"]["extrapolated"] is None
+
+
+def test_the_protocol_says_how_figures_came_about():
+    protocol = report(seed=4, eta=0.5).protocol
+    assert protocol.sampling.seed == 4 and protocol.floor_seed == 5 and protocol.sampling.eta == 0.5
+    assert protocol.extractor == "letters" and protocol.extractor_sha256 == "e0" and protocol.data_sha256 is None
+    assert protocol.uint8_rule == "round(127.5 * (x + 1)) clamped to [0, 255], half to even"
+    assert protocol.versions["torch"] == torch.__version__.partition("+")[0] or protocol.versions["torch"] == torch.__version__
+    assert set(protocol.versions) == {"diffquant", "torch", "diffusers", "numpy"}
+
+
+def test_equal_protocols_compare_and_others_are_refused_by_field():
+    check_comparable(report(), report())
+    with pytest.raises(EvaluationError) as refused:
+        check_comparable(report(), report(seed=4, sampler="euler"))
+    text = str(refused.value)
+    assert "floor_seed: 1 and 5" in text and "sampling.seed: 0 and 4" in text and "sampling.sampler: pipeline and euler" in text
+    assert "steps" not in text
+    other = report()
+    changed = other.protocol.model_copy(update={"versions": other.protocol.versions | {"torch": "1.0"}})
+    with pytest.raises(EvaluationError, match=r"versions.torch: .* and 1.0; evaluate both under one protocol"):
+        check_comparable(report(), other.model_copy(update={"protocol": changed}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"report.json: is not JSON"),
+        ('{"format": 99}', r"is of format 99; this version reads 1"),
+        ("[1]", r"is of format None"),
+        ('{"format": 1, "rows": []}', r"protocol: Field required"),
+    ],
+)
+def test_damaged_reports_are_refused(tmp_path, content, message):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(EvaluationError, match=message):
+        read(tmp_path)
+
+
+def test_unknown_keys_and_missing_files_are_refused(tmp_path):
+    with pytest.raises(EvaluationError, match="no such report"):
+        read(tmp_path)
+    report().write(tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    content["rows"][0]["fidd"] = 1
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(EvaluationError, match=r"rows.0.fidd: Extra inputs are not permitted"):
+        read(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    report().write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(reporting.os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        report(seed=4).write(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_two_models_of_one_name_are_refused():
+    with pytest.raises(EvaluationError, match="mse-w4a8 names more than one model"):
+        make_report(reference_run(), [comparison("mse-w4a8", 0.1, 20.0)] * 2)
+
+
+def test_the_table_shows_every_model_with_its_floor():
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(table(report()))
+    text = console.export_text()
+    assert "mse-w4a8" in text and "0.150x" in text and "inf 1.25" in text and "[1, 1.5]" in text and "20.00" in text
+    assert "floor 0.7" in text and "SSIM" not in text and "3 samples, DDIMScheduler, 2 steps" in text
+    assert "FID to data" not in text  # nothing was measured there
+
+
+def test_markdown_holds_table_pictures_and_protocol():
+    text = markdown(report())
+    assert "| mse-w4a8 | 585.9 KiB<br>0.150x | 0.25<br>[0.25, 0.25] | 20.00<br>[20.00, 20.00] |" in text
+    assert "| 1.5<br>floor 0.7<br>inf 1.25<br>[1, 1.5] | 0.01 ± 0.002<br>floor 0 ± 0.001 |" in text
+    assert "(pairs.png)" in text and "(drift.png)" in text
+    assert "| sampling.steps | 2 |" in text and "| scheduler.beta_end | 0.02 |" in text
+    bare = markdown(make_report(reference_run(features=False), [comparison("q", 0.1, 20.0, features=False)]))
+    assert "FID" not in bare.split("## Protocol")[0] and "legibility" not in bare
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pairs_are_enlarged_without_smoothing(channels):
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randint(0, 256, (2, channels, 32, 32), generator=generator, dtype=torch.uint8).numpy()
+    image = np.asarray(draw_pairs({"full precision": batch, "q": 255 - batch}, {"q": "PSNR 3.0 dB"}))
+    right, bottom = image.shape[1] - 12, image.shape[0] - 12  # margins
+    cell = image[bottom - 96 : bottom, right - 96 : right]  # last model, last noise
+    expected = np.broadcast_to((255 - batch[1]).transpose(1, 2, 0), (32, 32, 3)).repeat(3, axis=0).repeat(3, axis=1)
+    assert np.array_equal(cell, expected)
+    gap = image[bottom - 96 : bottom, right - 98 : right - 96]
+    assert (gap == 0xDD).all()
+
+
+def test_names_at_line_ends_are_moved_apart():
+    assert reporting._spread([0.0, 100.0], 25) == [0.0, 100.0]
+    assert reporting._spread([51.0, 50.0, 52.0, 200.0], 25) == [51.0, 26.0, 76.0, 200.0]
+
+
+@pytest.mark.parametrize("lines", [{"a": [0.0, 0.0]}, {"a": [0.1]}, {"a": [0.1, 0.2], "b": [0.0, 0.3]}])
+def test_drift_is_drawn_whatever_the_values(lines):
+    image = reporting.draw_drift(lines)
+    assert isinstance(image, Image.Image) and image.size == (1200, 690)

@@ -1,0 +1,5 @@
+"""The type checker that jaxtyping applies to every function of the package while the tests run: beartype, where an int is a float."""
+
+from beartype import BeartypeConf, beartype
+
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))

@@ -1,4 +1,4 @@
-"""The type checker that jaxtyping applies to every function of the package while the tests run: beartype, where an int is a float."""
+"""The type checker that jaxtyping applies to the package while the tests run: beartype, where an int is a float too."""
 
 from beartype import BeartypeConf, beartype
 

@@ -169,6 +169,7 @@ def zoo_train(
     seed: Seed = 0,
 ) -> None:
     """Train a reference model on letters rendered from the installed fonts."""
+    models.check_name(name)
     letters = render_letters()
     console.print(f"{len(letters.labels)} letters of {len(letters.names)} fonts, sha256 {letters.digest()[:16]}")
     console.print_json(data=models.train_model(name, letters, out, steps, seed))

@@ -28,6 +28,7 @@ from diffquant.zoo.train import classification_loss, denoising_loss, train
 NAMES = ("glyph-ddim", "glyph-classifier")
 FEATURES = 64  # width of the classifier's penultimate layer, the feature space of FID and KID
 STATISTICS = "letters.safetensors"
+DEFAULT_STEPS = {"glyph-ddim": 4000, "glyph-classifier": 2000}
 DATA_SAMPLES = 8192  # real letters whose features are shipped
 
 
@@ -95,6 +96,12 @@ def _samples(pictures: UInt8[Tensor, "n 1 32 32"]) -> Float[Tensor, "n 1 32 32"]
     return pictures.float().div(127.5).sub(1.0)
 
 
+def check_name(name: str) -> None:
+    """Raises `ZooError` unless `name` is a reference model's."""
+    if name not in NAMES:
+        raise ZooError(f"zoo: {name!r} is unknown; allowed are {', '.join(NAMES)}")
+
+
 def folder() -> Path:
     """The folder of the package that holds the weights."""
     return Path(str(resources.files("diffquant") / "zoo" / "weights"))
@@ -102,8 +109,7 @@ def folder() -> Path:
 
 def path(name: str) -> Path:
     """The pipeline directory of the reference model `name`. Raises `ZooError` for unknown names and missing weights."""
-    if name not in NAMES:
-        raise ZooError(f"zoo: {name!r} is unknown; allowed are {', '.join(NAMES)}")
+    check_name(name)
     found = folder() / name
     if not found.is_dir():
         raise ZooError(f"zoo: the weights of {name} are not installed; train them with: diffquant zoo train {name}")
@@ -179,13 +185,9 @@ def train_glyph_classifier(letters: Letters, out: Path, steps: int, seed: int) -
 
 
 
-DEFAULT_STEPS = {"glyph-ddim": 4500, "glyph-classifier": 2000}
-
-
 def train_model(name: str, letters: Letters, out: Path, steps: int | None, seed: int) -> dict[str, Any]:
     """Train the reference model `name` into `out`; return what is worth knowing of it. Raises `ZooError` for an unknown name."""
-    if name not in NAMES:
-        raise ZooError(f"zoo: {name!r} is unknown; allowed are {', '.join(NAMES)}")
+    check_name(name)
     steps = DEFAULT_STEPS[name] if steps is None else steps
     figures: dict[str, Any] = {"model": name, "steps": steps, "seed": seed, "letters_sha256": letters.digest()}
     if name == "glyph-ddim":

@@ -1,0 +1,63 @@
+"""How far the activations of glyph-ddim spread over channels and timesteps, layer by layer: does it have what methods are made for?
+
+    python benchmarks/activation_spread.py
+
+`channels`: largest over median of the channels' largest magnitudes. `timesteps`: largest over smallest of the timesteps' largest
+magnitudes. `peak`: largest magnitude over standard deviation.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import diffquant as dq
+from diffquant import zoo
+from diffquant.core.layers import QUANTIZABLE
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/activation_spread.json"))
+    arguments = parser.parse_args()
+    pipe = zoo.load("glyph-ddim")
+    data = dq.record(pipe, dq.Calibration(samples=32, steps=20, seed=0))
+    seen: dict[str, list[dict[str, torch.Tensor]]] = {}
+
+    def watch(name: str):
+        def hook(module, inputs):
+            x = inputs[0].transpose(0, 1 if isinstance(module, torch.nn.Conv2d) else -1).flatten(1)  # [channels, values]
+            seen.setdefault(name, []).append({"channels": x.abs().amax(1), "std": x.std()})
+
+        return hook
+
+    layers = {name: module for name, module in pipe.unet.named_modules() if type(module) in QUANTIZABLE}
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
+    with torch.no_grad():
+        for timestep in data.timesteps:
+            rows = (data.timestep_of() == timestep).nonzero()[:, 0]
+            pipe.unet(**data.batch(rows)[0])
+    for handle in handles:
+        handle.remove()
+    rows = []
+    for name, steps in seen.items():
+        channels = torch.stack([step["channels"] for step in steps])  # [timesteps, channels]
+        std = torch.stack([step["std"] for step in steps]).mean()
+        largest = channels.amax(0)
+        rows.append(
+            {
+                "layer": name,
+                "channels": float(largest.max() / largest.median()),
+                "timesteps": float(channels.amax(1).max() / channels.amax(1).min()),
+                "peak": float(largest.max() / std),
+            }
+        )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(rows, indent=1))
+    for row in sorted(rows, key=lambda row: -row["channels"]):
+        print(f"{row['layer']:45s} channels {row['channels']:6.1f}  timesteps {row['timesteps']:6.1f}  peak {row['peak']:6.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The packed file of Stable Diffusion 1.5's UNet (its real configuration, random weights) against the bytes it has to hold.
+
+    python benchmarks/stable_diffusion_size.py --bits 4
+
+Ranges are min-max for weights and fixed for inputs: neither changes the size.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+import diffquant as dq
+from diffquant.core.affine import scale_from_range
+from diffquant.core.surgery import freeze, plan, prepare, quantizers
+from diffquant.runtime.checkpoint import file_size, float32_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stable_diffusion_size.json"))
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    recipe = dq.load_recipe(f"minmax-w{arguments.bits}a8")
+    prepare(model, plan(model, recipe.layers))
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, quantizer in quantizers(model):
+            low, high = torch.tensor([[-4.0]]), torch.tensor([[4.0]])
+            if quantizer.clock is None:
+                weight = modules[name.rpartition(".")[0]].weight.flatten(1)
+                low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+            scale, zero_point = scale_from_range(low, high, quantizer.spec)
+            quantizer.scale.copy_(scale)
+            quantizer.zero_point.copy_(zero_point)
+    freeze(model)
+    codes = scales = 0
+    for _, quantizer in quantizers(model):
+        scales += quantizer.scale.numel() * 4 + (0 if quantizer.spec.symmetric else quantizer.zero_point.numel())
+        codes += 0 if quantizer.codes is None else (quantizer.codes.numel() * quantizer.spec.bits + 7) // 8
+    stay = 4 * sum(parameter.numel() for parameter in model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        dq.save(model, Path(folder) / "unet")
+        written = file_size(Path(folder) / "unet")
+    float32 = float32_size(model)
+    row = {"bits": arguments.bits, "file": written, "needed": codes + scales + stay, "over": written / (codes + scales + stay)}
+    row |= {"float32": float32, "of_float32": written / float32}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(row, indent=1))
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The contract of a pass, for every pass; what each is meant to lower; and killed runs that go on."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffquant.calibration import fit
+from diffquant.calibration.trajectory import Calibration, Trajectory, record
+from diffquant.core.affine import fake_quantize
+from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
+from diffquant.core.surgery import enable, full_precision, plan, prepare, quantized_layers, quantizers
+from diffquant.methods.passes import Pass, quantizer_state
+from diffquant.methods.ranges import CalibrateRanges, search_range
+from diffquant.methods.rounding import LearnScales, ReconstructRounding
+from diffquant.recipe import PASSES
+from tests import pipelines
+
+RULES = (
+    LayerRule(match="@all", weight_bits=4, input_bits=8),
+    LayerRule(match="@attention", input_bits=8),
+    LayerRule(match="@skip", split_skips=True),
+)
+RANGES = CalibrateRanges(samples=8, batch_size=4)
+EXAMPLES: dict[str, Pass] = {
+    "CalibrateRanges": RANGES,
+    "ReconstructRounding": ReconstructRounding(iterations=3, samples=8, batch_size=4),
+    "LearnScales": LearnScales(iterations=3, samples=8, batch_size=4, weights=True),
+}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipelines.ddim()
+
+
+@pytest.fixture(scope="module")
+def data(pipe) -> Trajectory:
+    return record(pipe, Calibration(samples=4, steps=4, batch_size=4), progress=False)
+
+
+def quantizable(pipe, data: Trajectory, ranges: bool = True) -> nn.Module:
+    model = copy.deepcopy(pipe.unet)
+    prepare(model, plan(model, RULES), data.timesteps)
+    if ranges:
+        apply(RANGES, model, data)
+    return model
+
+
+def apply(step: Pass, model: nn.Module, data: Trajectory, seed: int = 0, folder: Path | None = None) -> dict:
+    with fit.run(folder, show=False) as run:
+        return step.apply(model, data, torch.Generator().manual_seed(seed), run)
+
+
+def output(model: nn.Module, data: Trajectory) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**data.batch(torch.arange(4))[0]).sample
+
+
+def test_every_pass_is_here():
+    assert set(EXAMPLES) == set(PASSES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_full_precision_is_untouched_and_nothing_is_left_behind(name, pipe, data):
+    model = quantizable(pipe, data, ranges=name != "CalibrateRanges")
+    before, hooks = output(model, data), _hooks(model)
+    apply(EXAMPLES[name], model, data)
+    with full_precision(model):
+        assert torch.equal(output(model, data), before)
+    assert _hooks(model) == hooks
+    assert all(quantizer.observer is None and not quantizer.enabled for _, quantizer in quantizers(model))
+    assert not any(buffer.requires_grad or buffer.grad is not None for buffer in model.buffers())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_same_seed_same_buffers(name, pipe, data):
+    states = []
+    for _ in range(2):
+        model = quantizable(pipe, data)
+        apply(EXAMPLES[name], model, data, seed=3)
+        states.append(quantizer_state(model))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("name", ["ReconstructRounding", "LearnScales"])
+def test_refuses_without_ranges(name, pipe, data):
+    with pytest.raises(SpecError, match="not calibrated; a recipe starts with a pass that sets ranges"):
+        apply(EXAMPLES[name], quantizable(pipe, data, ranges=False), data)
+
+
+@pytest.mark.parametrize("name", ["ReconstructRounding", "LearnScales"])
+def test_killed_and_resumed_is_the_same(name, pipe, data, tmp_path, monkeypatch):
+    whole = quantizable(pipe, data)
+    apply(EXAMPLES[name], whole, data)
+
+    calls = 0
+    original = fit.observe_unit
+
+    def failing(*arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return original(*arguments, **keywords)
+
+    resumed = quantizable(pipe, data)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("diffquant.methods.rounding.observe_unit", failing)
+        apply(EXAMPLES[name], resumed, data, folder=tmp_path)
+    again = quantizable(pipe, data)
+    apply(EXAMPLES[name], again, data, folder=tmp_path)
+    expected, found = quantizer_state(whole), quantizer_state(again)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_fit_resumes_bit_equal_in_the_middle(tmp_path):
+    def run_fit(iterations: int, folder: Path | None) -> tuple[torch.Tensor, list[float]]:
+        tensor = torch.ones(5)
+
+        def loss(iteration: int, generator: torch.Generator) -> torch.Tensor:
+            return (tensor - torch.randn(5, generator=generator)).square().sum()
+
+        with fit.run(folder, show=False) as run:
+            curve = fit.fit([(tensor, 0.1)], loss, iterations=iterations, seed=1, run=run, label="x", save_every=2)
+        return tensor, curve
+
+    whole, curve = run_fit(6, None)
+    run_fit(4, tmp_path)
+    resumed, resumed_curve = run_fit(6, tmp_path)
+    assert torch.equal(whole, resumed) and curve == resumed_curve
+    assert not whole.requires_grad and whole.grad is None
+
+
+def test_fit_refuses_a_loss_that_is_not_finite():
+    tensor = torch.ones(1)
+    with fit.run(show=False) as run, pytest.raises(CalibrationError, match="x: loss is nan at iteration 0; lower the rate"):
+        fit.fit([(tensor, 0.1)], lambda i, g: tensor.sum() * torch.nan, iterations=1, seed=0, run=run, label="x")
+    assert not tensor.requires_grad
+
+
+def test_rounding_is_decided_and_stays_within_one_of_the_floor(pipe, data):
+    model = quantizable(pipe, data)
+    apply(EXAMPLES["ReconstructRounding"], model, data)
+    for _, layer in quantized_layers(model):
+        quantizer = layer.weight_quantizer
+        assert quantizer.rounding is None and quantizer.codes is not None
+        scale, zero_point = quantizer.operands(layer.weight)
+        floor = (layer.weight / scale).floor() + zero_point
+        low, high = (bound.clamp(quantizer.spec.code_min, quantizer.spec.code_max) for bound in (floor, floor + 1))
+        assert ((quantizer.codes == low) | (quantizer.codes == high)).all()
+
+
+def test_reconstruction_lowers_the_error_of_units(pipe, data):
+    model = quantizable(pipe, data)
+    step = ReconstructRounding(iterations=150, samples=16, batch_size=8, rate=0.05)
+    rows = apply(step, model, data)["layers"]
+    ratio = torch.tensor([row["error_after"] / row["error_before"] for row in rows]).log().mean().exp()
+    assert ratio < 0.75, ratio  # RATIO_ROUNDING
+
+
+def test_learned_scales_lower_the_error_of_units(pipe, data):
+    model = quantizable(pipe, data)
+    for _, quantizer in quantizers(model):
+        if quantizer.clock is not None:
+            quantizer.scale.mul_(2.0)  # ranges twice too wide: what learning has to undo
+    rows = apply(LearnScales(iterations=150, samples=16, batch_size=8, rate=0.02), model, data)["layers"]
+    ratio = torch.tensor([row["error_after"] / row["error_before"] for row in rows]).log().mean().exp()
+    assert ratio < 0.98, ratio  # RATIO_SCALES
+    assert all(row["error_after"] <= row["error_before"] for row in rows)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_search_finds_a_range_no_worse_than_any_of_the_grid(symmetric):
+    values = torch.cat([torch.randn(1, 400), torch.tensor([[9.0, -4.0]])], dim=1)
+    spec = QuantSpec(bits=4, symmetric=symmetric)
+    widest = (values.amin(1), values.amax(1))
+    low, high = search_range(values, torch.ones_like(values), spec, widest)
+
+    def error(low: float, high: float) -> float:
+        top = max(-low, high) if symmetric else high
+        scale = top / 7 if symmetric else (high - low) / 15
+        zero = 0 if symmetric else round(-low / scale)
+        total = 0.0
+        for value in values[0].tolist():
+            code = min(max(round(value / scale) + zero, -8 if symmetric else 0), 7 if symmetric else 15)
+            total += abs((code - zero) * scale - value) ** 2.4
+        return total
+
+    best = min(error(factor * -4.0, factor * 9.0) for factor in torch.linspace(1, 0.2, 80).tolist())
+    assert error(float(low), float(high)) <= best * (1 + 1e-4)  # float32 against float64
+
+
+def test_minmax_covers_what_was_seen_and_mse_is_better(pipe, data):
+    errors = {}
+    for method in ("minmax", "mse"):
+        model = quantizable(pipe, data, ranges=False)
+        rows = apply(CalibrateRanges(weights=method, activations=method, samples=8, batch_size=4), model, data)["layers"]
+        errors[method] = [row["relative_error"] for row in rows if row["operand"] == "weight"]
+        if method == "minmax":
+            for _, layer in quantized_layers(model):
+                scale, zero_point = layer.weight_quantizer.operands(layer.weight)
+                change = fake_quantize(layer.weight, scale, zero_point, layer.weight_quantizer.spec) - layer.weight
+                assert (change.abs() <= scale * 0.5 * (1 + 1e-5)).all()
+    assert sum(errors["mse"]) < sum(errors["minmax"])
+
+
+@pytest.mark.parametrize("method", ["minmax", "ema", "percentile", "mse"])
+def test_sets_see_their_own_timesteps(method, pipe, data):
+    """One set per interval, and the values of a timestep: the range of a set is that of its timestep alone."""
+    model = copy.deepcopy(pipe.unet)
+    rules = (LayerRule(match="conv_in", weight_bits=8, input_bits=8, sets=len(data.timesteps)),)
+    prepare(model, plan(model, rules), data.timesteps)
+    apply(CalibrateRanges(activations=method, samples=len(data), batch_size=4), model, data)
+    scales = model.conv_in.input_quantizer.scale[:, 0]
+    assert len(scales) == len(data.timesteps)
+    if method == "minmax":
+        for position, timestep in enumerate(data.timesteps):
+            rows = (data.timestep_of() == timestep).nonzero()[:, 0]
+            sample = data.batch(rows)[0]["sample"]
+            expected = (sample.max().clamp(min=0) - sample.min().clamp(max=0)) / 255
+            assert torch.isclose(scales[position], expected, rtol=1e-6)
+
+
+def test_one_set_equals_static(pipe, data):
+    """A table that sends every interval to one set is the static quantizer, bit for bit."""
+    static, table = quantizable(pipe, data), copy.deepcopy(pipe.unet)
+    prepare(table, plan(table, (*RULES, LayerRule(match="@all", sets=3))), data.timesteps)
+    apply(RANGES, table, data)
+    for (_, one), (_, many) in zip(quantizers(static), quantizers(table), strict=True):
+        if one.clock is not None:
+            many.scale.copy_(one.scale.expand_as(many.scale))
+            many.zero_point.copy_(one.zero_point.expand_as(many.zero_point))
+    enable(static)
+    enable(table)
+    assert torch.equal(output(static, data), output(table, data))
+
+
+def _hooks(model: nn.Module) -> list[tuple[int, int]]:
+    return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]

@@ -1,0 +1,92 @@
+"""The command line on the shipped model: every verb, every recipe, and one line for what goes wrong."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import DiffusionPipeline
+
+from diffquant import cli
+from diffquant.recipe import shipped
+
+
+def run(*arguments: object) -> int:
+    """Exit code of the command line."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["diffquant", *map(str, arguments)])
+        cli.main()
+        raise SystemExit(0)
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "recording"
+    assert run("record", "glyph-ddim", "--out", folder, "--samples", 2, "--steps", 2) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_quantize_sample_and_evaluate(name, recording, tmp_path, capsys):
+    options = ["passes.0.samples=4"]
+    if name in ("brecq", "q-diffusion"):
+        options += [f"passes.{i}.{key}" for i in (1, 2) for key in ("samples=2", "iterations=1", "batch_size=2")]
+    sets = [part for option in options for part in ("--set", option)]
+    out = tmp_path / "out"
+    assert run("quantize", "glyph-ddim", "--recipe", f"{name}-w4a8", "--data", recording, "--out", out, *sets) == 0
+    printed = capsys.readouterr().out
+    ratio = float(printed.split(" of float32")[0].split()[-1])
+    assert ratio <= 0.16
+    assert DiffusionPipeline.from_pretrained(out).unet.is_quantized
+    assert json.loads((out / "quantization.json").read_text())["recipe"] == f"{name}-w4a8"
+    if name != "mse":
+        return
+    assert run("sample", out, "--out", tmp_path / "grid.png", "--count", 2, "--steps", 2) == 0
+    assert (tmp_path / "grid.png").stat().st_size > 0
+    report = tmp_path / "report"
+    # FID needs more samples than features: without it the command has to say so
+    code = run("evaluate", out, "--reference", "glyph-ddim", "--out", report, "--samples", 70, "--steps", 2)
+    assert code == 0
+    assert {path.name for path in report.iterdir()} == {"report.json", "report.md", "pairs.png", "drift.png"}
+
+
+def test_inspect_names_every_layer_and_the_cost(capsys):
+    assert run("inspect", "glyph-ddim", "--recipe", "q-diffusion-w4a8") == 0
+    printed = capsys.readouterr().out
+    assert "conv_in" in printed and "of float32" in printed and "peak memory about" in printed
+
+
+def test_zoo_list(capsys):
+    assert run("zoo", "list") == 0
+    assert "glyph-ddim" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quantize", "glyph-ddim", "--recipe", "brec-w4a8", "--out", "x"), 'did you mean "brecq"'),
+        (("quantize", "glyph-ddim", "--recipe", "brecq-w4a8", "--out", "x", "--data", "nowhere"), "nowhere"),
+        (("sample", "./no-such-model", "--out", "x.png"), "no-such-model"),
+        (("zoo", "train", "glyph", "--out", "x"), "glyph"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffquant.cli.render_letters", lambda: pytest.fail("rendered before the name was checked"))
+    assert run(*arguments) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert len(printed.err.strip().splitlines()) == 1 and "Traceback" not in printed.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_usage_errors_exit_with_two(capsys):
+    assert run("quantize", "glyph-ddim") == 2
+    assert "Missing option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["record", "quantize", "sample", "evaluate", "inspect", "demo", "zoo"])
+def test_help(verb, capsys):
+    assert run(verb, "--help") == 0
+    assert len(capsys.readouterr().out) > 200

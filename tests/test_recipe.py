@@ -1,0 +1,147 @@
+"""Recipes: names, bits, overrides, errors before anything is computed; and `quantize` as a whole."""
+
+import copy
+
+import pytest
+import torch
+
+import diffquant as dq
+from diffquant.core.spec import CalibrationError, RecipeError, SpecError
+from diffquant.core.surgery import is_frozen, quantized_layers
+from diffquant.recipe import load_recipe, quantize, shipped
+from tests import pipelines
+
+QUICK = {
+    "minmax": ("passes.0.samples=8",),
+    "mse": ("passes.0.samples=8",),
+    "brecq": ("passes.0.samples=8", "passes.1.samples=8", "passes.1.iterations=2", "passes.2.samples=8", "passes.2.iterations=2"),
+    "q-diffusion": ("passes.0.samples=8", "passes.1.samples=8", "passes.1.iterations=2", "passes.2.samples=8", "passes.2.iterations=2"),
+}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipelines.ddim()
+
+
+@pytest.fixture(scope="module")
+def data(pipe):
+    return dq.record(pipe, dq.Calibration(samples=4, steps=4, batch_size=4), progress=False)
+
+
+def test_every_shipped_recipe_is_tried():
+    assert sorted(QUICK) == shipped()
+
+
+@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w6a6", "w3a8", "w2a32"])
+def test_every_recipe_takes_all_bits(name, bits):
+    recipe = load_recipe(f"{name}-{bits}")
+    assert recipe.full_name == f"{name}-{bits}"
+    everything = recipe.layers[0]
+    weights, activations = bits[1:].split("a")
+    assert everything.weight_bits == int(weights)
+    assert everything.input_bits == ("float" if activations == "32" else int(activations))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("brec-w4a8", (), 'recipe \'brec-w4a8\': unknown; allowed are brecq, .* did you mean "brecq"'),
+        ("brecq-w9a8", (), "9 bits for weights; allowed are 2 to 8, or 32"),
+        ("brecq-w4a1", (), "1 bits for activations; allowed are 2 to 8, or 32"),
+        ("nowhere.yaml", (), "recipe 'nowhere.yaml': no such file"),
+        ("brecq-w4a8", ("passes.9.rate=1",), "passes.9.rate: '9' does not lead anywhere; the recipe has positions 0 to 2"),
+        ("brecq-w4a8", ("passes.1.iters=1",), r"brecq: passes\[1\] ReconstructRounding: iters: unknown key; allowed are .*iterations"),
+        ("brecq-w4a8", ("passes.1.iterations=-1",), "iterations: Input should be greater than or equal to 1"),
+        ("brecq-w4a8", ("speed=1",), "brecq: speed: unknown key; allowed are name, summary"),
+        ("brecq-w4a8", ("speed",), "--set 'speed': must read path=value"),
+        ("brecq-w4a8", ("passes.0.pass=Magic",), r"passes\[0\].pass 'Magic': unknown; allowed are CalibrateRanges"),
+        ("brecq-w4a8", ("passes.0.pass=LearnScales",), "weights: Input should be a valid boolean|the first pass must be CalibrateRanges"),
+    ],
+)
+def test_errors_name_what_is_wrong(name, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(name, overrides)
+
+
+def test_a_file_of_ones_own_with_tuned_values(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\nsummary: x\nbits: {weights: 4, activations: 6}\n"
+        "layers: [{match: '@all', weight_bits: weights, input_bits: activations}]\n"
+        "passes: [{pass: CalibrateRanges, samples: 10}]\n"
+        "tuned: {w4a6: {passes.0.samples: 20}, w8a8: {passes.0.samples: 30}}\n"
+    )
+    assert load_recipe(str(path)).steps()[0].samples == 20
+    assert load_recipe(str(path), ["bits.weights=8", "bits.activations=8"]).steps()[0].samples == 30
+    assert load_recipe(str(path), ["passes.0.samples=40"]).steps()[0].samples == 40
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_quantize_ends_frozen_and_says_what_it_did(name, pipe, data):
+    model = copy.deepcopy(pipe.unet)
+    report = quantize(model, load_recipe(f"{name}-w4a8", QUICK[name]), data, progress=False)
+    assert is_frozen(model)
+    assert [row["pass"] for row in report.passes] == [type(step).__name__ for step in load_recipe(f"{name}-w4a8").steps()]
+    assert {row["name"] for row in report.layers} >= {layer for layer, _ in quantized_layers(model)}
+    assert torch.isfinite(model(**data.batch(torch.arange(4))[0]).sample).all()
+
+
+def test_first_and_last_layers_keep_eight_bits(pipe, data):
+    model = copy.deepcopy(pipe.unet)
+    quantize(model, load_recipe("mse-w3a6", QUICK["mse"]), data, progress=False)
+    bits = {name: layer.weight_quantizer.spec.bits for name, layer in quantized_layers(model)}
+    assert {name for name, value in bits.items() if value == 8} == {"conv_in", "conv_out"}
+    assert set(bits.values()) == {3, 8}
+
+
+def test_weight_only_leaves_activations_alone(pipe, data):
+    model = copy.deepcopy(pipe.unet)
+    quantize(model, load_recipe("mse-w4a32", QUICK["mse"]), data, progress=False)
+    assert all(layer.input_quantizer is None for _, layer in quantized_layers(model))
+
+
+def test_a_killed_run_goes_on_and_ends_equal(pipe, data, tmp_path, monkeypatch):
+    recipe = load_recipe("brecq-w4a8", QUICK["brecq"])
+    whole, killed, resumed = (copy.deepcopy(pipe.unet) for _ in range(3))
+    quantize(whole, recipe, data, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def stop(*arguments, **keywords):
+            raise KeyboardInterrupt
+
+        patch.setattr("diffquant.methods.rounding.LearnScales.apply", stop)
+        quantize(killed, recipe, data, folder=tmp_path / "work", progress=False)
+    report = quantize(resumed, recipe, data, folder=tmp_path / "work", progress=False)
+    assert len(report.passes) == 3
+    expected, found = whole.state_dict(), resumed.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    with pytest.raises(RecipeError, match="holds the passes of another run .seed differ.; give another folder"):
+        quantize(copy.deepcopy(pipe.unet), recipe, data, folder=tmp_path / "work", seed=1, progress=False)
+
+
+def test_refuses_other_data_bad_weights_and_a_second_time(pipe, data):
+    recipe = load_recipe("minmax-w8a8", QUICK["minmax"])
+    with pytest.raises(CalibrationError, match="model"):
+        quantize(pipelines.ddim(seed=1).unet, recipe, data, progress=False)
+    broken = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        broken.conv_in.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(SpecError, match="conv_in.weight: the weight holds inf or nan"):
+        quantize(broken, recipe, data, progress=False)
+    model = copy.deepcopy(pipe.unet)
+    quantize(model, recipe, data, progress=False)
+    with pytest.raises((SpecError, CalibrationError)):
+        quantize(model, recipe, data, progress=False)
+
+
+def test_unmatched_pattern_is_refused_before_anything_runs(pipe, data, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\nsummary: x\nlayers: [{match: '*.shortcut', weight_bits: 4}]\npasses: [{pass: CalibrateRanges, samples: 10}]\n"
+    )
+    model = copy.deepcopy(pipe.unet)
+    with pytest.raises(SpecError, match=r'layers\[0\].match "\*.shortcut": matches no layer of UNet2DModel; nearest name ".*conv_shortcut"'):
+        quantize(model, str(path), data, progress=False)
+    assert not hasattr(model, "step_clock")

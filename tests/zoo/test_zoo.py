@@ -1,0 +1,112 @@
+"""The shipped reference model is what it says; training resumes bit-equal; bad input is one line."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from diffquant import zoo
+from diffquant.calibration import fit
+from diffquant.core.spec import ZooError
+from diffquant.evaluation.sampling import SamplingProtocol, sample
+from diffquant.zoo import models
+from diffquant.zoo.data import LETTERS, Letters, render_font, render_letters
+from diffquant.zoo.train import denoising_loss, train, warm_constant_decay
+
+
+def test_weights_are_the_ones_that_comparisons_rest_on():
+    fixed = json.loads((models.folder() / "hashes.json").read_text())
+    assert set(fixed) == set(models.NAMES)
+    for name, files in fixed.items():
+        for file, sha256 in files.items():
+            assert models.file_hash(models.folder() / name / file) == sha256
+
+
+def test_sizes_are_within_the_package_budget():
+    def size(name: str) -> int:
+        return sum(path.stat().st_size for path in (models.folder() / name).rglob("*") if path.is_file())
+
+    assert (models.folder() / "glyph-classifier" / "model.safetensors").stat().st_size <= 1_000_000
+    assert size("glyph-ddim") + size("glyph-classifier") <= 10_000_000
+
+
+def test_samples_are_legible():
+    """A few steps suffice for letters that the classifier names with confidence."""
+    pipe, features = zoo.load("glyph-ddim"), zoo.load("glyph-classifier")
+    pictures = sample(pipe, SamplingProtocol(samples=8, steps=10, seed=0)).pictures
+    confidence = features.confidence(((pictures + 1) * 127.5).round().to(torch.uint8))
+    assert confidence.median() > 0.5  # 1/26 is chance
+
+
+def test_statistics_fit_the_classifier():
+    statistics = zoo.load_statistics()
+    assert statistics.features.shape == (models.DATA_SAMPLES, models.FEATURES)
+    assert torch.isfinite(statistics.features).all()
+
+
+def test_unknown_and_altered_models_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ZooError, match="zoo: 'glyph' is unknown; allowed are glyph-ddim, glyph-classifier"):
+        zoo.load("glyph")
+    (tmp_path / "glyph-classifier").mkdir()
+    (tmp_path / "glyph-classifier" / "model.safetensors").write_bytes(b"other")
+    (tmp_path / "hashes.json").write_text(json.dumps({"glyph-classifier": {"model.safetensors": "0" * 64}}))
+    monkeypatch.setattr(models, "folder", lambda: tmp_path)
+    with pytest.raises(ZooError, match="is not the file that comparisons rest on"):
+        zoo.load("glyph-classifier")
+
+
+def test_fonts_that_cannot_be_used_are_passed_over(tmp_path):
+    broken = tmp_path / "broken.ttf"
+    broken.write_bytes(b"not a font")
+    assert render_font(broken) is None
+    with pytest.raises(ZooError, match="0 usable fonts below .*; at least 50 are needed; install the font packages"):
+        render_letters((tmp_path,))
+
+
+def test_split_keeps_fonts_apart():
+    fonts = torch.arange(20).repeat_interleave(len(LETTERS))
+    letters = Letters(torch.zeros(len(fonts), 32, 32, dtype=torch.uint8), torch.arange(26).repeat(20), fonts, ("x",) * 20)
+    training, held_out = letters.split()
+    assert set(held_out.fonts.tolist()) == {0, 10} and not set(training.fonts.tolist()) & {0, 10}
+    assert training.samples().max() == -1.0
+
+
+def test_training_resumes_bit_equal(tmp_path):
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x, timestep):
+            return type("Output", (), {"sample": self.layer(x)})
+
+    loss = denoising_loss(torch.randn(16, 1, 8, 8), torch.linspace(0.99, 0.01, 10), batch=4)
+
+    def run_training(steps: int, folder) -> torch.Tensor:
+        model = Denoiser()
+        with fit.run(folder, show=False) as run:
+            train(model, loss, steps=steps, peak_rate=0.1, seed=0, run=run)
+        return model.layer.weight.detach()
+
+    whole = run_training(40, tmp_path / "whole")
+    folder = tmp_path / "killed"
+
+    def stop_at_30(model, generator, calls=[0]):  # noqa: B006
+        calls[0] += 1
+        if calls[0] == 31:
+            raise KeyboardInterrupt
+        return loss(model, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffquant.zoo.train.CURVE_STRIDE", 10)
+        with fit.run(folder, show=False) as run, pytest.raises(KeyboardInterrupt):
+            train(Denoiser(), stop_at_30, steps=40, peak_rate=0.1, seed=0, run=run)
+        assert (folder / "fit.safetensors").exists()
+        assert torch.equal(run_training(40, folder), whole)
+
+
+def test_the_rate_warms_up_stays_and_falls():
+    rates = [warm_constant_decay(step, 1000) for step in range(1000)]
+    assert rates[0] == 1 / 200 and rates[500] == 1.0 and rates[799] == 1.0 and rates[999] == 1 / 200

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "diffquant"
-ORDER = ("core", "calibration", "methods", "recipe", "runtime", "evaluation", "zoo", "cli")
+ORDER = ("core", "calibration", "methods", "recipe", "runtime", "evaluation", "zoo", "demo", "cli")
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -36,6 +36,8 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         if name in ("torch.load", "torch.save", "rich.print"):
             found.append(f"imports {name}")
         if parts[0] == "diffquant" and room is not None:
+            if parts == ["diffquant"] and room == "cli":
+                continue  # the command line speaks the public interface
             if len(parts) < 2 or parts[1] not in ORDER:
                 found.append(f"imports {name}, which is in no room")
             elif ORDER.index(parts[1]) > ORDER.index(room):

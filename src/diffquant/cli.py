@@ -23,6 +23,7 @@ from diffquant import zoo
 from diffquant.core.spec import AttentionSpec, DiffquantError, LayerSpec
 from diffquant.demo import run_demo
 from diffquant.evaluation import report as reports
+from diffquant.evaluation.metrics import to_uint8
 from diffquant.evaluation.sampling import OnProgress, sample
 from diffquant.recipe import shipped
 from diffquant.runtime.checkpoint import file_size, float32_size
@@ -103,7 +104,7 @@ def sample_pictures(
     pipe = _load(model)
     with _progress() as progress:
         drawn = sample(pipe, protocol, progress=progress)
-    reports.draw_grid(reports.to_uint8(drawn.pictures).numpy()).save(out)
+    reports.draw_grid(to_uint8(drawn.pictures).numpy()).save(out)
     console.print(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each")
 
 

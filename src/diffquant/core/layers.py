@@ -175,7 +175,8 @@ class _InterceptAttention(TorchFunctionMode):
 
 def attach_products(attention: nn.Module, spec: AttentionSpec, clock: StepClock) -> None:
     """Give an attention module (one that has a `processor`) quantized products."""
-    attention.attention_products = AttentionProducts(spec, clock)
+    device = next((parameter.device for parameter in attention.parameters()), torch.device("cpu"))
+    attention.attention_products = AttentionProducts(spec, clock).to(device)
     attention.register_forward_pre_hook(_enter)
     attention.register_forward_hook(_leave, always_call=True)
 

@@ -341,10 +341,27 @@ def draw_pairs(pictures: Mapping[str, UInt8[np.ndarray, "n c h w"]], captions: M
         draw.text((margin, middle - (3 if caption else 0)), name, fill=INK, font=large, anchor="ls" if caption else "lm")
         draw.text((margin, middle + 14), caption, fill=GREY, font=small, anchor="ls")
         for column, picture in enumerate(batch):
-            pixels = picture[0] if len(picture) == 1 else picture[:3].transpose(1, 2, 0)  # [h, w] or [h, w, 3]
-            enlarged = Image.fromarray(pixels).resize((cell_width, cell_height), Image.Resampling.NEAREST)
-            canvas.paste(enlarged, (left + column * (cell_width + GAP), top))
+            canvas.paste(_enlarged(picture, cell_width, cell_height), (left + column * (cell_width + GAP), top))
     return canvas
+
+
+def draw_grid(pictures: UInt8[np.ndarray, "n c h w"]) -> Image.Image:
+    """The pictures in a nearly square grid, small ones enlarged without smoothing."""
+    count, _, height, width = pictures.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    factor = max(1, CELL // max(height, width))
+    cell_height, cell_width = height * factor, width * factor
+    canvas = Image.new("RGB", (columns * (cell_width + GAP) - GAP, rows * (cell_height + GAP) - GAP), RULE)
+    for index, picture in enumerate(pictures):
+        place = (index % columns * (cell_width + GAP), index // columns * (cell_height + GAP))
+        canvas.paste(_enlarged(picture, cell_width, cell_height), place)
+    return canvas
+
+
+def _enlarged(picture: UInt8[np.ndarray, "c h w"], width: int, height: int) -> Image.Image:
+    pixels = picture[0] if len(picture) == 1 else picture[:3].transpose(1, 2, 0)  # [h, w] or [h, w, 3]
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
 
 
 def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:

@@ -39,7 +39,7 @@ def save(
     """Write a pipeline with a frozen denoiser, or a frozen model, and check that the files reproduce it; the folder is returned.
 
     An existing `folder` is replaced when it is empty or a checkpoint of diffusers; until everything is written and checked it stays
-    as it was. `recipe_name` goes into the config; without it a loaded model keeps the name it has. Between moving the old
+    as it was. `recipe_name` goes into the config; without it the name of the recipe that `quantize` ran, or the one a loaded model has. Between moving the old
     checkpoint away and the new one in there is an instant without either; a kill then leaves both beside it, complete.
 
     Raises `CheckpointError` when nothing is quantized or not frozen, when `folder` holds something else, cannot be written, or what
@@ -50,7 +50,7 @@ def save(
     _check_replaceable(folder)
     for model in models.values():
         kept = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-        mark_quantized(model, describe(model, recipe_name or getattr(kept, "recipe", "")))
+        mark_quantized(model, describe(model, recipe_name or getattr(kept, "recipe", "") or getattr(model, "recipe_name", "")))
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)

@@ -71,7 +71,6 @@ def test_imports_point_downwards_and_nothing_pickles_or_prints(path: Path) -> No
         ("from diffquant.methods.ranges import CalibrateRanges", "diffquant.core.affine"),
         ("import diffquant.cli", "diffquant.zoo.train"),
         ("import diffquant", "diffquant.core.affine"),
-        ("import diffquant as dq", "diffquant.cli"),
         ("from diffquant import zoo", "diffquant.recipe"),
         ("from ..runtime import packing", "diffquant.core.affine"),
         ("from .. import runtime", "diffquant.methods.ranges"),
@@ -95,6 +94,7 @@ def test_a_violation_is_seen(source: str, module: str) -> None:
         ("from .affine import quantize", "diffquant.core", True),
         ("from ..core import affine", "diffquant.runtime.packing", False),
         ("from diffquant.cli import main", "diffquant", True),
+        ("import diffquant as dq", "diffquant.cli", False),
         ("from rich.console import Console\nConsole().print('x')", "diffquant.cli", False),
     ],
 )

@@ -15,7 +15,13 @@ QUICK = {
     "minmax": ("passes.0.samples=8",),
     "mse": ("passes.0.samples=8",),
     "brecq": ("passes.0.samples=8", "passes.1.samples=8", "passes.1.iterations=2", "passes.2.samples=8", "passes.2.iterations=2"),
-    "q-diffusion": ("passes.0.samples=8", "passes.1.samples=8", "passes.1.iterations=2", "passes.2.samples=8", "passes.2.iterations=2"),
+    "q-diffusion": (
+        "passes.0.samples=8",
+        "passes.1.samples=8",
+        "passes.1.iterations=2",
+        "passes.2.samples=8",
+        "passes.2.iterations=2",
+    ),
 }
 
 
@@ -47,17 +53,25 @@ def test_every_recipe_takes_all_bits(name, bits):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("brec-w4a8", (), 'recipe \'brec-w4a8\': unknown; allowed are brecq, .* did you mean "brecq"'),
+        ("brec-w4a8", (), "recipe 'brec-w4a8': unknown; allowed are brecq, .* did you mean \"brecq\""),
         ("brecq-w9a8", (), "9 bits for weights; allowed are 2 to 8, or 32"),
         ("brecq-w4a1", (), "1 bits for activations; allowed are 2 to 8, or 32"),
         ("nowhere.yaml", (), "recipe 'nowhere.yaml': no such file"),
         ("brecq-w4a8", ("passes.9.rate=1",), "passes.9.rate: '9' does not lead anywhere; the recipe has positions 0 to 2"),
-        ("brecq-w4a8", ("passes.1.iters=1",), r"brecq: passes\[1\] ReconstructRounding: iters: unknown key; allowed are .*iterations"),
+        (
+            "brecq-w4a8",
+            ("passes.1.iters=1",),
+            r"brecq: passes\[1\] ReconstructRounding: iters: unknown key; allowed are .*iterations",
+        ),
         ("brecq-w4a8", ("passes.1.iterations=-1",), "iterations: Input should be greater than or equal to 1"),
         ("brecq-w4a8", ("speed=1",), "brecq: speed: unknown key; allowed are name, summary"),
         ("brecq-w4a8", ("speed",), "--set 'speed': must read path=value"),
         ("brecq-w4a8", ("passes.0.pass=Magic",), r"passes\[0\].pass 'Magic': unknown; allowed are CalibrateRanges"),
-        ("brecq-w4a8", ("passes.0.pass=LearnScales",), "weights: Input should be a valid boolean|the first pass must be CalibrateRanges"),
+        (
+            "brecq-w4a8",
+            ("passes.0.pass=LearnScales",),
+            "weights: Input should be a valid boolean|the first pass must be CalibrateRanges",
+        ),
     ],
 )
 def test_errors_name_what_is_wrong(name, overrides, message):
@@ -142,6 +156,8 @@ def test_unmatched_pattern_is_refused_before_anything_runs(pipe, data, tmp_path)
         "name: mine\nsummary: x\nlayers: [{match: '*.shortcut', weight_bits: 4}]\npasses: [{pass: CalibrateRanges, samples: 10}]\n"
     )
     model = copy.deepcopy(pipe.unet)
-    with pytest.raises(SpecError, match=r'layers\[0\].match "\*.shortcut": matches no layer of UNet2DModel; nearest name ".*conv_shortcut"'):
+    with pytest.raises(
+        SpecError, match=r'layers\[0\].match "\*.shortcut": matches no layer of UNet2DModel; nearest name ".*conv_shortcut"'
+    ):
         quantize(model, str(path), data, progress=False)
     assert not hasattr(model, "step_clock")

@@ -27,9 +27,13 @@ def test_round_trip(kind, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     calibration = dq.Calibration(samples=2, steps=2, batch_size=2)
     data = dq.record(pipe, calibration, progress=False)
-    name, denoiser = find_denoiser(pipe)
+    _, denoiser = find_denoiser(pipe)
     layers = {layer for layer, module in denoiser.named_modules() if type(module) in QUANTIZABLE}
-    heavy = {layer for layer, module in denoiser.named_modules() if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() > 1}
+    heavy = {
+        layer
+        for layer, module in denoiser.named_modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() > 1
+    }
     report = dq.quantize(pipe, dq.load_recipe("brecq-w4a8", OVERRIDES), data, progress=False)
 
     named = {row["name"]: row for row in report.layers}

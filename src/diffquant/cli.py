@@ -239,5 +239,3 @@ def _progress() -> Iterator[OnProgress]:
             bars.update(tasks[name], completed=done)
 
         yield show
-
-

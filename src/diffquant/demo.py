@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from diffquant.evaluation.sampling import SamplingProtocol
 from diffquant.recipe import load_recipe, quantize
 from diffquant.runtime.checkpoint import save
 
-CALIBRATION = {"samples": 64, "steps": 20}
+CALIBRATION = Calibration(samples=64, steps=20)
 BUDGETS: dict[str, tuple[str, ...]] = {
     "minmax-w8a8": ("passes.0.samples=128",),
     "mse-w4a8": ("passes.0.samples=128",),
@@ -31,18 +32,20 @@ BUDGETS: dict[str, tuple[str, ...]] = {
         "passes.2.iterations=40",
     ),
 }
-EVALUATION = {"samples": 192, "steps": 20}
+EVALUATION = SamplingProtocol(samples=192, steps=20, seed=1000)
 
 
 def run_demo(out: Path, seed: int, console: Console) -> None:
     """Record, quantize, save, load and compare ``glyph-ddim``; checkpoints and the report go to `out`."""
     begun = time.monotonic()
     console.print("[bold]diffquant demo[/]: glyph-ddim, a diffusion model of capital letters, quantized three ways")
-    console.print(f"budgets, smaller than the recipes' own: calibration {CALIBRATION}, evaluation {EVALUATION}")
+    console.print("budgets, smaller than the recipes' own:")
+    console.print(f"  calibration on {CALIBRATION.samples} trajectories of {CALIBRATION.steps} steps", highlight=False)
+    console.print(f"  comparison on {EVALUATION.samples} samples of {EVALUATION.steps} steps", highlight=False)
     for name, overrides in BUDGETS.items():
         console.print(f"  {name}: {', '.join(overrides)}", highlight=False)
     pipe = zoo.load("glyph-ddim")
-    data = record(pipe, Calibration(seed=seed, **CALIBRATION))
+    data = record(pipe, replace(CALIBRATION, seed=seed))
     checkpoints: dict[str, Path] = {}
     for name, overrides in BUDGETS.items():
         quantized = copy.deepcopy(pipe)
@@ -63,7 +66,7 @@ def run_demo(out: Path, seed: int, console: Console) -> None:
         result = evaluate(
             dict(checkpoints),
             pipe,
-            protocol=SamplingProtocol(seed=seed + 1000, **EVALUATION),
+            protocol=EVALUATION,
             features=zoo.load("glyph-classifier"),
             data=zoo.load_statistics(),
             out=out,

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from diffquant.calibration import fit
-from diffquant.calibration.trajectory import Trajectory, find_denoiser
+from diffquant.calibration.observe import find_denoiser
+from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import LayerRule, RecipeError, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, freeze, plan, prepare
 from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
@@ -215,7 +216,9 @@ def _find(name: str) -> tuple[str, str, Bits | None]:
     if method not in known:
         near = difflib.get_close_matches(method, known, n=1)
         hint = f'; did you mean "{near[0]}"' if near else ""
-        raise RecipeError(f"recipe {name!r}: unknown; allowed are {', '.join(known)} with bits, as in brecq-w4a8, or a .yaml file{hint}")
+        raise RecipeError(
+            f"recipe {name!r}: unknown; allowed are {', '.join(known)} with bits, as in brecq-w4a8, or a .yaml file{hint}"
+        )
     bits = Bits(weights=int(match["weights"]), activations=int(match["activations"])) if match else None
     return (resources.files("diffquant") / "recipes" / f"{method}.yaml").read_text(), method, bits
 
@@ -231,7 +234,9 @@ def _with_bits(rule: Any, bits: Bits) -> Any:
     if not isinstance(rule, dict):
         return rule
     words = {"weights": bits.weights, "activations": bits.activations}
-    resolved = {key: words.get(value, value) if isinstance(value, str) and key.endswith("_bits") else value for key, value in rule.items()}
+    resolved = {
+        key: words.get(value, value) if isinstance(value, str) and key.endswith("_bits") else value for key, value in rule.items()
+    }
     for key, total in (("weight_bits", bits.weights), ("input_bits", bits.activations), ("softmax_bits", bits.activations)):
         if key in resolved and (total == FLOAT_BITS or resolved[key] == FLOAT_BITS):
             resolved[key] = "float"
@@ -265,7 +270,13 @@ def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _choices(place: Any) -> str:
-    return f"positions 0 to {len(place) - 1}" if isinstance(place, list) else f"keys {list(place)}" if isinstance(place, Mapping) else repr(place)
+    return (
+        f"positions 0 to {len(place) - 1}"
+        if isinstance(place, list)
+        else f"keys {list(place)}"
+        if isinstance(place, Mapping)
+        else repr(place)
+    )
 
 
 def _build_pass(index: int, options: Mapping[str, Any], name: str) -> Pass:
@@ -293,4 +304,6 @@ def _check_order(recipe: Recipe) -> None:
     """Ranges come first: every other pass needs them."""
     kinds = [type(step) for step in recipe.steps()]
     if kinds[0] is not CalibrateRanges:
-        raise RecipeError(f"{recipe.name}: passes[0] is {kinds[0].__name__}; the first pass must be CalibrateRanges, which sets the scales")
+        raise RecipeError(
+            f"{recipe.name}: passes[0] is {kinds[0].__name__}; the first pass must be CalibrateRanges, which sets the scales"
+        )

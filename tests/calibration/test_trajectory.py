@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, PNDMScheduler
-from tests import pipelines
 from torch import nn
 
 from diffquant.calibration import trajectory as store
 from diffquant.calibration.observe import PROMPTS, Calibration, find_denoiser, observe
 from diffquant.calibration.trajectory import Trajectory, model_hash, record
 from diffquant.core.spec import CalibrationError
+from tests import pipelines
 
 SMALL = Calibration(samples=3, batch_size=2, steps=3, seed=1)
 PIPELINES = ("ddim", "ddpm", "ldm", "dit", "stable_diffusion")

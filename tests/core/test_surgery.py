@@ -230,6 +230,12 @@ def test_special_kinds_stay_and_are_named_with_the_reason() -> None:
     assert [type(layer) for layer in (model.conv_in, *model.mix, model.out)] == [QuantizedConv2d] * 3 + [QuantizedLinear]
 
 
+def test_a_rule_for_a_special_kind_is_refused() -> None:
+    """It would have no effect: the layer is left alone."""
+    with pytest.raises(SpecError, match=r'^layers\[0\]\.match "special": matches no layer of Denoiser; nearest name'):
+        surgery.plan(Denoiser(), [LayerRule(match="special", weight_bits=4)])
+
+
 def test_a_layer_kept_in_float_says_why() -> None:
     rules = [W4A8, LayerRule(match="out", weight_bits="float", input_bits="float", reason="noise is sensitive")]
     assert by_name(surgery.plan(Denoiser(), rules))["out"].reason == "out: noise is sensitive (floating point)"

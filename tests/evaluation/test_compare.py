@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tests import pipelines
 
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation import compare as comparing
 from diffquant.evaluation import metrics
 from diffquant.evaluation.compare import DataStatistics, compare, compare_to, final_error_ratio, run_reference
 from diffquant.evaluation.sampling import SamplingProtocol, sample
+from tests import pipelines
 
 PROTOCOL = SamplingProtocol(samples=24, steps=3, batch_size=10, seed=3, trajectory_samples=15)
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LDMPipeline
-from tests import pipelines
 
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.sampling import (
@@ -21,6 +20,7 @@ from diffquant.evaluation.sampling import (
     sample_unconditional,
     scheduler_of,
 )
+from tests import pipelines
 
 # diffusers 0.42.1 hands a torch tensor to numpy.array in set_timesteps of Euler, DPM-Solver++ and UniPC
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

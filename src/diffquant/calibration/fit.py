@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def fit(
             if not torch.isfinite(value):
                 raise CalibrationError(f"{label}: loss is {value.item()} at iteration {iteration}; lower the rate")
             optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(tensors, clip_norm)
             optimizer.step()
@@ -165,7 +165,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; `CalibrationError` where it is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise CalibrationError(f"{path}: damaged ({error}); delete it to start this stage again") from error
@@ -177,7 +177,7 @@ class _Stop(Exception):
 
 @dataclass
 class UnitInputs:
-    """The recorded calls of one unit: arguments with a leading axis of samples, what stayed constant, the interval of each sample."""
+    """The recorded calls of one unit: arguments with a leading axis of samples, constants, the interval of each sample."""
 
     arguments: list[Any] = field(default_factory=list)
     keywords: dict[str, Any] = field(default_factory=dict)
@@ -218,11 +218,8 @@ def observe_unit(
         for picked in indices.split(batch_size):
             arguments, _ = data.batch(picked)
             clock = model.step_clock
-            with torch.no_grad():
-                try:
-                    model(**arguments)
-                except _Stop:
-                    pass
+            with torch.no_grad(), suppress(_Stop):
+                model(**arguments)
             interval = clock.interval  # type: ignore[union-attr]
             intervals.append(torch.as_tensor(interval).expand(len(picked)).clone())
     finally:
@@ -242,7 +239,7 @@ def _stack(values: list[Any]) -> Any:
 
 
 def lp_loss(output: list[Float[Tensor, "n ..."]], target: list[Float[Tensor, "n ..."]], power: float = 2.0) -> Tensor:
-    """Sum over channels (axis 1) of the mean error to the `power`: BRECQ's reconstruction loss (Li et al. 2021, arXiv 2102.05426)."""
+    """Sum over axis 1 of the mean error to the `power`: BRECQ's reconstruction loss (Li et al. 2021, arXiv 2102.05426)."""
     total = torch.zeros(())
     for value, wanted in zip(output, target, strict=True):
         total = total + (value.float() - wanted.float()).abs().pow(power).sum(dim=1).mean()

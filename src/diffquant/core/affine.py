@@ -47,7 +47,7 @@ class _FloorStraightThrough(torch.autograd.Function):
 
 def round_straight_through(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Round half to even, with the gradient of the identity (Bengio et al. 2013, arXiv 1308.3432)."""
-    rounded: Tensor = _RoundStraightThrough.apply(x)
+    rounded: Tensor = _RoundStraightThrough.apply(x)  # type: ignore[no-untyped-call]
     return rounded
 
 
@@ -86,7 +86,7 @@ def quantize_rounded(
 
 def round_down(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Floor, with the gradient of the identity."""
-    floored: Tensor = _FloorStraightThrough.apply(x)
+    floored: Tensor = _FloorStraightThrough.apply(x)  # type: ignore[no-untyped-call]
     return floored
 
 

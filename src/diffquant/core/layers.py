@@ -8,6 +8,7 @@ layer has no float weight any more, only the integer codes of its weight quantiz
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -174,23 +175,23 @@ class _InterceptAttention(TorchFunctionMode):
 
 
 def attach_products(attention: nn.Module, spec: AttentionSpec, clock: StepClock) -> None:
-    """Give an attention module (one that has a `processor`) quantized products."""
+    """Give an attention module (one that has a `processor`) quantized products; its class is changed in place."""
     device = next((parameter.device for parameter in attention.parameters()), torch.device("cpu"))
     attention.attention_products = AttentionProducts(spec, clock).to(device)
-    attention.register_forward_pre_hook(_enter)
-    attention.register_forward_hook(_leave, always_call=True)
+    attention.__class__ = _intercepting(type(attention))  # type: ignore[arg-type]
 
 
-def _enter(attention: nn.Module, arguments: Any) -> None:
-    products = attention.attention_products
-    assert isinstance(products, AttentionProducts)
-    if products.live:
-        mode = _InterceptAttention(products)
-        mode.__enter__()
-        attention.__dict__.setdefault("_attention_modes", []).append(mode)
+@functools.cache
+def _intercepting(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of an attention class, of the same name, that sends its products through `attention_products` while it runs."""
 
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        products = self.attention_products
+        assert isinstance(products, AttentionProducts)
+        if not products.live:
+            return original.forward(self, *arguments, **keywords)
+        with _InterceptAttention(products):
+            return original.forward(self, *arguments, **keywords)
 
-def _leave(attention: nn.Module, arguments: Any, output: Any) -> None:
-    modes = attention.__dict__.get("_attention_modes")
-    if modes:
-        modes.pop().__exit__(None, None, None)
+    return type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})

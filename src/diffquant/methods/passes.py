@@ -1,4 +1,4 @@
-"""What a pass is: a frozen options object with one method that transforms a quantizable model and returns figures for the report."""
+"""What a pass is: a frozen options object whose one method transforms a quantizable model and returns figures."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ up and hardly down; measured by the same error, it can only be lower.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, final
 
 import torch
@@ -36,8 +36,8 @@ Method = Literal["minmax", "ema", "percentile", "mse"]
 class CalibrateRanges(Pass):
     """Set every range by ``minmax``, ``ema`` (moving average of the batches' extremes), ``percentile`` or ``mse``.
 
-    ``mse`` minimises the mean of |x - quantized x| to the power `power` over ranges shrunk in `candidates` steps. ``samples`` is the
-    number of recorded calls that are looked at, spread evenly over the timesteps.
+    ``mse`` minimises the mean of |x - quantized x| to the power `power` over ranges shrunk in `candidates` steps. ``samples`` is
+    the number of recorded calls that are looked at, spread evenly over the timesteps.
     """
 
     weights: Method = "mse"
@@ -119,7 +119,7 @@ class CalibrateRanges(Pass):
         data: Trajectory,
         indices: Tensor,
         watched: list[tuple[str, Quantizer]],
-        observers: dict[str, Callable[[Tensor], None]],
+        observers: Mapping[str, Callable[[Tensor], None]],
         run: Run,
         label: str,
     ) -> None:

@@ -12,6 +12,7 @@ move alike; the papers' rates are absolute.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, final
 
@@ -226,8 +227,10 @@ def _in_order(model: nn.Module, found: list[Unit], data: Trajectory, kind: str) 
     return sorted((unit for unit in found if unit.module in position), key=lambda unit: position[unit.module])
 
 
-def _call(unit: Unit, inputs: UnitInputs, picked: Tensor, other: UnitInputs | None = None, keep: Tensor | None = None) -> list[Tensor]:
-    """The unit's outputs for the picked samples, each at its own interval; first input mixed with `other`'s where `keep` is False."""
+def _call(
+    unit: Unit, inputs: UnitInputs, picked: Tensor, other: UnitInputs | None = None, keep: Tensor | None = None
+) -> list[Tensor]:
+    """The unit's outputs for the picked samples, each at its interval; first input taken from `other` where `keep` is False."""
     arguments, keywords = inputs.rows(picked)
     if other is not None and keep is not None:
         replacements, _ = other.rows(picked)
@@ -266,6 +269,4 @@ def _unit_error(unit: Unit, given: UnitInputs, wanted: UnitInputs, batch_size: i
             for value, target in zip(_call(unit, given, picked), wanted.outputs, strict=True):
                 error += float((value - target[picked]).square().sum())
                 signal += float(target[picked].square().sum())
-    return (error / max(signal, 1e-24)) ** 0.5
-
-
+    return math.sqrt(error / max(signal, 1e-24))

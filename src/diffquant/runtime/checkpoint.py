@@ -39,8 +39,9 @@ def save(
     """Write a pipeline with a frozen denoiser, or a frozen model, and check that the files reproduce it; the folder is returned.
 
     An existing `folder` is replaced when it is empty or a checkpoint of diffusers; until everything is written and checked it stays
-    as it was. `recipe_name` goes into the config; without it the name of the recipe that `quantize` ran, or the one a loaded model has. Between moving the old
-    checkpoint away and the new one in there is an instant without either; a kill then leaves both beside it, complete.
+    as it was. `recipe_name` goes into the config; without it the name of the recipe
+    that `quantize` ran, or the one a loaded model has. Between moving the old checkpoint away and the new one in there is an
+    instant without either; a kill then leaves both beside it, complete.
 
     Raises `CheckpointError` when nothing is quantized or not frozen, when `folder` holds something else, cannot be written, or what
     was written differs from what is in memory.
@@ -76,7 +77,7 @@ def load(folder: str | Path, **arguments: Any) -> Any:
         for file in _weights_files(component):
             written_digest(file)
     if (folder / "model_index.json").is_file():
-        return DiffusionPipeline.from_pretrained(folder, **arguments)  # type: ignore[no-untyped-call]
+        return DiffusionPipeline.from_pretrained(folder, **arguments)
     return _model_class(folder).from_pretrained(folder, **arguments)
 
 

@@ -80,7 +80,7 @@ class _Json(BaseModel):
 class QuantizationConfig(QuantizationConfigMixin):
     """What was quantized and how: the spec of every layer and attention by name, and the timesteps of the clock."""
 
-    quant_method: Method = Method.DIFFQUANT  # type: ignore[assignment]
+    quant_method: Method = Method.DIFFQUANT
     layers: dict[str, LayerSpec] = field(default_factory=dict)
     attentions: dict[str, AttentionSpec] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
@@ -159,7 +159,7 @@ def mark_quantized(model: nn.Module, config: QuantizationConfig) -> None:
     """
     if not is_frozen(model):
         raise CheckpointError(f"{type(model).__name__}: its weights are not integer codes; quantize first")
-    model.hf_quantizer = DiffquantQuantizer(config)  # type: ignore[assignment]
+    model.hf_quantizer = DiffquantQuantizer(config)
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]
     model.register_to_config(quantization_config=config)  # type: ignore[operator]

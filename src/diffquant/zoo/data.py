@@ -108,9 +108,7 @@ def render_letters(directories: tuple[Path, ...] = FONT_DIRECTORIES) -> Letters:
 
     Raises `ZooError` when fewer than 50 fonts are usable.
     """
-    files = sorted(
-        path for root in directories for path in root.rglob("*") if path.suffix.lower() in {".ttf", ".otf", ".ttc"}
-    )
+    files = sorted(path for root in directories for path in root.rglob("*") if path.suffix.lower() in {".ttf", ".otf", ".ttc"})
     by_picture: dict[bytes, tuple[str, np.ndarray]] = {}
     for path in track(files, description="rendering fonts"):
         letters = render_font(path)

@@ -183,8 +183,6 @@ def train_glyph_classifier(letters: Letters, out: Path, steps: int, seed: int) -
     return {"held_out_accuracy": accuracy, "held_out_confidence": float(confidence(logits).mean())}
 
 
-
-
 def train_model(name: str, letters: Letters, out: Path, steps: int | None, seed: int) -> dict[str, Any]:
     """Train the reference model `name` into `out`; return what is worth knowing of it. Raises `ZooError` for an unknown name."""
     check_name(name)

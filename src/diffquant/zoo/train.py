@@ -82,13 +82,14 @@ def denoising_loss(samples: Float[Tensor, "n c h w"], alphas_cumprod: Float[Tens
         snr = alphas_cumprod[timestep] / (1 - alphas_cumprod[timestep])
         weight = snr.clamp(max=SNR_CAP) / snr
         error = (model(noisy, timestep).sample - noise).square().mean(dim=(1, 2, 3))
-        return (weight * error).mean()
+        mean: Tensor = (weight * error).mean()
+        return mean
 
     return loss
 
 
 def classification_loss(samples: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], batch: int) -> StepLoss:
-    """Cross-entropy on pictures that are shifted by up to two pixels and carry a little noise, so that confidence is not brittle."""
+    """Cross-entropy on pictures shifted by up to two pixels and with a little noise, so that confidence is not brittle."""
 
     def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
         picked = torch.randint(len(samples), (batch,), generator=generator)

@@ -44,6 +44,24 @@ def unet(channels: int = 3, seed: int = 0) -> UNet2DModel:
     ).eval()
 
 
+def micro(seed: int = 0) -> DDIMPipeline:
+    """The least that has a residual block, an attention and a concatenated skip: for what walks over all units."""
+    torch.manual_seed(seed)
+    denoiser = UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        add_attention=False,
+    )
+    return DDIMPipeline(denoiser.eval(), DDIMScheduler())
+
+
 def ddim(seed: int = 0) -> DDIMPipeline:
     return DDIMPipeline(unet(seed=seed), DDIMScheduler())
 

@@ -11,23 +11,14 @@ from diffquant.core.surgery import is_frozen, quantized_layers
 from diffquant.recipe import load_recipe, quantize, shipped
 from tests import pipelines
 
-QUICK = {
-    "minmax": ("passes.0.samples=8",),
-    "mse": ("passes.0.samples=8",),
-    "brecq": ("passes.0.samples=8", "passes.1.samples=8", "passes.1.iterations=2", "passes.2.samples=8", "passes.2.iterations=2"),
-    "q-diffusion": (
-        "passes.0.samples=8",
-        "passes.1.samples=8",
-        "passes.1.iterations=2",
-        "passes.2.samples=8",
-        "passes.2.iterations=2",
-    ),
-}
+RANGES = ("passes.0.samples=8", "passes.0.candidates=8")
+LEARNED = (*RANGES, *(f"passes.{index}.{option}" for index in (1, 2) for option in ("samples=8", "iterations=2")))
+QUICK = {"minmax": ("passes.0.samples=8",), "mse": RANGES, "brecq": LEARNED, "q-diffusion": LEARNED}
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return pipelines.ddim()
+    return pipelines.micro()
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +129,7 @@ def test_a_killed_run_goes_on_and_ends_equal(pipe, data, tmp_path, monkeypatch):
 def test_refuses_other_data_bad_weights_and_a_second_time(pipe, data):
     recipe = load_recipe("minmax-w8a8", QUICK["minmax"])
     with pytest.raises(CalibrationError, match="model"):
-        quantize(pipelines.ddim(seed=1).unet, recipe, data, progress=False)
+        quantize(pipelines.micro(seed=1).unet, recipe, data, progress=False)
     broken = copy.deepcopy(pipe.unet)
     with torch.no_grad():
         broken.conv_in.weight[0, 0, 0, 0] = torch.nan

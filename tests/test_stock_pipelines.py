@@ -18,7 +18,9 @@ BUILDERS = {
     "dit": lambda folder: pipelines.dit(),
     "stable-diffusion": lambda folder: pipelines.stable_diffusion(folder),
 }
-OVERRIDES = ("passes.0.samples=8", "passes.1.samples=4", "passes.1.iterations=1", "passes.2.samples=4", "passes.2.iterations=1")
+RANGES = ("passes.0.samples=8", "passes.0.candidates=4")
+LEARNED = (*RANGES, *(f"passes.{index}.{option}" for index in (1, 2) for option in ("samples=4", "iterations=1")))
+RECIPES = {"dit": ("brecq-w4a8", LEARNED)}  # transformer blocks as units; residual ones are learned in other tests
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -34,7 +36,7 @@ def test_round_trip(kind, tmp_path):
         for layer, module in denoiser.named_modules()
         if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() > 1
     }
-    report = dq.quantize(pipe, dq.load_recipe("brecq-w4a8", OVERRIDES), data, progress=False)
+    report = dq.quantize(pipe, dq.load_recipe(*RECIPES.get(kind, ("mse-w4a8", RANGES))), data, progress=False)
 
     named = {row["name"]: row for row in report.layers}
     assert heavy <= named.keys()
@@ -43,7 +45,7 @@ def test_round_trip(kind, tmp_path):
     assert all(isinstance(denoiser.get_submodule(layer), QuantizedConv2d | QuantizedLinear) for layer in layers)
 
     before = _sample(pipe, calibration)
-    dq.save(pipe, tmp_path / "packed", recipe_name="brecq-w4a8")
+    dq.save(pipe, tmp_path / "packed")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "packed")
     loaded.set_progress_bar_config(disable=True)
     assert np.array_equal(_sample(loaded, calibration), before)

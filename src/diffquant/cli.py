@@ -202,7 +202,14 @@ def _load(model: str) -> Any:
         return zoo.load(model)
     if Path(model).is_dir():
         return dq.load(model)
-    return DiffusionPipeline.from_pretrained(model)
+    try:
+        return DiffusionPipeline.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        known = ", ".join(models.NAMES)
+        reason = str(error).strip().splitlines()[0]
+        raise DiffquantError(
+            f"model {model!r}: no directory, no reference model ({known}), and not loaded as a hub id: {reason}"
+        ) from error
 
 
 def _protocol(**options: Any) -> dq.SamplingProtocol:

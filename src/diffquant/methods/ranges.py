@@ -29,6 +29,7 @@ from diffquant.core.surgery import full_precision, quantized_layers, quantizers
 from diffquant.methods.passes import Figures, Pass, evaluating
 
 BINS = 2048
+CHUNK = 1 << 21  # values that a search holds at a time
 Method = Literal["minmax", "ema", "percentile", "mse"]
 
 
@@ -166,25 +167,27 @@ def search_range(
 
     Both ends shrink together over `candidates` factors from 1 towards 0.2; asymmetric ranges then shrink each end alone.
     """
-    low, high = widest
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    factors = torch.linspace(1.0, 0.2, candidates)
+    low, high = (widest[0].clamp(max=0), widest[1].clamp(min=0))
+    factors = torch.linspace(1.0, 0.2, candidates, device=values.device)[:, None]  # [candidates, 1], the whole range first
+    chunk = max(1, CHUNK // values.numel())
 
     def error(low: Tensor, high: Tensor) -> Tensor:
+        """``[candidates, rows]``"""
         scale, zero_point = scale_from_range(low, high, spec)
-        difference = fake_quantize(values, scale[:, None], zero_point[:, None], spec).sub_(values).abs_()
-        return (difference.pow_(power) * counts).sum(dim=1)
+        repeated = values.expand(len(low), -1, -1)
+        difference = fake_quantize(repeated, scale[..., None], zero_point[..., None], spec).sub_(values).abs_()
+        return (difference.pow_(power) * counts).sum(dim=-1)
 
     def shrink(low: Tensor, high: Tensor, at_low: bool, at_high: bool) -> tuple[Tensor, Tensor]:
-        best, best_low, best_high = error(low, high), low, high
-        for factor in factors[1:].tolist():
-            new_low, new_high = low * factor if at_low else low, high * factor if at_high else high
-            new = error(new_low, new_high)
-            better = new < best
-            best = torch.where(better, new, best)
-            best_low = torch.where(better, new_low, best_low)
-            best_high = torch.where(better, new_high, best_high)
-        return best_low, best_high
+        lows, highs = (
+            low * factors if at_low else low.expand(candidates, -1),
+            high * factors if at_high else high.expand(candidates, -1),
+        )
+        errors = torch.cat(
+            [error(some_low, some_high) for some_low, some_high in zip(lows.split(chunk), highs.split(chunk), strict=True)]
+        )
+        best = errors.argmin(dim=0, keepdim=True)
+        return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
     low, high = shrink(low, high, True, True)
     if not spec.symmetric:

@@ -87,7 +87,7 @@ def render_font(path: Path) -> np.ndarray | None:
     A font is refused when it is unreadable, lacks a letter, maps two letters to one picture, or draws (nearly) blank or black ones.
     """
     try:
-        with TTFont(path, fontNumber=0, lazy=True) as tables:
+        with path.open("rb") as file, TTFont(file, fontNumber=0, lazy=True) as tables:
             coverage = tables.getBestCmap() or {}
         if any(ord(letter) not in coverage for letter in LETTERS):
             return None

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.box import SIMPLE_HEAD
@@ -388,7 +389,7 @@ def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.set_xlabel("sampling steps done", color=GREY)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Relative L2 distance of the latents from full precision", loc="left", fontsize=11, color=INK)
     axes.grid(axis="y", which="major", color=RULE, linewidth=0.8)
     axes.tick_params(colors=GREY, which="both", length=0)

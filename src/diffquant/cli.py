@@ -124,7 +124,7 @@ def evaluate(
     known = reference in models.NAMES
     with _progress() as progress:
         report = dq.evaluate(
-            {Path(name).name: name for name in model},
+            _named(model),
             _load(reference),
             protocol=protocol,
             features=zoo.load("glyph-classifier") if known else None,
@@ -214,6 +214,12 @@ def _load(model: str) -> Any:
 
 def _protocol(**options: Any) -> dq.SamplingProtocol:
     return dq.SamplingProtocol(**options)
+
+
+def _named(folders: list[str]) -> dict[str, str]:
+    """Folders by their last name, or by the whole path where two share it."""
+    short = [Path(folder).name for folder in folders]
+    return dict(zip(short if len(set(short)) == len(short) else folders, folders, strict=True))
 
 
 def _lines(path: Path | None) -> tuple[str, ...] | None:

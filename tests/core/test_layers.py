@@ -396,11 +396,14 @@ def test_attention_outside_the_module_is_the_original(attention: nn.Module, oper
     assert torch.equal(functional.scaled_dot_product_attention(*operands), exact)
 
 
-def test_an_exception_inside_leaves_no_interception_behind(attention: nn.Module, operands: tuple[Tensor, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_inside_leaves_no_interception_behind(
+    attention: nn.Module, operands: tuple[Tensor, Tensor, Tensor], kind: type[BaseException]
+) -> None:
     switch(attention)
     exact = functional.scaled_dot_product_attention(*operands)
-    attention.fails = RuntimeError("inside")
-    with pytest.raises(RuntimeError, match="inside"):
+    attention.fails = kind("inside")
+    with pytest.raises(kind, match="inside"):
         attention(*operands)
     assert torch.equal(functional.scaled_dot_product_attention(*operands), exact)
     attention.fails = None

@@ -5,6 +5,8 @@
 
 `scale` and `zero_point` broadcast against `x`; both are float32, the zero point holding an integer. Gradients: rounding passes them
 straight through, clamping stops them, which makes the gradient of the scale that of LSQ (Esser et al. 2020, arXiv 1902.08153).
+*Differs*: values within half a step of a bound round first and are clamped then, as in BRECQ, so they count as clamped or not by
+their code; in LSQ by their value.
 What broadcasts against what is the business of ``quantizer.py``.
 """
 

@@ -5,11 +5,12 @@ No tensors here: a spec is a value that can be written in a recipe and read back
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 MIN_BITS, MAX_BITS = 2, 8
+RuleBits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | Literal["float"]
 
 
 class DiffquantError(ValueError):
@@ -106,12 +107,12 @@ class LayerRule(_Value):
     """
 
     match: str
-    weight_bits: int | Literal["float"] | None = None
-    input_bits: int | Literal["float"] | None = None
+    weight_bits: RuleBits | None = None
+    input_bits: RuleBits | None = None
     weight_symmetric: bool | None = None
     input_symmetric: bool | None = None
     weight_granularity: Literal["tensor", "channel"] | None = None
-    softmax_bits: int | Literal["float"] | None = None
+    softmax_bits: RuleBits | None = None
     split_skips: bool | None = None
     sets: int | None = None
     smooth: bool | None = None

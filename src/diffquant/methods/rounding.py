@@ -12,8 +12,10 @@ move alike; the papers' rates are absolute.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Literal, final
 
 import torch
@@ -40,6 +42,15 @@ from diffquant.core.surgery import Unit, full_precision, quantizers, switched, u
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What fitting a unit came to: its relative L2 error before and after, and the loss over the iterations in ten means."""
+
+    error_before: float
+    error_after: float
+    loss: list[float] = field(default_factory=list)
+
+
 class _UnitPass(Pass):
     """What both passes share: walking over the units in the order the model runs them, with quantized-prefix inputs."""
 
@@ -60,7 +71,7 @@ class _UnitPass(Pass):
         run: Run,
         label: str,
         prefix: Callable[[Quantizer], bool],
-        fit_unit: Callable[[Unit, UnitInputs, UnitInputs, int, Run], tuple[float, float]],
+        fit_unit: Callable[[Unit, UnitInputs, UnitInputs, int, Run], Fitted],
     ) -> Figures:
         """Fit every unit; `prefix` says which quantizers are on while inputs are recorded and the unit is fitted."""
         indices = data.subset(min(self.samples, len(data)), generator)
@@ -77,15 +88,15 @@ class _UnitPass(Pass):
                 if done is not None and done.exists():
                     tensors, metadata = load_tensors(done)
                     restore_quantizers(unit.module, tensors)
-                    before, after = float(metadata["before"]), float(metadata["after"])
+                    fitted = Fitted(**json.loads(metadata["fitted"]))
                 else:
                     with full_precision(model):
                         wanted = observe_unit(model, unit.module, data, indices, self.batch_size)
                     given = observe_unit(model, unit.module, data, indices, self.batch_size)
-                    before, after = fit_unit(unit, given, wanted, seed, here)
+                    fitted = fit_unit(unit, given, wanted, seed, here)
                     if done is not None:
-                        save_tensors(done, quantizer_state(unit.module), {"before": repr(before), "after": repr(after)})
-                rows.append({"layer": unit.name, "operand": "unit", "error_before": before, "error_after": after})
+                        save_tensors(done, quantizer_state(unit.module), {"fitted": json.dumps(asdict(fitted))})
+                rows.append({"layer": unit.name, "operand": "unit"} | asdict(fitted))
                 run.progress.advance(task)
             run.progress.remove_task(task)
         return {"layers": rows, "iterations": self.iterations, "samples": len(indices)}
@@ -115,11 +126,11 @@ class ReconstructRounding(_UnitPass):
             model, data, generator, run, "rounding", lambda quantizer: self.activations or quantizer.clock is None, self._fit_unit
         )
 
-    def _fit_unit(self, unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> tuple[float, float]:
+    def _fit_unit(self, unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> Fitted:
         learned = [layer for _, layer in unit.layers if layer.weight_quantizer is not None]
         before = _unit_error(unit, given, wanted, self.batch_size)
         if not learned:
-            return before, before
+            return Fitted(before, before)
         for layer in learned:
             quantizer = layer.weight_quantizer
             assert quantizer is not None
@@ -140,7 +151,7 @@ class ReconstructRounding(_UnitPass):
                 error = error + self.regularization * (1 - (2 * rectified_sigmoid(tensor) - 1).abs().pow(beta)).sum()
             return error
 
-        fit(
+        curve = fit(
             [(tensor, self.rate) for tensor in parameters],
             loss,
             iterations=self.iterations,
@@ -152,7 +163,7 @@ class ReconstructRounding(_UnitPass):
         for layer in learned:
             assert layer.weight_quantizer is not None
             layer.weight_quantizer.decide(smoothed_weight(layer).detach().float())
-        return before, _unit_error(unit, given, wanted, self.batch_size)
+        return Fitted(before, _unit_error(unit, given, wanted, self.batch_size), _thinned(curve))
 
 
 @final
@@ -172,7 +183,7 @@ class LearnScales(_UnitPass):
         """Learn the scales of every unit with all quantizers on. Raises `SpecError` where ranges were not calibrated."""
         return self._walk(model, data, generator, run, "scales", lambda quantizer: True, self._fit_unit)
 
-    def _fit_unit(self, unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> tuple[float, float]:
+    def _fit_unit(self, unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> Fitted:
         before = _unit_error(unit, given, wanted, self.batch_size)
         learned = [
             (quantizer, self.rate if quantizer.clock is not None else self.weight_rate)
@@ -180,7 +191,7 @@ class LearnScales(_UnitPass):
             if quantizer.clock is not None or self.weights
         ]
         if not learned:
-            return before, before
+            return Fitted(before, before)
         start = {quantizer: quantizer.scale.detach().clone() for quantizer, _ in learned}
 
         def loss(iteration: int, generator: torch.Generator) -> Tensor:
@@ -190,7 +201,7 @@ class LearnScales(_UnitPass):
             for quantizer, _ in learned:
                 quantizer.scale.clamp_(min=SMALLEST_SCALE)
 
-        fit(
+        curve = fit(
             [(quantizer.scale, rate * float(quantizer.scale.mean())) for quantizer, rate in learned],
             loss,
             iterations=self.iterations,
@@ -204,8 +215,8 @@ class LearnScales(_UnitPass):
         if after > before:  # a unit that learning made worse keeps the scales it came with
             for quantizer, _ in learned:
                 quantizer.scale.copy_(start[quantizer])
-            return before, before
-        return before, after
+            return Fitted(before, before, _thinned(curve))
+        return Fitted(before, after, _thinned(curve))
 
 
 def _in_order(model: nn.Module, found: list[Unit], data: Trajectory, kind: str) -> list[Unit]:
@@ -259,6 +270,10 @@ def _minibatch_error(
         keep = torch.rand(given.arguments[0][picked].shape, generator=generator) >= mix
     output = _call(unit, given, picked, wanted if keep is not None else None, keep)
     return lp_loss(output, [tensor[picked] for tensor in wanted.outputs], power)
+
+
+def _thinned(curve: list[float]) -> list[float]:
+    return [float(part.mean()) for part in torch.tensor(curve).tensor_split(min(10, len(curve)))]
 
 
 def _unit_error(unit: Unit, given: UnitInputs, wanted: UnitInputs, batch_size: int) -> float:

@@ -30,7 +30,11 @@ from diffquant.runtime.checkpoint import file_size, float32_size
 from diffquant.zoo import models
 from diffquant.zoo.data import render_letters
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+HELP = (
+    "Post-training quantization for diffusion models: calibrate on a pipeline's own sampling, pack, sample, compare. "
+    "A model is a directory, a hub id, or a reference model (glyph-ddim)."
+)
+app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 zoo_app = typer.Typer(help="Reference models that come with the package.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
 console = Console()
@@ -121,7 +125,7 @@ def evaluate(
 ) -> None:
     """Send the same noise through full precision and quantized models; write what was lost."""
     protocol = _protocol(samples=samples, steps=steps, seed=seed, sampler=sampler, eta=eta)
-    known = reference in models.NAMES
+    known = reference in models.PIPELINES
     with _progress() as progress:
         report = dq.evaluate(
             _named(model),
@@ -198,14 +202,14 @@ def main() -> None:
 
 def _load(model: str) -> Any:
     """A pipeline by directory, hub id, or zoo name."""
-    if model in models.NAMES:
+    if model in models.PIPELINES:
         return zoo.load(model)
     if Path(model).is_dir():
         return dq.load(model)
     try:
         return DiffusionPipeline.from_pretrained(model)
     except (OSError, ValueError) as error:
-        known = ", ".join(models.NAMES)
+        known = ", ".join(models.PIPELINES)
         reason = str(error).strip().splitlines()[0]
         raise DiffquantError(
             f"model {model!r}: no directory, no reference model ({known}), and not loaded as a hub id: {reason}"

@@ -17,6 +17,7 @@ from diffquant.core.surgery import PlannedLayer, plan
 from diffquant.recipe import Recipe
 from diffquant.runtime.packing import packed_size
 
+TIMED_ROWS = 4  # samples in the timed call for every one of the pipeline's
 TIMED_CALLS = 3  # calls of the denoiser whose fastest is taken
 
 
@@ -43,7 +44,7 @@ def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
     """Plan `recipe` for the denoiser of `pipe` without changing it; the pipeline is run as far as its first denoiser call."""
     _, model = find_denoiser(pipe)
     rows = plan(model, recipe.layers)
-    arguments = first_call(pipe)
+    arguments = {name: _repeated(value) for name, value in first_call(pipe).items()}
     operations, activations, seconds = _measure(model, arguments)
     total = sum(operations.values()) or 1
     rows_per_call = max(value.shape[0] for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1)
@@ -60,6 +61,13 @@ def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
         memory_bytes=int(1.25 * parameters + 4 * largest + 2 * kept * activations / rows_per_call),
         seconds=forwards * seconds / rows_per_call,
     )
+
+
+def _repeated(value: Any) -> Any:
+    """A batched tensor with every row repeated, so that the timed call is of a batch, as calibration's are."""
+    if isinstance(value, dict):
+        return {name: _repeated(member) for name, member in value.items()}
+    return value.repeat_interleave(TIMED_ROWS, dim=0) if isinstance(value, Tensor) and value.dim() > 0 else value
 
 
 def first_call(pipe: Pipeline) -> dict[str, Any]:
@@ -80,7 +88,7 @@ def first_call(pipe: Pipeline) -> dict[str, Any]:
 
 
 def _measure(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, int], int, float]:
-    """Multiply-accumulates by layer, bytes of the largest input and output of a module, and seconds of one call."""
+    """Multiply-accumulates of one call by layer, bytes of the largest input and output of a module, and seconds of one call."""
     operations: dict[str, int] = {}
     largest = 0
 

@@ -25,7 +25,8 @@ from diffquant.evaluation.metrics import confidence
 from diffquant.zoo.data import LETTERS, Letters
 from diffquant.zoo.train import classification_loss, denoising_loss, train
 
-NAMES = ("glyph-ddim", "glyph-classifier")
+PIPELINES = ("glyph-ddim",)
+NAMES = (*PIPELINES, "glyph-classifier")
 FEATURES = 64  # width of the classifier's penultimate layer, the feature space of FID and KID
 STATISTICS = "letters.safetensors"
 DEFAULT_STEPS = {"glyph-ddim": 4000, "glyph-classifier": 2000}

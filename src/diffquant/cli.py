@@ -23,6 +23,7 @@ from diffquant import zoo
 from diffquant.core.spec import AttentionSpec, DiffquantError, LayerSpec
 from diffquant.demo import run_demo
 from diffquant.evaluation import report as reports
+from diffquant.evaluation.inception import InceptionFeatures
 from diffquant.evaluation.metrics import to_uint8
 from diffquant.evaluation.sampling import OnProgress, sample
 from diffquant.recipe import shipped
@@ -122,16 +123,18 @@ def evaluate(
     seed: Seed = 0,
     sampler: Annotated[str, typer.Option(help="ddim, ddpm, pndm, dpm-solver++, euler, unipc, or pipeline (its own).")] = "pipeline",
     eta: Annotated[float, typer.Option(help="Share of the noise that DDIM injects, 0 to 1.")] = 0.0,
+    inception: Annotated[Path | None, typer.Option(help="Inception weights for FID and KID, see docs/evaluation.md.")] = None,
 ) -> None:
     """Send the same noise through full precision and quantized models; write what was lost."""
     protocol = _protocol(samples=samples, steps=steps, seed=seed, sampler=sampler, eta=eta)
-    known = reference in models.PIPELINES
+    known = reference in models.PIPELINES and inception is None
+    features = zoo.load("glyph-classifier") if known else InceptionFeatures.from_file(inception) if inception else None
     with _progress() as progress:
         report = dq.evaluate(
             _named(model),
             _load(reference),
             protocol=protocol,
-            features=zoo.load("glyph-classifier") if known else None,
+            features=features,
             data=zoo.load_statistics() if known else None,
             out=out,
             progress=progress,

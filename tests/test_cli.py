@@ -45,7 +45,6 @@ def test_quantize_sample_and_evaluate(name, recording, tmp_path, capsys):
     assert run("sample", out, "--out", tmp_path / "grid.png", "--count", 2, "--steps", 2) == 0
     assert (tmp_path / "grid.png").stat().st_size > 0
     report = tmp_path / "report"
-    # FID needs more samples than features: without it the command has to say so
     code = run("evaluate", out, "--reference", "glyph-ddim", "--out", report, "--samples", 70, "--steps", 2)
     assert code == 0
     assert {path.name for path in report.iterdir()} == {"report.json", "report.md", "pairs.png", "drift.png"}

@@ -6,8 +6,6 @@ A model is a directory, a hub id, or the name of a reference model (``glyph-ddim
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,17 +13,16 @@ import typer
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import diffquant as dq
 from diffquant import zoo
 from diffquant.core.spec import AttentionSpec, DiffquantError, LayerSpec
-from diffquant.demo import run_demo
+from diffquant.demo import progress_bars, run_demo
 from diffquant.evaluation import report as reports
 from diffquant.evaluation.inception import InceptionFeatures
 from diffquant.evaluation.metrics import to_uint8
-from diffquant.evaluation.sampling import OnProgress, sample
+from diffquant.evaluation.sampling import sample
 from diffquant.recipe import shipped
 from diffquant.runtime.checkpoint import file_size, float32_size
 from diffquant.zoo import models
@@ -107,7 +104,7 @@ def sample_pictures(
     """Draw pictures with a pipeline, quantized or not."""
     protocol = _protocol(samples=count, steps=steps, seed=seed, sampler=sampler, batch_size=min(count, 16))
     pipe = _load(model)
-    with _progress() as progress:
+    with progress_bars(console) as progress:
         drawn = sample(pipe, protocol, progress=progress)
     reports.draw_grid(to_uint8(drawn.pictures).numpy()).save(out)
     console.print(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each")
@@ -129,7 +126,7 @@ def evaluate(
     protocol = _protocol(samples=samples, steps=steps, seed=seed, sampler=sampler, eta=eta)
     known = reference in models.PIPELINES and inception is None
     features = zoo.load("glyph-classifier") if known else InceptionFeatures.from_file(inception) if inception else None
-    with _progress() as progress:
+    with progress_bars(console) as progress:
         report = dq.evaluate(
             _named(model),
             _load(reference),
@@ -244,18 +241,3 @@ def _describe(spec: LayerSpec | AttentionSpec | None) -> tuple[str, str]:
         return f"softmax {spec.softmax or 'float'}", f"q, k, v {spec.query or 'float'}"
     splits = f" split {'+'.join(map(str, spec.splits))}" if spec.splits else ""
     return str(spec.weight or "float"), f"{spec.input or 'float'}{splits}"
-
-
-@contextmanager
-def _progress() -> Iterator[OnProgress]:
-    """A progress bar as the evaluation reports to it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done)
-
-        yield show

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from diffquant import zoo
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.trajectory import record
 from diffquant.evaluation import report as reports
 from diffquant.evaluation.evaluate import evaluate
-from diffquant.evaluation.sampling import SamplingProtocol
+from diffquant.evaluation.sampling import OnProgress, SamplingProtocol
 from diffquant.recipe import load_recipe, quantize
 from diffquant.runtime.checkpoint import save
 
@@ -54,15 +56,7 @@ def run_demo(out: Path, seed: int, console: Console) -> None:
         report.write(out / name / "quantization.json")
         checkpoints[name] = out / name
         console.print(f"  {name}: packed checkpoint in {out / name}, after {time.monotonic() - begun:.0f} s", highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks = {}
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done)
-
+    with progress_bars(console) as show:
         result = evaluate(
             dict(checkpoints),
             pipe,
@@ -75,3 +69,18 @@ def run_demo(out: Path, seed: int, console: Console) -> None:
     console.print(reports.table(result))
     console.print(f"pictures: {out / 'pairs.png'}, drift: {out / 'drift.png'}, report: {out / 'report.md'}")
     console.print(f"{time.monotonic() - begun:.0f} s in all")
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[OnProgress]:
+    """A bar for everything that is sampled, as the evaluation reports it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield show

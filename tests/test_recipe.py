@@ -14,6 +14,7 @@ from tests import pipelines
 RANGES = ("passes.0.samples=8", "passes.0.candidates=8")
 LEARNED = (*RANGES, *(f"passes.{index}.{option}" for index in (1, 2) for option in ("samples=8", "iterations=2")))
 QUICK = {"minmax": ("passes.0.samples=8",), "mse": RANGES, "brecq": LEARNED, "q-diffusion": LEARNED}
+QUICK["accuquant"] = (*LEARNED[:4], "passes.2.iterations=2")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_every_recipe_takes_all_bits(name, bits):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("brec-w4a8", (), "recipe 'brec-w4a8': unknown; allowed are brecq, .* did you mean \"brecq\""),
+        ("brec-w4a8", (), "recipe 'brec-w4a8': unknown; allowed are accuquant, brecq, .* did you mean \"brecq\""),
         ("brecq-w9a8", (), "9 bits for weights; allowed are 2 to 8, or 32"),
         ("brecq-w4a1", (), "1 bits for activations; allowed are 2 to 8, or 32"),
         ("nowhere.yaml", (), "recipe 'nowhere.yaml': no such file"),

@@ -172,12 +172,13 @@ def zoo_train(
     out: Annotated[Path, typer.Option(help="Folder of the trained model and of the training state; a killed run goes on.")],
     steps: Annotated[int | None, typer.Option(help="Training steps (default: those of the shipped model).")] = None,
     seed: Seed = 0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Train glyph-ddim compiled: faster, needs a C++ compiler.")] = False,
 ) -> None:
     """Train a reference model on letters rendered from the installed fonts."""
     models.check_name(name)
     letters = render_letters()
     console.print(f"{len(letters.labels)} letters of {len(letters.names)} fonts, sha256 {letters.digest()[:16]}")
-    console.print_json(data=models.train_model(name, letters, out, steps, seed))
+    console.print_json(data=models.train_model(name, letters, out, steps, seed, compiled))
 
 
 @app.command()

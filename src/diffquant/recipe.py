@@ -27,6 +27,7 @@ from diffquant.calibration.observe import find_denoiser
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import LayerRule, RecipeError, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, freeze, plan, prepare
+from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
@@ -35,6 +36,7 @@ PASSES: dict[str, type[Pass]] = {
     "CalibrateRanges": CalibrateRanges,
     "ReconstructRounding": ReconstructRounding,
     "LearnScales": LearnScales,
+    "AccuQuant": AccuQuant,
 }
 FLOAT_BITS = 32
 _NAME = re.compile(r"(?P<method>.+)-w(?P<weights>\d+)a(?P<activations>\d+)")

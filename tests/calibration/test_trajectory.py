@@ -365,7 +365,7 @@ def test_truncated_missing_and_wrong_files_are_refused(ddim, tmp_path):
 
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(CalibrationError, match="format_version is 99; 1 is supported"):
+    with pytest.raises(CalibrationError, match="format_version is 99; 2 is supported"):
         Trajectory.open(tmp_path)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(CalibrationError, match="not a recording's manifest"):

@@ -86,6 +86,7 @@ def fit(
 ) -> list[float]:
     """Minimise `loss(iteration, generator)` over `parameters`, pairs of a leaf tensor and its peak rate; return the loss curve.
 
+    A loss that has no graph has put the gradients into the parameters' ``grad`` itself, and is only reported.
     The tensors need not be `nn.Parameter`: they require a gradient while the loop runs and are plain again afterwards. Where `run`
     has a folder the state (parameters, optimizer, `also_kept` tensors, loss curve) is saved there every `save_every` iterations and
     picked up by the next call. `after_step` runs without gradients, after each update, to project parameters.
@@ -106,12 +107,13 @@ def fit(
         for iteration in range(len(curve), iterations):
             for group, (_, rate) in zip(optimizer.param_groups, parameters, strict=True):
                 group["lr"] = rate * schedule(iteration, iterations)
+            optimizer.zero_grad()
             with torch.enable_grad():
                 value = loss(iteration, iteration_generator(seed, iteration))
             if not torch.isfinite(value):
                 raise CalibrationError(f"{label}: loss is {value.item()} at iteration {iteration}; lower the rate")
-            optimizer.zero_grad()
-            value.backward()
+            if value.requires_grad:
+                value.backward()
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(tensors, clip_norm)
             optimizer.step()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diffquant.core.spec import CalibrationError
 
 Pipeline: TypeAlias = Any  # a DiffusionPipeline: its components are attributes that its class does not declare
+OnStep: TypeAlias = Callable[[Tensor, Any, Tensor, Tensor, dict[str, Any]], None]
 
 DENOISER_NAMES = ("unet", "transformer")  # components that predict the noise, in diffusers' naming
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")  # 90 of the 99 denoisers of diffusers 0.42.1 use the first
@@ -108,14 +109,14 @@ def observe(
     pipe: Pipeline,
     *,
     on_call: Callable[[dict[str, Any], Tensor], None] | None = None,
-    on_step: Callable[[Tensor, Any, Tensor, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Iterator[None]:
     """Report every denoiser forward and every scheduler step while the block runs.
 
     `on_call(arguments, output)`: arguments by the parameter names of the denoiser's forward, only those the pipeline passed;
-    output is the predicted tensor. `on_step(model_output, timestep, sample, prev_sample)`: as the scheduler saw and returned
-    them. Tensors are those of the pipeline, not copies. The scheduler is the object the pipeline holds at entry: one that
-    it builds later is not observed.
+    output is the predicted tensor. `on_step(model_output, timestep, sample, prev_sample, options)`: as the scheduler saw and
+    returned them, and whatever else it was called with. Tensors are those of the pipeline, not copies. The scheduler is the
+    object the pipeline holds at entry: one that it builds later is not observed.
 
     Raises CalibrationError for a scheduler whose `step` is not (model_output, timestep, sample, ...).
     """
@@ -135,7 +136,7 @@ def _observed_calls(pipe: Pipeline, on_call: Callable[[dict[str, Any], Tensor], 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = dict(signature.bind(*args, **kwargs).arguments)
         arguments.update(arguments.pop(extra, {}) if extra else {})
-        on_call(arguments, _predicted(module, output))
+        on_call(arguments, predicted(module, output))
 
     handle = denoiser.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -144,7 +145,7 @@ def _observed_calls(pipe: Pipeline, on_call: Callable[[dict[str, Any], Tensor], 
         handle.remove()
 
 
-def _predicted(module: nn.Module, output: Any) -> Tensor:
+def predicted(module: nn.Module, output: Any) -> Tensor:
     """The tensor in what a denoiser returned: `.sample` of its output class, or the first of a tuple."""
     if isinstance(output, tuple):
         output = output[0]
@@ -155,7 +156,9 @@ def _predicted(module: nn.Module, output: Any) -> Tensor:
 
 
 @contextmanager
-def _observed_steps(pipe: Pipeline, on_step: Callable[[Tensor, Any, Tensor, Tensor], None] | None) -> Iterator[None]:
+def _observed_steps(
+    pipe: Pipeline, on_step: Callable[[Tensor, Any, Tensor, Tensor, dict[str, Any]], None] | None
+) -> Iterator[None]:
     if on_step is None:
         yield
         return
@@ -174,7 +177,8 @@ def _observed_steps(pipe: Pipeline, on_step: Callable[[Tensor, Any, Tensor, Tens
         result = original(*args, **kwargs)
         arguments = signature.bind(*args, **kwargs).arguments
         prev_sample = result.prev_sample if hasattr(result, "prev_sample") else result[0]
-        on_step(arguments["model_output"], arguments["timestep"], arguments["sample"], prev_sample)
+        options = {name: value for name, value in arguments.items() if name not in STEP_ARGUMENTS}
+        on_step(arguments["model_output"], arguments["timestep"], arguments["sample"], prev_sample, options)
         return result
 
     outer = vars(scheduler).get("step")  # of another observer or of a sampling-time correction

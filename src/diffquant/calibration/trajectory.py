@@ -44,12 +44,28 @@ from diffquant.calibration.observe import (
 )
 from diffquant.core.spec import CalibrationError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # suffix of a file that is being written
 GIB = 2**30
 
 Run: TypeAlias = Callable[[Pipeline, torch.Generator, int], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedStep:
+    """One `scheduler.step` of n trajectories; `options` are the other plain values that it was called with, such as ``eta``."""
+
+    model_output: Float[Tensor, "n *output"]
+    timestep: Tensor
+    sample: Float[Tensor, "n *shape"]
+    prev_sample: Float[Tensor, "n *shape"]
+    options: dict[str, Any]
+
+    def to(self, device: torch.device) -> RecordedStep:
+        """The same step with its tensors on `device` (the timestep stays where schedulers look it up)."""
+        moved = {name: getattr(self, name).to(device) for name in ("model_output", "sample", "prev_sample")}
+        return dataclasses.replace(self, **moved)
 
 
 def model_hash(model: nn.Module) -> str:
@@ -217,6 +233,7 @@ class _Batch:
         self.tensors: dict[str, Tensor] = {}
         self.calls: list[dict[str, Any]] = []
         self.steps: list[dict[str, str]] = []
+        self.step_options: list[dict[str, Any]] = []
 
     def add_call(self, arguments: dict[str, Any], output: Tensor) -> None:
         where = f"call {len(self.calls)} of batch {self.number} of {self.denoiser_name}"
@@ -246,7 +263,9 @@ class _Batch:
             }
         )
 
-    def add_step(self, model_output: Tensor, timestep: Any, sample: Tensor, prev_sample: Tensor) -> None:
+    def add_step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, prev_sample: Tensor, options: Mapping[str, Any]
+    ) -> None:
         self._require_finite(prev_sample, f"step {len(self.steps)} of batch {self.number}", "prev_sample")
         step = {
             "model_output": model_output,
@@ -255,6 +274,7 @@ class _Batch:
             "prev_sample": prev_sample,
         }
         self.steps.append({name: self._keep(value) for name, value in step.items()})
+        self.step_options.append({name: value for name, value in options.items() if name != "return_dict" and _is_json(value)})
         if self.budget:
             self.budget.after_step(len(self.steps), self._size())
 
@@ -269,7 +289,7 @@ class _Batch:
             self.budget.require(self._size())
 
     def write(self, path: Path) -> None:
-        layout = json.dumps({"calls": self.calls, "steps": self.steps})
+        layout = json.dumps({"calls": self.calls, "steps": self.steps, "step_options": self.step_options})
         with _renamed_when_done(path) as partial:
             save_file(self.tensors, partial, metadata={"layout": layout})
 
@@ -429,6 +449,33 @@ class Trajectory:
             raise CalibrationError(f"steps: batch {batch_index} asked; 0 to {self.batches - 1} are recorded in {self.folder}")
         steps = self._layouts[batch_index]["steps"]
         return [{name: self._tensor(batch_index, key).clone() for name, key in step.items()} for step in steps]
+
+    @property
+    def step_count(self) -> int:
+        """Number of scheduler steps of a trajectory."""
+        return len(self._layouts[0]["steps"])
+
+    def step(self, trajectories: Int[Tensor, " n"], number: int) -> RecordedStep:
+        """Scheduler step `number` (0 is the noisiest) of the trajectories, in order.
+
+        Raises CalibrationError for numbers out of range, or if the trajectories' batches were sampled at different timesteps.
+        """
+        calibration = self.manifest["calibration"]
+        inside = len(trajectories) and int(trajectories.min()) >= 0 and int(trajectories.max()) < calibration["samples"]
+        if not inside or not 0 <= number < self.step_count:
+            raise CalibrationError(f"step: {self.step_count} steps of {calibration['samples']} trajectories are in {self.folder}")
+        size = calibration["batch_size"]
+        places = [(j // size, j % size) for j in trajectories.tolist()]
+        batches = sorted({b for b, _ in places})
+        names = {b: self._layouts[b]["steps"][number] for b in batches}
+        options = self._layouts[batches[0]]["step_options"][number]
+        timestep = self._tensor(batches[0], names[batches[0]]["timestep"])
+        if any(not torch.equal(self._tensor(b, names[b]["timestep"]), timestep) for b in batches):
+            raise CalibrationError(f"step: step {number} was taken at several timesteps in {self.folder}; record one timetable")
+        rows = {
+            name: self._rows([(b, names[b][name], row) for b, row in places]) for name in ("model_output", "sample", "prev_sample")
+        }
+        return RecordedStep(timestep=timestep, options=options, **rows)
 
     def _tensor(self, batch: int, key: str) -> Tensor:
         tensor: Tensor = self._files[batch].get_tensor(key)

@@ -242,7 +242,7 @@ def sample_pipeline(
     """
     latest: StepResult | None = None
 
-    def observed(prediction: Tensor, timestep: Any, before: Tensor, after: Tensor) -> None:
+    def observed(prediction: Tensor, timestep: Any, before: Tensor, after: Tensor, options: dict[str, Any]) -> None:
         nonlocal latest
         before, prediction, after = (_without_guidance_half(x, len(indices)) for x in (before, prediction, after))
         latest = StepResult(latest.step + 1 if latest else 0, float(timestep), before, prediction, after)

@@ -1,0 +1,340 @@
+"""Several denoising steps in a row, from a recorded latent, through the model as it is switched and the pipeline's own scheduler.
+
+Everything a step needs is read from the recording: conditions, timesteps, what the pipeline passed to ``scheduler.step``, how the
+halves of a guided call were combined, and the noise the scheduler injected. The scheduler is built from its recorded configuration;
+the history that multistep solvers keep is rebuilt by stepping it along the recorded trajectory. None of this is trusted:
+`Rollout.verify` replays recorded stretches in full precision, and refuses where they do not come out as recorded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import diffusers
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diffquant.calibration.observe import predicted
+from diffquant.calibration.trajectory import RecordedStep, Trajectory
+from diffquant.core.spec import CalibrationError
+from diffquant.core.surgery import full_precision
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # relative L2 of a replayed stretch; other dtypes: HALF_TOLERANCE
+HALF_TOLERANCE = 5e-2
+VERIFIED_STEPS = 5  # of the replayed stretches: one at the start, one in the middle, one at the end
+
+State = Mapping[str, Any]  # the attributes of a scheduler; lists are copies
+Key = tuple[str, int | None]  # a tensor of a state: its attribute, and its place in it where that is a list
+
+
+class Rollout:
+    """Chains of steps through `model`, along the trajectories of `data`. `guidance[k]` weighs a guided call's second half.
+
+    Raises `CalibrationError`, naming pipeline and scheduler, where the recording cannot be replayed.
+    """
+
+    def __init__(self, model: nn.Module, data: Trajectory) -> None:
+        self.model, self.data = model, data
+        self.where = f"{data.manifest['pipeline']} with {data.manifest['scheduler']['class']}"
+        self.steps: int = data.step_count
+        self.scheduler = self._build_scheduler()
+        self._initial = snapshot(self.scheduler)
+        self._rows = self._rows_of_calls()
+        self._input_name = next(iter(inspect.signature(model.forward).parameters))
+        probe = torch.arange(self._rows.shape[1])[: data.manifest["calibration"]["batch_size"]]
+        recorded = [data.step(probe, k) for k in range(self.steps)]
+        self._stochastic = self._injects_noise(recorded)
+        self._stateful = self._keeps_history(recorded)
+        self.guidance = [self._guidance_weight(step, probe, k) for k, step in enumerate(recorded)]
+
+    @property
+    def trajectories(self) -> int:
+        """Number of recorded trajectories."""
+        return self._rows.shape[1]
+
+    def segments(self, steps_per_segment: int) -> list[range]:
+        """The sampling steps cut into consecutive segments of equal length; the last may be shorter."""
+        return [range(k, min(k + steps_per_segment, self.steps)) for k in range(0, self.steps, steps_per_segment)]
+
+    def chain(self, trajectories: Int[Tensor, " n"], steps: range) -> Chain:
+        """The steps `steps` of the recorded `trajectories`."""
+        return Chain(self, trajectories, steps, self._state_before(trajectories, steps.start))
+
+    def through(self, model: nn.Module) -> Rollout:
+        """The same recording through another model: one that takes the same calls, such as the quantized one after `freeze`."""
+        other = object.__new__(Rollout)
+        vars(other).update(vars(self) | {"model": model})
+        return other
+
+    def verify(self) -> None:
+        """Replay recorded stretches in full precision. Raises `CalibrationError` where they do not come out as recorded."""
+        probe = torch.arange(min(self.trajectories, self.data.manifest["calibration"]["batch_size"]))
+        middle, last = self.steps // 2, max(0, self.steps - VERIFIED_STEPS)
+        if self._stochastic:
+            self._check_additive(probe)
+        for start in sorted({0, middle, last}):
+            chain = self.chain(probe, range(start, min(start + VERIFIED_STEPS, self.steps)))
+            with full_precision(self.model):
+                end, _ = chain.run()
+            wanted = chain.recorded(len(chain.steps))
+            error = float((end[-1] - wanted).norm() / wanted.norm().clamp(min=1e-12))
+            dtype = self.data.step(probe[:1], start).sample.dtype
+            if not error <= TOLERANCE.get(dtype, HALF_TOLERANCE):
+                raise CalibrationError(
+                    f"{self.where}: steps {start} to {chain.steps.stop - 1} replayed from the recording end {error:.2g} (relative) "
+                    f"away from what was recorded; use a recipe that matches single steps"
+                )
+
+    def _build_scheduler(self) -> Any:
+        described = self.data.manifest["scheduler"]
+        kind = getattr(diffusers, described["class"], None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise CalibrationError(f"{self.where}: the scheduler is not one of diffusers'; its steps cannot be replayed")
+        scheduler: Any = kind.from_config(described["config"])  # type: ignore[attr-defined]
+        scheduler.set_timesteps(self.data.manifest["calibration"]["steps"])
+        first = torch.zeros(1, dtype=torch.long)
+        recorded = [float(self.data.step(first, k).timestep) for k in range(self.steps)]
+        if scheduler.timesteps.double().tolist() != recorded:
+            raise CalibrationError(
+                f"{self.where}: the recorded timesteps are not those of the scheduler's set_timesteps; they cannot be replayed"
+            )
+        return scheduler
+
+    def _rows_of_calls(self) -> Int[Tensor, "steps trajectories halves"]:
+        """The recording's rows for every step and trajectory: one, or two where a guided call has a doubled batch."""
+        call, trajectory, batch = self.data.call_of(), self.data.trajectory_of(), self.data.batch_of()
+        size, samples = (self.data.manifest["calibration"][name] for name in ("batch_size", "samples"))
+        half = self.data.row_of() // (samples - batch * size).clamp(max=size)
+        halves = int(half.max()) + 1
+        rows = torch.full((int(call.max()) + 1, samples, halves), -1)
+        rows[call, trajectory, half] = torch.arange(len(self.data))
+        if len(rows) != self.steps or halves > 2 or bool((rows < 0).any()):
+            raise CalibrationError(
+                f"{self.where}: {len(rows)} calls of the denoiser with up to {halves} rows a sample for {self.steps} steps; "
+                f"only one call a step, with one row a sample or two for guidance, can be replayed"
+            )
+        return rows
+
+    def _guidance_weight(self, step: RecordedStep, trajectories: Tensor, k: int) -> float:
+        """The w for which first + w (second - first) of the recorded halves is what reached the scheduler (least squares).
+
+        Raises `CalibrationError` where no w gives it.
+        """
+        if self._rows.shape[2] == 1:
+            return 1.0
+        _, output = self.data.batch(self._rows[k, trajectories].T.reshape(-1))
+        first, second = _leading_channels(output, step.model_output).double().chunk(2)
+        between, wanted = second - first, step.model_output.double() - first
+        weight = float((between * wanted).sum() / between.square().sum().clamp(min=1e-30))
+        weight = float(f"{weight:.5g}")  # users give a few digits; the rest is rounding
+        missed = float((wanted - weight * between).norm() / step.model_output.double().norm().clamp(min=1e-30))
+        if missed > (1e-5 if step.model_output.dtype in TOLERANCE else HALF_TOLERANCE):
+            raise CalibrationError(
+                f"{self.where}: the guided prediction of step {k} is {missed:.2g} (relative) away from every weighted sum of its "
+                f"halves; only such sums can be replayed; sample without guidance_rescale and the like"
+            )
+        return weight
+
+    def _injects_noise(self, recorded: list[RecordedStep]) -> bool:
+        """Whether the recorded steps hold more than the scheduler's step without noise."""
+        self._stochastic = False
+        state = self._initial
+        for step in recorded:
+            prev_sample, state = self._step(step.model_output, step.sample, step, state)
+            if not torch.allclose(prev_sample, step.prev_sample, rtol=1e-4, atol=1e-4):
+                return True
+        return False
+
+    def _keeps_history(self, recorded: list[RecordedStep]) -> bool:
+        """Whether a step depends on the steps before it, found by leaving them out."""
+        state = self._initial
+        for step in recorded:
+            model_output, sample = step.model_output[:1], step.sample[:1]
+            try:
+                alone, _ = self._step(model_output, sample, step, self._initial)
+            except Exception:  # a scheduler that cannot start in the middle says so in its own ways
+                return True
+            prev_sample, state = self._step(model_output, sample, step, state)
+            if not torch.equal(alone, prev_sample):
+                return True
+        return False
+
+    def _check_additive(self, trajectories: Tensor) -> None:
+        """Raise `CalibrationError` unless the noise that the scheduler injects is added, whatever the latent and the prediction."""
+        step = self.data.step(trajectories, self.steps // 2)
+        state = self._state_before(trajectories, self.steps // 2)
+        noise = torch.randn(step.sample.shape, generator=torch.Generator().manual_seed(0)).to(step.sample.dtype)
+        added = []
+        for factor in (1.0, 0.5):
+            mean, _ = self._step(step.model_output * factor, step.sample, step, state)
+            drawn, _ = self._step(step.model_output * factor, step.sample, step, state, noise)
+            added.append(drawn - mean)
+        if not torch.allclose(added[0], added[1], rtol=1e-3, atol=1e-3):
+            raise CalibrationError(
+                f"{self.where}: the noise that the scheduler injects depends on the prediction; it cannot be replayed"
+            )
+
+    def _state_before(self, trajectories: Tensor, k: int) -> State:
+        """The scheduler's state before step `k` of the recorded trajectories."""
+        state = self._initial
+        if self._stateful:
+            with torch.no_grad():
+                for j in range(k):
+                    step = self.data.step(trajectories, j).to(self._device)
+                    _, state = self._step(step.model_output, step.sample, step, state)
+        return state
+
+    @property
+    def _device(self) -> torch.device:
+        return next((tensor.device for tensor in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
+
+    def _step(
+        self, model_output: Tensor, sample: Tensor, recorded: RecordedStep, state: State, noise: Tensor | float = 0.0
+    ) -> tuple[Tensor, State]:
+        """The scheduler's own step from `state`, with `noise` in place of what it would draw, and the state it leaves."""
+        scheduler = self.scheduler
+        restore(scheduler, state)
+        with _noise_is(scheduler, noise):
+            scheduler.scale_model_input(sample, recorded.timestep)  # some schedulers insist on it before a step
+            result = scheduler.step(model_output, recorded.timestep, sample, **recorded.options)
+        return result.prev_sample, snapshot(scheduler)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Consecutive steps of a batch of trajectories. Latents are ``[n, ...]``; step i of the chain is sampling step `steps[i]`."""
+
+    rollout: Rollout
+    trajectories: Int[Tensor, " n"]
+    steps: range
+    state: State
+
+    def recorded(self, i: int) -> Float[Tensor, "n ..."]:
+        """The recorded full-precision latent before step `i`, or after the last step for ``i == len(steps)``, float32 or wider."""
+        last = i == len(self.steps)
+        step = self.rollout.data.step(self.trajectories, self.steps[i - 1 if last else i])
+        latent = step.prev_sample if last else step.sample
+        return latent.to(self.rollout._device, torch.promote_types(latent.dtype, torch.float32))
+
+    def predict(self, latent: Float[Tensor, "n ..."], i: int, state: State) -> Tensor:
+        """What reaches the scheduler at step `i` for `latent`: the model's output, guided as the pipeline guided it."""
+        rollout, k = self.rollout, self.steps[i]
+        arguments, _ = rollout.data.batch(rollout._rows[k, self.trajectories].T.reshape(-1))
+        arguments = {name: _moved(value, rollout._device) for name, value in arguments.items()}
+        given = arguments[rollout._input_name]
+        restore(rollout.scheduler, state)
+        scaled = rollout.scheduler.scale_model_input(latent, self._recorded_step(i).timestep).to(given.dtype)
+        halves = rollout._rows.shape[2]
+        doubled = torch.cat([scaled] * halves) if halves > 1 else scaled
+        beside = given[:, latent.shape[1] :]  # channels that are not the latent's, such as a mask
+        arguments[rollout._input_name] = torch.cat([doubled, beside], dim=1) if beside.shape[1] else doubled
+        output = _leading_channels(predicted(rollout.model, rollout.model(**arguments)), self._recorded_step(i).model_output)
+        if halves == 1:
+            return output
+        first, second = output.chunk(2)
+        return first + rollout.guidance[k] * (second - first)
+
+    def step(self, model_output: Tensor, latent: Tensor, i: int, state: State) -> tuple[Tensor, State]:
+        """Latent and scheduler state after step `i`, with the noise that was injected when it was recorded; differentiable."""
+        recorded = self._recorded_step(i)
+        prev_sample, after = self.rollout._step(model_output, latent, recorded, state)
+        return prev_sample + self._noise(i) if self.rollout._stochastic else prev_sample, after
+
+    def run(self, start: Tensor | None = None, steps: int | None = None) -> tuple[list[Tensor], list[State]]:
+        """Latents and scheduler states before the first and after each of the first `steps` steps (default: all).
+
+        No gradients are kept. `start` replaces the recorded latent.
+        """
+        latents, states = [self.recorded(0) if start is None else start], [self.state]
+        with torch.no_grad():
+            for i in range(len(self.steps) if steps is None else steps):
+                output = self.predict(latents[i], i, states[i])
+                latent, state = self.step(output, latents[i], i, states[i])
+                latents.append(latent)
+                states.append(state)
+        return latents, states
+
+    def _recorded_step(self, i: int) -> RecordedStep:
+        return self.rollout.data.step(self.trajectories, self.steps[i]).to(self.rollout._device)
+
+    def _noise(self, i: int) -> Tensor:
+        """What the scheduler injected at step `i`: what the recorded step has beyond the step without noise."""
+        step = self._recorded_step(i)
+        with torch.no_grad():
+            state = self.rollout._state_before(self.trajectories, self.steps[i])
+            mean, _ = self.rollout._step(step.model_output, step.sample, step, state)
+        return step.prev_sample - mean
+
+
+def snapshot(scheduler: Any) -> State:
+    """The scheduler's state: its attributes, lists copied."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()}
+
+
+def restore(scheduler: Any, state: State) -> None:
+    """Put back a `snapshot`; the scheduler may go on changing its lists, and the latents in it (PNDM adds to one in place)."""
+    vars(scheduler).clear()
+    vars(scheduler).update({name: _own(value) for name, value in state.items()})
+
+
+def _own(value: Any) -> Any:
+    """A copy of a list and of what is shaped like a batch; a copied tensor keeps its graph."""
+    if isinstance(value, list):
+        return [_own(member) for member in value]
+    return value.clone() if isinstance(value, Tensor) and value.dim() > 1 else value
+
+
+def history(state: State, shape: torch.Size) -> dict[Key, Tensor]:
+    """The tensors of a state that have the shape of the latent: what a multistep solver remembers of earlier steps."""
+    entries: list[tuple[Key, Any]] = []
+    for name, value in state.items():
+        entries += [((name, j), member) for j, member in enumerate(value)] if isinstance(value, list) else [((name, None), value)]
+    return {
+        key: value for key, value in entries if isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+    }
+
+
+def with_history(state: State, tensors: Mapping[Key, Tensor]) -> State:
+    """The state with some of its `history` replaced."""
+    changed = {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
+    for (name, place), tensor in tensors.items():
+        if place is None:
+            changed[name] = tensor
+        else:
+            changed[name][place] = tensor
+    return changed
+
+
+@contextmanager
+def _noise_is(scheduler: Any, noise: Tensor | float) -> Iterator[None]:
+    """While the block runs, the scheduler's own draws of noise return `noise`."""
+    module = sys.modules[type(scheduler).__module__]
+    if not hasattr(module, "randn_tensor"):
+        yield
+        return
+
+    def drawn(shape: tuple[int, ...], generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:
+        return torch.zeros(tuple(shape), device=device, dtype=dtype) + torch.as_tensor(noise, device=device, dtype=dtype)
+
+    with mock.patch.object(module, "randn_tensor", drawn):
+        yield
+
+
+def _leading_channels(output: Tensor, like: Tensor) -> Tensor:
+    """The channels of a model's output that are the prediction: models that also predict a variance append it."""
+    return output[:, : like.shape[1]]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(member, device) for name, member in value.items()}
+    return value

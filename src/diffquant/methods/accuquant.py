@@ -1,0 +1,372 @@
+"""AccuQuant: quantization parameters learned over several denoising steps at once, in the memory of one.
+
+The sampling steps are cut into segments. From the latent at which a segment starts, the quantized model takes the segment's steps
+one after the other, and only where it ends is compared with where full precision ended: errors add up in calibration as they do in
+sampling. Back-propagation through the chain would keep a graph per step; here the gradient at the end is handed to every step
+(`identity`), or carried back through them with recomputation (`exact`), one graph at a time.
+
+Source: Lee et al. 2025, arXiv 2510.20348 (abstract, figures and tables; no code is public). *Chosen here*, where the source leaves
+it open: the squared distance, its normalisation per segment, the factor 1 in `identity`, steps learned as logarithms with Adam and
+a cosine, zero points of activations learned with them, codes of weights fixed while their steps are learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from torch import Tensor, nn
+
+from diffquant.calibration.fit import Run, cosine, fit
+from diffquant.calibration.rollout import Chain, Key, Rollout, history, with_history
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.layers import smoothed_weight
+from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
+from diffquant.core.surgery import enable, full_precision, quantized_layers, quantizers, switched
+from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
+
+LOW_COSINE = 0.8  # of approximate and exact gradient: below it a segment is called too long
+SAVE_EVERY = 50  # iterations
+PROBED = 32  # trajectories on which segments are measured before and after
+DECIDED = 0.9  # how far towards its decided code a weight starts where rounding is learned again
+
+Gradient = Literal["identity", "exact", "accumulate", "chain"]
+
+
+@final
+class AccuQuant(Pass):
+    """Learn steps and zero points of activations, and with ``weights`` steps of weights, so that segments end where they should.
+
+    ``gradient``: `identity` hands the gradient at the end to every step; `exact` is that of the whole chain, by recomputation;
+    `accumulate` takes the error so far at every step, in one pass; `chain` is plain back-propagation, whose memory grows with the
+    segment. ``start`` of the chains: the full-precision latent, or (`quantized`) the one the quantized model has reached there,
+    from which full precision then also runs; that costs the steps up to the segment in every iteration. Rates: of steps relative to
+    the step, of zero points relative to the range. ``rounding`` learns the rounding of weights again, from what was decided before,
+    in place of their steps. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning.
+    """
+
+    steps_per_segment: int = Field(default=5, ge=1)
+    gradient: Gradient = "identity"
+    start: Literal["full_precision", "quantized"] = "full_precision"
+    iterations: int = Field(default=400, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    rate: float = Field(default=2e-3, gt=0)
+    zero_points: bool = True
+    weights: bool = True
+    weight_rate: float = Field(default=2e-3, gt=0)
+    rounding: bool = False
+    rounding_rate: float = Field(default=1e-2, gt=0)
+    regularization: float = Field(default=1e-3, ge=0)
+    cosines: bool = True
+
+    def sample_forwards(self) -> float:
+        """A forward, and a forward with its backward, for each step of the segment; the measuring beside it is small."""
+        return 4.0 * self.iterations * self.batch_size * self.steps_per_segment
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Learn on the recorded trajectories.
+
+        Raises `SpecError` where ranges were not calibrated, and `CalibrationError` where the recording cannot be replayed.
+        """
+        rollout = Rollout(model, data)
+        rollout.verify()
+        segments = rollout.segments(self.steps_per_segment)
+        seed = draw_seed(generator)
+        probe = torch.randperm(rollout.trajectories, generator=generator)[:PROBED]
+        with evaluating(model), switched(model, True):
+            enable(model)
+            before = quantizer_state(model)
+            learned = self._learned(model)
+            measured = [_segment_error(rollout, segment, probe, self.batch_size) for segment in segments]
+            agreement = [self._cosine(rollout, segment, probe, learned) for segment in segments]
+            norms = torch.tensor(measured).clamp(min=1e-12)
+            curve = fit(
+                [pair for one in learned for pair in one.parameters()],
+                lambda iteration, drawn: self._loss(rollout, segments, norms, learned, iteration, seed, drawn),
+                iterations=self.iterations,
+                seed=seed,
+                run=run,
+                label=f"{self.steps_per_segment} steps at once",
+                schedule=cosine,
+                also_kept={"norms": norms},
+                save_every=SAVE_EVERY,
+            )
+            for one in learned:
+                one.finish()
+            after = [_segment_error(rollout, segment, probe, self.batch_size) for segment in segments]
+            kept = _mean_ratio(after, norms) < 1.0
+            if not kept:  # learning that made the segments worse is undone
+                restore_quantizers(model, before)
+        return {
+            "segments": [
+                {"steps": [segment.start, segment.stop], "error_before": start, "error_after": end, "cosine": agreed}
+                for segment, start, end, agreed in zip(segments, norms.tolist(), after, agreement, strict=True)
+            ],
+            "kept": kept,
+            "iterations": self.iterations,
+            "loss": [float(part.mean()) for part in torch.tensor(curve).tensor_split(min(40, len(curve)))],
+        }
+
+    def _learned(self, model: nn.Module) -> list[_Steps | _Rounding]:
+        learned: list[_Steps | _Rounding] = []
+        weights = {layer.weight_quantizer: smoothed_weight(layer).detach().float() for _, layer in quantized_layers(model)}
+        for _, quantizer in quantizers(model):
+            if quantizer.clock is not None:
+                learned.append(_Steps.of(quantizer, self.rate, self.zero_points))
+            elif self.rounding:
+                learned.append(_Rounding.of(quantizer, weights[quantizer], self.rounding_rate))
+            elif self.weights:
+                if quantizer.codes is None:
+                    quantizer.decide(weights[quantizer])
+                learned.append(_Steps.of(quantizer, self.weight_rate, zero_points=False))
+        return learned
+
+    def _loss(
+        self,
+        rollout: Rollout,
+        segments: list[range],
+        norms: Tensor,
+        learned: list[_Steps | _Rounding],
+        iteration: int,
+        seed: int,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Put the gradient of one segment on one batch into the parameters; return the loss, relative to the segment's first."""
+        cycle, place = divmod(iteration, len(segments))
+        order = torch.randperm(len(segments), generator=torch.Generator().manual_seed(seed + cycle))
+        number = int(order[place])
+        picked = torch.randperm(rollout.trajectories, generator=generator)[: self.batch_size]
+        for one in learned:
+            one.place()
+        chain = rollout.chain(picked, segments[number])
+        start, targets = self._ends(rollout, chain)
+        loss = segment_gradient(chain, start, targets, self.gradient, 1.0 / float(norms[number]))
+        for one in learned:
+            one.collect(iteration / self.iterations, self.regularization)
+        return loss
+
+    def _ends(self, rollout: Rollout, chain: Chain) -> tuple[Tensor, Callable[[int], Tensor]]:
+        """Where the quantized chain starts, and the full-precision latent after each of its steps."""
+        if self.start == "full_precision" or chain.steps.start == 0:
+            return chain.recorded(0), lambda i: chain.recorded(i + 1)
+        before = rollout.chain(chain.trajectories, range(chain.steps.start))
+        start = before.run()[0][-1]
+        with full_precision(rollout.model):
+            latents, _ = chain.run(start)
+        return start, lambda i: latents[i + 1]
+
+    def _cosine(self, rollout: Rollout, segment: range, probe: Tensor, learned: list[_Steps | _Rounding]) -> float | None:
+        """Cosine of the gradient used and the exact one, over all parameters; None where it is not asked for."""
+        if not self.cosines or self.gradient in ("exact", "chain"):
+            return None
+        chain = rollout.chain(probe[: self.batch_size], segment)
+        used, exact = gradient_of(chain, self.gradient, learned), gradient_of(chain, "exact", learned)
+        cosine = float(nn.functional.cosine_similarity(used, exact, dim=0))
+        if cosine < LOW_COSINE:
+            Console(stderr=True).print(
+                f"accuquant: steps {segment.start} to {segment.stop - 1}: the {self.gradient} gradient has cosine {cosine:.2f} "
+                f"with the exact one; shorten steps_per_segment, or set gradient: exact"
+            )
+        return cosine
+
+
+@dataclass
+class _Steps:
+    """The steps, and zero points, of one quantizer while they are learned: the leaves that the optimizer moves."""
+
+    quantizer: Quantizer
+    log_scale: Tensor
+    zero_point: Tensor | None
+    rate: float
+
+    @classmethod
+    def of(cls, quantizer: Quantizer, rate: float, zero_points: bool) -> _Steps:
+        moves = zero_points and not quantizer.spec.symmetric
+        return cls(quantizer, quantizer.scale.detach().log(), quantizer.zero_point.detach().clone() if moves else None, rate)
+
+    def parameters(self) -> list[tuple[Tensor, float]]:
+        levels = 2.0**self.quantizer.spec.bits
+        return [(self.log_scale, self.rate)] + ([] if self.zero_point is None else [(self.zero_point, self.rate * levels)])
+
+    def place(self) -> None:
+        """Give the quantizer its parameters of this iteration, as leaves of their own: every denoiser call has its own graph."""
+        self.quantizer.scale = self.log_scale.detach().exp().requires_grad_(True)
+        if self.zero_point is not None:
+            spec = self.quantizer.spec
+            self.quantizer.zero_point = self.zero_point.detach().round().clamp(spec.code_min, spec.code_max).requires_grad_(True)
+
+    def collect(self, progress: float, regularization: float) -> None:
+        """Take the gradients over: d/d log s = s d/ds, and straight through the rounding of the zero point."""
+        scale, zero_point = self.quantizer.scale, self.quantizer.zero_point
+        self.log_scale.grad = torch.zeros_like(scale) if scale.grad is None else scale.grad * scale.detach()
+        if self.zero_point is not None:
+            self.zero_point.grad = torch.zeros_like(zero_point) if zero_point.grad is None else zero_point.grad
+
+    def gradient(self) -> Tensor:
+        parts = [tensor.grad for tensor, _ in self.parameters()]
+        return torch.cat([part.flatten() for part in parts if part is not None])
+
+    def finish(self) -> None:
+        """Leave the quantizer with plain tensors."""
+        self.place()
+        self.quantizer.scale = self.quantizer.scale.detach()
+        self.quantizer.zero_point = self.quantizer.zero_point.detach()
+
+
+@dataclass
+class _Rounding:
+    """The rounding of one weight while it is learned again, starting near the codes that were decided."""
+
+    quantizer: Quantizer
+    weight: Tensor
+    logits: Tensor
+    rate: float
+
+    @classmethod
+    def of(cls, quantizer: Quantizer, weight: Tensor, rate: float) -> _Rounding:
+        scale, zero_point = quantizer.operands(weight)
+        codes = quantizer.quantize(weight).detach()
+        up = (codes - zero_point - (weight / scale).floor()).clamp(0, 1)
+        logits = logits_of(DECIDED * up + (1 - DECIDED) * (1 - up))
+        quantizer.codes, quantizer.rounding = None, logits
+        return cls(quantizer, weight, logits, rate)
+
+    def parameters(self) -> list[tuple[Tensor, float]]:
+        return [(self.logits, self.rate)]
+
+    def place(self) -> None:
+        self.quantizer.rounding = self.logits
+
+    def collect(self, progress: float, regularization: float) -> None:
+        """Add the gradient of AdaRound's regularization, whose exponent falls from 20 to 2."""
+        with torch.enable_grad():
+            beta = 2.0 + 18.0 * (1 - progress)
+            (regularization * (1 - (2 * rectified_sigmoid(self.logits) - 1).abs().pow(beta)).sum()).backward()
+
+    def gradient(self) -> Tensor:
+        return torch.zeros(0) if self.logits.grad is None else self.logits.grad.flatten()
+
+    def finish(self) -> None:
+        self.quantizer.rounding = self.logits.detach()
+        self.quantizer.decide(self.weight)
+
+
+def segment_gradient(
+    chain: Chain, start: Tensor, targets: Callable[[int], Tensor], gradient: Gradient, factor: float = 1.0
+) -> Tensor:
+    """Add the gradient of ``factor * mean((z_M - targets(M - 1))^2)`` to the leaves the model uses; return the loss.
+
+    `start` is z_0; ``targets(i)`` the full-precision latent after step i. The loss has no graph.
+    """
+    ways = {"identity": _backwards, "exact": _backwards, "accumulate": _accumulate, "chain": _unrolled}
+    return ways[gradient](chain, start, targets, factor, gradient == "exact")
+
+
+def gradient_of(chain: Chain, gradient: Gradient, learned: list[_Steps | _Rounding]) -> Tensor:
+    """The gradient as one vector, without regularization."""
+    for one in learned:
+        for tensor, _ in one.parameters():
+            tensor.requires_grad_(True)
+            tensor.grad = None
+        one.place()
+    with torch.enable_grad():
+        segment_gradient(chain, chain.recorded(0), lambda i: chain.recorded(i + 1), gradient)
+    vectors = []
+    for one in learned:
+        one.collect(0.0, 0.0)
+        vectors.append(one.gradient())
+        for tensor, _ in one.parameters():
+            tensor.requires_grad_(False)
+            tensor.grad = None
+        one.finish() if isinstance(one, _Steps) else None
+    return torch.cat(vectors)
+
+
+def _loss_and_cotangent(end: Tensor, target: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Mean squared distance times `factor`, and its gradient with respect to `end`."""
+    leaf = end.detach().requires_grad_(True)
+    loss = _distance(leaf, target, factor)
+    (cotangent,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), cotangent
+
+
+def _distance(end: Tensor, target: Tensor, factor: float) -> Tensor:
+    return factor * (end - target).square().mean()
+
+
+def _backwards(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Tensor:
+    """Run the chain without gradients, then visit its steps from the last to the first, one graph at a time.
+
+    The cotangent at a step's end is the one at the chain's end, or (`exact`) what the later steps' Jacobians make of it. What a
+    multistep solver remembers carries its own cotangents, in both.
+    """
+    steps = len(chain.steps)
+    latents, states = chain.run(start, steps - 1)
+    remembered: dict[Key, Tensor] = {}
+    cotangent, loss = torch.zeros(()), torch.zeros(())
+    for i in reversed(range(steps)):
+        latent = latents[i].detach().requires_grad_(exact)
+        output = chain.predict(latent, i, states[i])
+        model_output = output.detach().requires_grad_(True)
+        sample = latents[i].detach().requires_grad_(exact)
+        kept = {key: tensor.detach().requires_grad_(True) for key, tensor in history(states[i], sample.shape).items()}
+        end, after = chain.step(model_output, sample, i, with_history(states[i], kept))
+        if i == steps - 1:
+            loss, cotangent = _loss_and_cotangent(end, targets(i), factor)
+        later = history(after, sample.shape)
+        outputs = [(end, cotangent)] + [(later[key], value) for key, value in remembered.items() if later[key].requires_grad]
+        inputs = [model_output, *([sample] if exact else []), *kept.values()]
+        tensors, cotangents = zip(*outputs, strict=True)
+        found = torch.autograd.grad(tensors, inputs, cotangents, allow_unused=True)
+        given = [torch.zeros_like(one) if value is None else value for one, value in zip(inputs, found, strict=True)]
+        output.backward(given[0].to(output.dtype))
+        remembered = dict(zip(kept, given[len(given) - len(kept) :], strict=True))
+        if exact:
+            assert latent.grad is not None
+            cotangent = given[1] + latent.grad
+    return loss
+
+
+def _accumulate(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Tensor:
+    """One pass: at every step the error so far is the cotangent."""
+    latent, state, loss = start, chain.state, torch.zeros(())
+    for i in range(len(chain.steps)):
+        output = chain.predict(latent, i, state)
+        model_output = output.detach().requires_grad_(True)
+        end, after = chain.step(model_output, latent, i, state)
+        loss, cotangent = _loss_and_cotangent(end, targets(i), factor)
+        (found,) = torch.autograd.grad(end, model_output, cotangent)
+        output.backward(found.to(output.dtype))
+        kept = {key: tensor.detach() for key, tensor in history(after, latent.shape).items()}
+        latent, state = end.detach(), with_history(after, kept)
+    return loss
+
+
+def _unrolled(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Tensor:
+    """Plain back-propagation through the whole chain."""
+    latent, state = start, chain.state
+    for i in range(len(chain.steps)):
+        latent, state = chain.step(chain.predict(latent, i, state), latent, i, state)
+    loss = _distance(latent, targets(len(chain.steps) - 1), factor)
+    loss.backward()
+    return loss.detach()
+
+
+def _segment_error(rollout: Rollout, segment: range, trajectories: Tensor, batch_size: int) -> float:
+    """Mean squared distance at the end of a segment, started in full precision."""
+    total = 0.0
+    for picked in trajectories.split(batch_size):
+        chain = rollout.chain(picked, segment)
+        latents, _ = chain.run()
+        total += float((latents[-1] - chain.recorded(len(segment))).square().mean()) * len(picked)
+    return total / len(trajectories)
+
+
+def _mean_ratio(after: list[float], norms: Tensor) -> float:
+    """Geometric mean over segments of the error after over that before."""
+    return math.exp(float((torch.tensor(after).clamp(min=1e-12) / norms).log().mean()))

@@ -11,14 +11,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffquant.core.spec import EvaluationError
+from diffquant.core.spec import CalibrationError, EvaluationError
 from diffquant.evaluation import compare as comparing
 from diffquant.evaluation import metrics
 from diffquant.evaluation.compare import DataStatistics, compare, compare_to, final_error_ratio, run_reference
 from diffquant.evaluation.sampling import SamplingProtocol, sample
 from tests import pipelines
 
-PROTOCOL = SamplingProtocol(samples=24, steps=3, batch_size=10, seed=3, trajectory_samples=15)
+PROTOCOL = SamplingProtocol(samples=24, steps=3, batch_size=10, seed=3, trajectory_samples=15, accumulation_samples=4)
 
 
 class Corners:
@@ -142,7 +142,7 @@ def test_without_features_only_pairs_are_compared(pipe):
     told = []
     found = compare(pipe, disturbed(pipe, 0.1), protocol, name="q", progress=lambda *news: told.append(news))
     assert found.to_reference is found.to_data is found.legibility is None
-    assert told == [("full precision", 2, 2), ("q", 2, 2)]  # no floor is sampled
+    assert told == [("full precision", 2, 2), ("q", 2, 2), ("q, step by step", 2, 2)]  # no floor is sampled
     assert found.seconds > 0
 
 
@@ -200,3 +200,21 @@ def test_ratios_of_different_runs_are_refused(pipe, worse):
     other = compare(pipe, pipe, dataclasses.replace(PROTOCOL, samples=2))
     with pytest.raises(EvaluationError, match="final_error_ratio: 2 and 24 samples"):
         final_error_ratio(other, worse)
+
+
+def test_noisy_samples_are_compared_on_the_way(reference, worse):
+    assert [at.steps for at in worse.by_step] == sorted(reference.step_features) == [1, 2]
+    for at in worse.by_step:
+        assert at.floor == reference.step_features[at.steps][1]
+        assert at.to_reference.fid.value > 0
+
+
+def test_a_reference_that_cannot_be_replayed_says_why(monkeypatch):
+    def refuse(pipe, protocol):
+        raise CalibrationError("DDIMPipeline with DDIMScheduler: no")
+
+    monkeypatch.setattr(comparing, "trace", refuse)
+    pipe = pipelines.micro()
+    reference = run_reference(pipe, dataclasses.replace(PROTOCOL, samples=8, trajectory_samples=8))
+    assert reference.traced is None and reference.untraced == "DDIMPipeline with DDIMScheduler: no"
+    assert compare_to(reference, pipe).accumulation is None

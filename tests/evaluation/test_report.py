@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -14,7 +15,8 @@ from rich.console import Console
 
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation import report as reporting
-from diffquant.evaluation.compare import Comparison, ReferenceRun, Trajectory
+from diffquant.evaluation.accumulation import Accumulation, Stretch
+from diffquant.evaluation.compare import Comparison, ReferenceRun, StepDistances, Trajectory
 from diffquant.evaluation.metrics import Distances, FrechetDistance, Interval, KernelDistance
 from diffquant.evaluation.report import Report, check_comparable, draw_pairs, make_report, markdown, read, table
 from diffquant.evaluation.sampling import SamplingProtocol
@@ -78,6 +80,20 @@ def comparison(name: str, error: float, psnr: float, features: bool = True) -> C
 def report(**protocol) -> Report:
     comparisons = [comparison("same", 0.0, math.inf), comparison("mse-w4a8", 0.25, 20.0)]
     return make_report(reference_run(**protocol), comparisons, {"full precision": 4_000_000, "mse-w4a8": 600_000})
+
+
+ADDED_UP = Accumulation(3, (500.0, 0.0), (0.1, 0.2), (0.1, 0.5), (0.1, 0.4), (Stretch(0, 0, Interval(0.3, 0.2, 0.4)),))
+
+
+def test_how_errors_add_up_is_in_the_report(tmp_path):
+    row = dataclasses.replace(comparison("mse-w4a8", 0.25, 20.0), accumulation=ADDED_UP, by_step=(StepDistances(1, NEAR, SHORT),))
+    written = make_report(reference_run(), [row])
+    written.write(tmp_path)
+    assert (tmp_path / "accumulation.png").exists()
+    assert read(tmp_path).rows == written.rows
+    text = (tmp_path / "report.md").read_text()
+    assert "| 1 to 1 | 0.3 |" in text and "| all | 0.5 |" in text and "| all, as local errors predict | 0.4 |" in text
+    assert "## FID to full precision on the way" in text and f"| mse-w4a8 | {NEAR.fid.value:.3g} |" in text
 
 
 def test_a_report_is_read_back_as_it_was_written(tmp_path):

@@ -10,16 +10,18 @@ value below the floor says that quantization moves the distribution less than dr
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diffquant.calibration.observe import Pipeline, find_denoiser
+from diffquant.calibration.observe import Pipeline, evaluation_mode, find_denoiser
+from diffquant.calibration.rollout import Rollout
 from diffquant.calibration.trajectory import model_hash
-from diffquant.core.spec import EvaluationError
+from diffquant.core.spec import CalibrationError, EvaluationError
+from diffquant.evaluation.accumulation import Accumulation, accumulation, trace
 from diffquant.evaluation.metrics import (
     Distances,
     Interval,
@@ -35,11 +37,12 @@ from diffquant.evaluation.metrics import (
     ssim,
     to_uint8,
 )
-from diffquant.evaluation.sampling import OnProgress, SamplingProtocol, StepResult, sample, scheduler_of
+from diffquant.evaluation.sampling import OnProgress, OnStep, SamplingProtocol, StepResult, is_unconditional, sample, scheduler_of
 
 MEMORY_LIMIT = 2**30  # bytes of trajectories kept for comparison
 INTERVAL_SEED = 0  # of bootstrap draws and of jackknife groups
 FEATURE_BATCH = 256  # pictures per call of an extractor
+SNAPSHOTS = (0.2, 0.4, 0.6, 0.8)  # shares of the sampling steps after which pixel models are compared as sets of pictures
 
 
 @runtime_checkable
@@ -83,10 +86,21 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class StepDistances:
+    """Distances of the noisy samples after `steps` sampling steps from full precision's, and of those from other noise."""
+
+    steps: int
+    to_reference: Distances
+    floor: Distances
+
+
+@dataclass(frozen=True)
 class ReferenceRun:
     """Full precision, sampled once; everything that quantized models are compared with.
 
     `floor` is the distance of its samples from those of other noise. `floor_to_data` is the distance of the latter from the data.
+    `step_features` are features and floor of its samples after some of the steps (pixel models only). `traced` are trajectories for
+    `accumulation`, None where they are not asked for, or for the reason in `untraced`.
     """
 
     name: str
@@ -106,6 +120,9 @@ class ReferenceRun:
     to_data: Distances | None
     floor_to_data: Distances | None
     legibility: Interval | None
+    step_features: dict[int, tuple[Tensor, Distances]] = field(default_factory=dict)
+    traced: Rollout | None = None
+    untraced: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +149,8 @@ class Comparison:
     legibility: Interval | None
     pictures: UInt8[Tensor, "n c h w"]
     seconds: float
+    by_step: tuple[StepDistances, ...] = ()
+    accumulation: Accumulation | None = None
 
 
 def compare(
@@ -167,22 +186,26 @@ def run_reference(
         raise EvaluationError("data: statistics are given without an extractor; pass the extractor that made them")
     _, denoiser = find_denoiser(pipe)
     keeper = _Keeper(name, protocol)
-    drawn = sample(pipe, protocol, on_step=keeper, progress=progress, name=name)
+    snapshots = _Snapshots(keeper, pipe, protocol, features)
+    drawn = sample(pipe, protocol, on_step=snapshots, progress=progress, name=name)
     pictures = to_uint8(drawn.pictures)
     with scheduler_of(pipe, protocol) as scheduler:
         scheduler_config = _scheduler_config(scheduler)
 
     extracted = floor = to_data = floor_to_data = legibility = None
+    step_features: dict[int, tuple[Tensor, Distances]] = {}
     if features is not None:
-        other = sample(
-            pipe, protocol, seed=protocol.floor_seed, on_step=_finite_only(name), progress=progress, name=f"{name}, other noise"
-        )
+        others = _Snapshots(_finite_only(name), pipe, protocol, features)
+        other = sample(pipe, protocol, seed=protocol.floor_seed, on_step=others, progress=progress, name=f"{name}, other noise")
+        for (steps, mine), theirs in zip(snapshots.features().items(), others.features().values(), strict=True):
+            step_features[steps] = mine, distances(mine, theirs, "independent", _generator())
         extracted, other_extracted = (_extract(features, p) for p in (pictures, to_uint8(other.pictures)))
         floor = distances(extracted, other_extracted, "independent", _generator())
         legibility = _legibility(features, pictures)
         if data is not None:
             to_data = distances(extracted, data.features, "fixed", _generator())
             floor_to_data = distances(other_extracted, data.features, "fixed", _generator())
+    traced, untraced = _trace(pipe, protocol)
     return ReferenceRun(
         name=name,
         protocol=protocol,
@@ -201,6 +224,9 @@ def run_reference(
         to_data=to_data,
         floor_to_data=floor_to_data,
         legibility=legibility,
+        step_features=step_features,
+        traced=traced,
+        untraced=untraced,
     )
 
 
@@ -215,7 +241,8 @@ def compare_to(
     with scheduler_of(quantized_pipe, protocol) as scheduler:
         _check_schedulers(reference, _scheduler_config(scheduler), name)
     differ = _Differ(name, reference.trajectory)
-    drawn = sample(quantized_pipe, protocol, on_step=differ, progress=progress, name=name)
+    snapshots = _Snapshots(differ, quantized_pipe, protocol, reference.extractor)
+    drawn = sample(quantized_pipe, protocol, on_step=snapshots, progress=progress, name=name)
     pictures = to_uint8(drawn.pictures)
     final_errors = relative_l2(reference.last_samples, drawn.last_samples)
 
@@ -240,6 +267,11 @@ def compare_to(
         to_reference=to_reference,
         to_data=to_data,
         legibility=legibility,
+        by_step=tuple(
+            StepDistances(steps, distances(found, reference.step_features[steps][0], "paired", _generator()), floor)
+            for (steps, found), (_, floor) in zip(snapshots.features().items(), reference.step_features.values(), strict=True)
+        ),
+        accumulation=_accumulation(reference, quantized_pipe, name, progress),
         pictures=pictures,
         seconds=drawn.seconds,
     )
@@ -319,7 +351,44 @@ class _Differ:
         self.noise_sqnr_db[step, rows] = sqnr_db(self.reference.noise[step, rows], noise)
 
 
-def _finite_only(name: str) -> Any:
+class _Snapshots:
+    """Observer that passes every step on, and keeps the noisy samples after some steps, as pictures, where they are pictures."""
+
+    def __init__(self, inner: OnStep, pipe: Pipeline, protocol: SamplingProtocol, extractor: FeatureExtractor | None) -> None:
+        self.inner, self.extractor = inner, extractor
+        wanted = sorted({round(share * protocol.steps) for share in SNAPSHOTS} - {0, protocol.steps})
+        self.pictures: dict[int, list[Tensor]] = {steps: [] for steps in wanted if extractor is not None and is_unconditional(pipe)}
+
+    def __call__(self, indices: range, result: StepResult) -> None:
+        self.inner(indices, result)
+        if result.step + 1 in self.pictures:
+            self.pictures[result.step + 1].append(to_uint8(result.sample_after.float().cpu()))
+
+    def features(self) -> dict[int, Tensor]:
+        """Features of all samples, by the number of steps done."""
+        if self.extractor is None:
+            return {}
+        return {steps: _extract(self.extractor, torch.cat(batches)) for steps, batches in self.pictures.items()}
+
+
+def _trace(pipe: Pipeline, protocol: SamplingProtocol) -> tuple[Rollout | None, str | None]:
+    """Trajectories to accumulate errors along, or why there are none."""
+    if protocol.accumulation_samples == 0:
+        return None, None
+    try:
+        return trace(pipe, protocol), None
+    except CalibrationError as error:
+        return None, str(error)
+
+
+def _accumulation(reference: ReferenceRun, pipe: Pipeline, name: str, progress: OnProgress | None) -> Accumulation | None:
+    if reference.traced is None:
+        return None
+    with evaluation_mode(pipe):
+        return accumulation(reference.traced, find_denoiser(pipe)[1], name=name, progress=progress)
+
+
+def _finite_only(name: str) -> OnStep:
     return lambda indices, result: _check_finite(name, result)
 
 

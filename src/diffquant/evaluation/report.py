@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
@@ -27,7 +28,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from diffquant.core.spec import EvaluationError
-from diffquant.evaluation.compare import Comparison, ReferenceRun
+from diffquant.evaluation.accumulation import Accumulation
+from diffquant.evaluation.compare import Comparison, ReferenceRun, StepDistances
 from diffquant.evaluation.metrics import GROUPS, RESAMPLES, SSIM_RULE, UINT8_RULE, Distances, Interval
 from diffquant.evaluation.sampling import SamplingProtocol
 
@@ -92,6 +94,8 @@ class Row(BaseModel):
     timesteps: tuple[float, ...] = ()
     drift: tuple[float, ...] = ()
     noise_sqnr_db: tuple[float, ...] = ()
+    by_step: tuple[StepDistances, ...] = ()
+    accumulation: Accumulation | None = None
 
 
 class Report(BaseModel):
@@ -108,7 +112,7 @@ class Report(BaseModel):
     pictures: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
 
     def write(self, folder: Path) -> None:
-        """Write report.json, report.md, drift.png and, where the report holds pictures, pairs.png; each is replaced whole."""
+        """Write report.json, report.md, drift.png and, where they were measured, pairs.png and accumulation.png; each whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.pictures:
@@ -117,6 +121,9 @@ class Report(BaseModel):
         lines = {row.name: row.drift for row in self.rows if row.drift}
         if lines:
             _write(folder / "drift.png", _save_image(draw_drift(lines)))
+        traced = {row.name: row.accumulation for row in self.rows if row.accumulation is not None}
+        if traced:
+            _write(folder / "accumulation.png", _save_image(draw_accumulation(traced)))
         _write(folder / "report.md", lambda path: path.write_text(markdown(self), encoding="utf-8"))
         _write(folder / "report.json", lambda path: path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8"))
 
@@ -220,16 +227,49 @@ def markdown(report: Report) -> str:
     parts = [
         "# Evaluation",
         _title(report),
-        "\n".join(_markdown_row(cells) for cells in (columns, ["---"] + ["---:"] * (len(columns) - 1), *lines)),
+        _markdown_table(columns, lines),
         _legend(report),
     ]
     if report.pictures:
         parts.append("![The same noise through every model, one column per noise](pairs.png)")
     if any(row.drift for row in report.rows):
         parts.append("![Relative L2 distance of the latents from full precision, over sampling steps](drift.png)")
+    parts += _accumulation_sections(report)
     fields = _flatten("", report.protocol.model_dump(mode="json"))
     parts += ["## Protocol", "\n".join(_markdown_row(cells) for cells in (("field", "value"), ("---", "---"), *fields))]
     return "\n\n".join(parts) + "\n"
+
+
+def _accumulation_sections(report: Report) -> list[str]:
+    """What is known of how errors add up: two tables and a picture, or nothing."""
+    sections = []
+    stepped = [row for row in report.rows if row.by_step]
+    if stepped:
+        header = ["after steps", *(str(at.steps) for at in stepped[0].by_step)]
+        lines = [[row.name, *(_number(at.to_reference.fid.value) for at in row.by_step)] for row in stepped]
+        lines.append(["floor", *(_number(at.floor.fid.value) for at in stepped[0].by_step)])
+        sections += ["## FID to full precision on the way", _markdown_table(header, lines)]
+    traced = [(row.name, row.accumulation) for row in report.rows if row.accumulation is not None]
+    if traced:
+        header = ["steps quantized", *(name for name, _ in traced)]
+        stretches = zip(*(found.stretches for _, found in traced), strict=True)
+        lines = [
+            [f"{row[0].first + 1} to {row[0].last + 1}", *(_number(one.final_error.value) for one in row)] for row in stretches
+        ]
+        lines.append(["all", *(_number(found.accumulated[-1]) for _, found in traced)])
+        lines.append(["all, as local errors predict", *(_number(found.predicted[-1]) for _, found in traced)])
+        sections += [
+            "## How errors add up",
+            f"Final error (relative L2, mean of {traced[0][1].samples} trajectories) when only some steps are quantized. "
+            "Predicted: the error of each single step, carried on by full precision's Jacobian.",
+            _markdown_table(header, lines),
+            "![Local, accumulated and predicted error over sampling steps, and the final error of each tenth](accumulation.png)",
+        ]
+    return sections
+
+
+def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(_markdown_row(cells) for cells in (header, ["---"] + ["---:"] * (len(header) - 1), *lines))
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -388,13 +428,7 @@ def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
         axes.set_ylim(10 ** math.floor(math.log10(min(positive))), 10 ** math.ceil(math.log10(max(positive)) + 1e-9))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
-    axes.set_xlabel("sampling steps done", color=GREY)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("Relative L2 distance of the latents from full precision", loc="left", fontsize=11, color=INK)
-    axes.grid(axis="y", which="major", color=RULE, linewidth=0.8)
-    axes.tick_params(colors=GREY, which="both", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
+    _dress(axes, "Relative L2 distance of the latents from full precision", "sampling steps done")
     if len(ends) < len(lines):
         axes.legend(frameon=False, loc="upper left")
     figure.draw_without_rendering()  # fixes the axes' place, which the names at the ends of lines need
@@ -402,6 +436,44 @@ def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
     for (name, color, _, _), height in zip(ends, _spread(heights, LABEL_GAP), strict=True):
         place = (1.01, axes.transAxes.inverted().transform((0, height))[1])
         axes.annotate(name, place, xycoords="axes fraction", color=color, va="center", fontsize=10)
+    return _rendered(figure)
+
+
+def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
+    """Left: local, accumulated and predicted error over steps. Right: final error when only one stretch of steps is quantized."""
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    over_steps, by_stretch = figure.subplots(1, 2, width_ratios=(3, 2))
+    for index, (name, found) in enumerate(traced.items()):
+        color = LINES[index % len(LINES)]
+        steps = range(1, len(found.timesteps) + 1)
+        for values, style, width in ((found.accumulated, "-", 1.8), (found.predicted, "--", 1.2), (found.local, ":", 1.2)):
+            over_steps.plot(steps, [value if value > 0 else math.nan for value in values], style, color=color, linewidth=width)
+        middles = [(one.first + one.last) / 2 + 1 for one in found.stretches]
+        by_stretch.plot(middles, [one.final_error.value for one in found.stretches], "o-", color=color, markersize=4, label=name)
+    for style, what in (("-", "accumulated"), ("--", "as local errors predict"), (":", "local: one step")):
+        over_steps.plot([], [], style, color=GREY, label=what)
+    over_steps.set_yscale("log")
+    over_steps.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    over_steps.yaxis.set_minor_formatter(lambda value, _: "")
+    by_stretch.set_ylim(bottom=0)
+    _dress(over_steps, "Error after each step", "sampling steps done")
+    _dress(by_stretch, "Final error, only one stretch quantized", "middle of the stretch, sampling steps")
+    for axes in (over_steps, by_stretch):
+        axes.legend(frameon=False, fontsize=9)
+    return _rendered(figure)
+
+
+def _dress(axes: Axes, title: str, horizontal: str) -> None:
+    axes.set_xlabel(horizontal, color=GREY)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.grid(axis="y", which="major", color=RULE, linewidth=0.8)
+    axes.tick_params(colors=GREY, which="both", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+
+
+def _rendered(figure: Figure) -> Image.Image:
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return Image.open(png).convert("RGB")

@@ -54,6 +54,7 @@ class SamplingProtocol:
     already (so a correction attached to the pipeline's scheduler counts wherever that scheduler is used). `eta` scales the noise
     that DDIM injects. None for `guidance_scale` is the pipeline's default. Prompts and class labels are cycled over the samples;
     None means those that calibration uses. The steps of the first `trajectory_samples` samples are compared, and the ends of all.
+    How errors accumulate is measured on `accumulation_samples` trajectories, at about ten times their sampling; 0 leaves it out.
     """
 
     samples: int = 1000
@@ -66,9 +67,17 @@ class SamplingProtocol:
     prompts: tuple[str, ...] | None = None
     class_labels: tuple[int, ...] | None = None
     trajectory_samples: int = 256
+    accumulation_samples: int = 32
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("steps", 1), ("seed", 0), ("batch_size", 1), ("trajectory_samples", 1)):
+        for name, least in (
+            ("samples", 1),
+            ("steps", 1),
+            ("seed", 0),
+            ("batch_size", 1),
+            ("trajectory_samples", 1),
+            ("accumulation_samples", 0),
+        ):
             if getattr(self, name) < least:
                 raise EvaluationError(f"protocol.{name}: is {getattr(self, name)}; at least {least} is allowed")
         if self.sampler not in SAMPLERS:

@@ -1,0 +1,177 @@
+"""How errors of single steps become the error of the last sample.
+
+The full-precision model is recorded once on noise of its own (`trace`); a quantized model is then sent along that recording
+(`accumulation`): one step at a time from full-precision latents (its *local* error), all steps in a row (the *accumulated* error),
+and with only one tenth of the steps quantized, the others in full precision.
+
+Beside the measured accumulation stands the one that the recursion of local errors predicts,
+
+    e_(t-1) = J_t e_t + d_t        J_t: Jacobian of full precision's step, d_t: local error at step t,
+
+with J_t e a central difference along e. Where measured and predicted part, quantization answers to the error in its own input.
+Source: AccuQuant (Lee et al. 2025, arXiv 2510.20348) for the question; the recursion is that of any one-step solver (the history of
+multistep solvers is left out of J).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diffquant.calibration.observe import Calibration, Pipeline, find_denoiser
+from diffquant.calibration.rollout import Rollout
+from diffquant.calibration.trajectory import record
+from diffquant.evaluation.metrics import Interval, bootstrap_mean, relative_l2
+from diffquant.evaluation.sampling import (
+    OnProgress,
+    SamplingProtocol,
+    initial_noise,
+    is_unconditional,
+    sample_unconditional,
+    scheduler_of,
+)
+
+BATCH = 16  # trajectories at once
+DIFFERENCE = 1e-2  # of the latent's norm: length of the step of the central difference
+PARTS = 10  # stretches of the sampling steps that are quantized alone
+RESAMPLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps ``[first, last]`` quantized, all others in full precision: the mean final error."""
+
+    first: int
+    last: int
+    final_error: Interval
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """Mean relative L2 errors of the latent after each step, over the traced samples, and the final error of each stretch."""
+
+    samples: int
+    timesteps: tuple[float, ...]
+    local: tuple[float, ...]
+    accumulated: tuple[float, ...]
+    predicted: tuple[float, ...]
+    stretches: tuple[Stretch, ...]
+
+
+def trace(pipe: Pipeline, protocol: SamplingProtocol) -> Rollout:
+    """Record the first `accumulation_samples` samples' worth of full-precision trajectories under the protocol, ready for replay.
+
+    Raises `CalibrationError` where the pipeline's steps cannot be replayed.
+    """
+    count = min(protocol.accumulation_samples, protocol.samples)
+    calibration = Calibration(
+        samples=count,
+        steps=protocol.steps,
+        seed=protocol.seed,
+        batch_size=min(BATCH, count),
+        prompts=protocol.prompts,
+        class_labels=protocol.class_labels,
+        guidance_scale=protocol.guidance_scale,
+        eta=protocol.eta,
+    )
+    with scheduler_of(pipe, protocol):
+        run = _unconditional(protocol) if is_unconditional(pipe) else None
+        data = record(pipe, calibration, run=run, progress=False)
+    rollout = Rollout(find_denoiser(pipe)[1], data)
+    rollout.verify()
+    return rollout
+
+
+def _unconditional(protocol: SamplingProtocol) -> Callable[[Pipeline, torch.Generator, int], None]:
+    """A run of a pixel model with any sampler."""
+
+    def run(pipe: Pipeline, generator: torch.Generator, batch: int) -> None:
+        denoiser = pipe.unet
+        size = denoiser.config.sample_size
+        shape = (denoiser.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        noise = initial_noise(shape, seed, range(batch)).to(denoiser.device, denoiser.dtype)
+        for _ in sample_unconditional(denoiser, pipe.scheduler, noise, protocol.steps, protocol.eta, generator):
+            pass
+
+    return run
+
+
+def accumulation(
+    full: Rollout, quantized: nn.Module, *, name: str = "quantized", progress: OnProgress | None = None
+) -> Accumulation:
+    """Send `quantized` along the trajectories of `full`, the full-precision model's rollout."""
+    through = full.through(quantized)
+    batches = torch.arange(full.trajectories).split(BATCH)
+    rows = []
+    for done, picked in enumerate(batches):
+        rows.append(_errors(full, through, picked))
+        if progress is not None:
+            progress(f"{name}, step by step", min(full.trajectories, (done + 1) * BATCH), full.trajectories)
+    local, accumulated, predicted, stretches = (torch.cat([row[i] for row in rows], dim=1) for i in range(4))  # [steps, n]
+    generator = torch.Generator().manual_seed(RESAMPLE_SEED)
+    first = torch.zeros(1, dtype=torch.long)
+    return Accumulation(
+        samples=full.trajectories,
+        timesteps=tuple(float(full.data.step(first, k).timestep) for k in range(full.steps)),
+        local=tuple(local.mean(dim=1).tolist()),
+        accumulated=tuple(accumulated.mean(dim=1).tolist()),
+        predicted=tuple(predicted.mean(dim=1).tolist()),
+        stretches=tuple(
+            Stretch(part.start, part.stop - 1, bootstrap_mean(errors, generator))
+            for part, errors in zip(parts(full.steps), stretches, strict=True)
+        ),
+    )
+
+
+def parts(steps: int) -> list[range]:
+    """The steps in `PARTS` stretches of nearly equal length, or one per step where there are fewer."""
+    count = min(PARTS, steps)
+    return [range(steps * i // count, steps * (i + 1) // count) for i in range(count)]
+
+
+def _errors(full: Rollout, quantized: Rollout, picked: Int[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Relative errors ``[steps, n]`` of one batch: local, accumulated, predicted; and of the last sample, ``[stretches, n]``."""
+    steps = full.steps
+    whole = full.chain(picked, range(steps))
+    latents = [whole.recorded(i) for i in range(steps + 1)]
+    in_a_row, _ = quantized.chain(picked, range(steps)).run()
+    local, predicted, error = [], [], torch.zeros_like(latents[0])
+    for k in range(steps):
+        here = range(k, k + 1)
+        single = quantized.chain(picked, here).run(latents[k])[0][-1]
+        local.append(relative_l2(latents[k + 1], single))
+        error = _carried(full, picked, here, latents[k], error) + single - latents[k + 1]
+        predicted.append(relative_l2(latents[k + 1], latents[k + 1] + error))
+    accumulated = [relative_l2(latents[k + 1], in_a_row[k + 1]) for k in range(steps)]
+    ends = [relative_l2(latents[-1], _one_stretch(full, quantized, picked, part, latents)) for part in parts(steps)]
+    return torch.stack(local), torch.stack(accumulated), torch.stack(predicted), torch.stack(ends)
+
+
+def _carried(
+    full: Rollout, picked: Int[Tensor, " n"], step: range, latent: Float[Tensor, "n ..."], error: Float[Tensor, "n ..."]
+) -> Float[Tensor, "n ..."]:
+    """J e: what full precision's step makes of a small error in its input, by a central difference along it."""
+    if not error.any():
+        return error
+    view = (-1, *[1] * (latent.dim() - 1))
+    norms = (latent.flatten(1).norm(dim=1) / error.flatten(1).norm(dim=1).clamp(min=1e-30)).view(view)
+    length = DIFFERENCE * norms
+    ahead, behind = (full.chain(picked, step).run(latent + sign * length * error)[0][-1] for sign in (1, -1))
+    carried: Tensor = (ahead - behind) / (2 * length)
+    return carried
+
+
+def _one_stretch(
+    full: Rollout, quantized: Rollout, picked: Int[Tensor, " n"], part: range, latents: list[Tensor]
+) -> Float[Tensor, "n ..."]:
+    """The last sample when only the steps of `part` are quantized."""
+    reached, states = quantized.chain(picked, part).run(latents[part.start])
+    if part.stop == full.steps:
+        return reached[-1]
+    rest = replace(full.chain(picked, range(part.stop, full.steps)), state=states[-1])
+    return rest.run(reached[-1])[0][-1]

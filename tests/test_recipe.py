@@ -8,6 +8,8 @@ import torch
 import diffquant as dq
 from diffquant.core.spec import CalibrationError, RecipeError, SpecError
 from diffquant.core.surgery import is_frozen, quantized_layers
+from diffquant.methods.ranges import CalibrateRanges
+from diffquant.methods.rounding import ReconstructRounding
 from diffquant.recipe import load_recipe, quantize, shipped
 from tests import pipelines
 
@@ -125,8 +127,29 @@ def test_a_killed_run_goes_on_and_ends_equal(pipe, data, tmp_path, monkeypatch):
     assert len(report.passes) == 3
     expected, found = whole.state_dict(), resumed.state_dict()
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
-    with pytest.raises(RecipeError, match="holds the passes of another run .seed differ.; give another folder"):
-        quantize(copy.deepcopy(pipe.unet), recipe, data, folder=tmp_path / "work", seed=1, progress=False)
+    assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]  # nothing unfinished is left
+
+
+def test_variants_share_the_passes_they_have_in_common(pipe, data, tmp_path, monkeypatch):
+    def run(name, *overrides, seed=0):
+        made = []
+        real = {kind: kind.apply for kind in (CalibrateRanges, ReconstructRounding)}
+        with monkeypatch.context() as patch:
+            for kind, apply in real.items():
+                patch.setattr(kind, "apply", lambda *arguments, apply=apply: made.append(1) or apply(*arguments))
+            model = copy.deepcopy(pipe.unet)
+            quantize(model, load_recipe(name, [*QUICK["brecq"][:4], *overrides]), data, folder=tmp_path, seed=seed, progress=False)
+        return len(made), model
+
+    scales = [f"passes.2.{option}" for option in ("samples=8", "iterations=2")]
+    assert run("brecq-w4a8", *scales)[0] == 2
+    count, shared = run("accuquant-w4a8", "passes.2.iterations=2")
+    assert count == 0
+    alone = copy.deepcopy(pipe.unet)
+    quantize(alone, load_recipe("accuquant-w4a8", QUICK["accuquant"]), data, progress=False)
+    assert all(torch.equal(value, shared.state_dict()[key]) for key, value in alone.state_dict().items())
+    assert run("brecq-w4a8", *scales, "passes.1.rate=0.5")[0] == 1  # ranges are the same, rounding is not
+    assert run("brecq-w4a6", *scales)[0] == run("brecq-w4a8", *scales, seed=1)[0] == 2
 
 
 def test_refuses_other_data_bad_weights_and_a_second_time(pipe, data):

@@ -8,8 +8,10 @@ One file per method; the bits come with the name: ``brecq-w4a8`` is ``recipes/br
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -144,8 +146,10 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize the denoiser of `pipe` (or a denoiser itself) in place by `recipe`, calibrated on `data`; end with `freeze`.
 
-    With `folder` every finished pass is kept there and a killed run goes on where it stopped. Raises `RecipeError`, `SpecError`, or
-    `CalibrationError` when `data` was recorded with another model.
+    With `folder` every finished pass is kept there: a killed run goes on where it stopped, and a recipe that begins with the same
+    passes on the same layers, data and seed starts from them, so variants of a recipe share what they have in common.
+
+    Raises `RecipeError`, `SpecError`, or `CalibrationError` when `data` was recorded with another model.
     """
     model = pipe if isinstance(pipe, nn.Module) else find_denoiser(pipe)[1]
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -154,24 +158,29 @@ def quantize(
     rows = plan(model, recipe.layers)
     data.verify(model)
     report = QuantizationReport(recipe.full_name, seed, data.manifest, layers=[_row(row) for row in rows])
-    _claim(folder, recipe, seed, data)
+    names = _pass_names(recipe, steps, seed, data)
     prepare(model, rows, data.timesteps)
     with fit.run(folder, progress) as run:
-        for index, step in enumerate(steps):
-            name = type(step).__name__
+        for index, (step, name) in enumerate(zip(steps, names, strict=True)):
             generator = torch.Generator().manual_seed(seed * 1_000 + index)
-            done = None if folder is None else folder / f"pass-{index:02d}-{name}.safetensors"
+            done = None if folder is None else folder / f"{name}.safetensors"
             begun = time.monotonic()
             if done is not None and done.exists():
                 tensors, metadata = fit.load_tensors(done)
                 restore_quantizers(model, tensors)
                 report.passes.append(json.loads(metadata["row"]))
                 continue
-            figures = step.apply(model, data, generator, run.below(f"pass-{index:02d}-{name}"))
-            row = {"pass": name, "options": step.model_dump(), "seconds": round(time.monotonic() - begun, 2), "figures": figures}
+            figures = step.apply(model, data, generator, run.below(name))
+            row = {
+                "pass": type(step).__name__,
+                "options": step.model_dump(),
+                "seconds": round(time.monotonic() - begun, 2),
+                "figures": figures,
+            }
             report.passes.append(row)
             if done is not None:
                 fit.save_tensors(done, quantizer_state(model), {"row": json.dumps(row)})
+                shutil.rmtree(done.with_suffix(""), ignore_errors=True)  # what the pass kept while it was not finished
     enable(model)
     freeze(model)
     model.recipe_name = recipe.full_name  # type: ignore[assignment]
@@ -183,20 +192,16 @@ def _row(row: PlannedLayer) -> dict[str, Any]:
     return {"name": row.name, "kind": row.kind, "shape": row.shape, "spec": spec, "reason": row.reason}
 
 
-def _claim(folder: Path | None, recipe: Recipe, seed: int, data: Trajectory) -> None:
-    """Mark `folder` as belonging to this run; refuse one that holds another's passes."""
-    if folder is None:
-        return
-    mine = {"recipe": recipe.model_dump(mode="json"), "seed": seed, "model": data.manifest.get("model_hash")}
-    path = folder / "run.json"
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        differing = [key for key in mine if theirs.get(key) != json.loads(json.dumps(mine[key]))]
-        if differing:
-            raise RecipeError(f"{folder}: holds the passes of another run ({', '.join(differing)} differ); give another folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=1))
+def _pass_names(recipe: Recipe, steps: Sequence[Pass], seed: int, data: Trajectory) -> list[str]:
+    """A name for each pass that holds a hash of everything its result depends on: the passes before it too."""
+    recorded = {key: data.manifest[key] for key in ("model_hash", "scheduler", "calibration", "run")}
+    digest = hashlib.sha256(json.dumps([seed, recorded, recipe.model_dump(mode="json")["layers"]], sort_keys=True).encode())
+    names = []
+    for index, step in enumerate(steps):
+        kind = type(step).__name__
+        digest.update(f"{kind} {step.model_dump_json()}".encode())
+        names.append(f"pass-{index:02d}-{kind}-{digest.hexdigest()[:12]}")
+    return names
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -32,6 +32,9 @@ def test_quantize_sample_and_evaluate(name, recording, tmp_path, capsys):
     options = ["passes.0.samples=4"]
     if name in ("brecq", "q-diffusion"):
         options += [f"passes.{i}.{key}" for i in (1, 2) for key in ("samples=2", "iterations=1", "batch_size=2")]
+    if name == "accuquant":
+        options += ["passes.1.samples=2", "passes.1.iterations=1", "passes.1.batch_size=2"]
+        options += ["passes.2.iterations=1", "passes.2.batch_size=2", "passes.2.cosines=false"]
     sets = [part for option in options for part in ("--set", option)]
     out = tmp_path / "out"
     assert run("quantize", "glyph-ddim", "--recipe", f"{name}-w4a8", "--data", recording, "--out", out, *sets) == 0
@@ -47,7 +50,7 @@ def test_quantize_sample_and_evaluate(name, recording, tmp_path, capsys):
     report = tmp_path / "report"
     code = run("evaluate", out, "--reference", "glyph-ddim", "--out", report, "--samples", 70, "--steps", 2)
     assert code == 0
-    assert {path.name for path in report.iterdir()} == {"report.json", "report.md", "pairs.png", "drift.png"}
+    assert {path.name for path in report.iterdir()} == {"report.json", "report.md", "pairs.png", "drift.png", "accumulation.png"}
 
 
 def test_inspect_names_every_layer_and_the_cost(capsys):

@@ -18,7 +18,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         ("path/or/hub-id", "model"),
         ("samples=64, steps=20", "samples=2, steps=2, batch_size=2"),
         ("brecq-w4a8", "mse-w4a8"),
-        ("samples=1000", "samples=2"),
+        ("samples=1000", "protocol=dq.SamplingProtocol(samples=2, steps=3)"),
     ):
         assert original in code
         code = code.replace(original, small)

@@ -76,7 +76,9 @@ def quantize(
     recipe: Annotated[str, typer.Option(help=RECIPE_HELP)],
     out: Annotated[Path, typer.Option(help="Directory of the packed checkpoint.")],
     data: Annotated[Path | None, typer.Option(help="Recording to calibrate on; without it 64 trajectories are recorded.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder that keeps finished passes, so that a killed run goes on.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder that keeps finished passes: a killed run goes on, other recipes share them.")
+    ] = None,
     seed: Seed = 0,
     set_: Set = None,
 ) -> None:
@@ -137,7 +139,7 @@ def evaluate(
             progress=progress,
         )
     console.print(reports.table(report))
-    console.print(f"report.md, report.json, pairs.png and drift.png in {out}")
+    console.print(f"report.md, report.json and pictures (pairs.png, drift.png, accumulation.png) in {out}")
 
 
 @app.command()
@@ -186,7 +188,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the report.")] = Path("demo-output"),
     seed: Seed = 0,
 ) -> None:
-    """Quantize the shipped model three ways in a few minutes, and show what was lost."""
+    """Quantize the shipped model four ways in a few minutes, and show what was lost."""
     run_demo(out, seed, console)
 
 

@@ -1,4 +1,4 @@
-"""The demonstration: the shipped model, three recipes at small budgets, one report."""
+"""The demonstration: the shipped model, four recipes at small budgets, one report."""
 
 from __future__ import annotations
 
@@ -22,25 +22,23 @@ from diffquant.recipe import load_recipe, quantize
 from diffquant.runtime.checkpoint import save
 
 CALIBRATION = Calibration(samples=64, steps=20)
+_ROUNDING = ("passes.0.samples=128", "passes.1.samples=128", "passes.1.iterations=80", "passes.1.rate=0.05")
 BUDGETS: dict[str, tuple[str, ...]] = {
     "minmax-w8a8": ("passes.0.samples=128",),
     "mse-w4a8": ("passes.0.samples=128",),
-    "brecq-w4a8": (
-        "passes.0.samples=128",
-        "passes.1.samples=128",
-        "passes.1.iterations=80",
-        "passes.1.rate=0.05",
-        "passes.2.samples=128",
-        "passes.2.iterations=40",
-    ),
+    "brecq-w4a8": (*_ROUNDING, "passes.2.samples=128", "passes.2.iterations=40"),
+    "accuquant-w4a8": (*_ROUNDING, "passes.2.iterations=40", "passes.2.cosines=false"),
 }
-EVALUATION = SamplingProtocol(samples=192, steps=20, seed=1000)
+EVALUATION = SamplingProtocol(samples=192, steps=20, seed=1000, accumulation_samples=8)
 
 
 def run_demo(out: Path, seed: int, console: Console) -> None:
-    """Record, quantize, save, load and compare ``glyph-ddim``; checkpoints and the report go to `out`."""
+    """Record, quantize, save, load and compare ``glyph-ddim``; checkpoints and the report go to `out`.
+
+    Finished passes are kept in ``out/passes``: the last two recipes share their first two passes, and a second run only compares.
+    """
     begun = time.monotonic()
-    console.print("[bold]diffquant demo[/]: glyph-ddim, a diffusion model of capital letters, quantized three ways")
+    console.print("[bold]diffquant demo[/]: glyph-ddim, a diffusion model of capital letters, quantized four ways")
     console.print("budgets, smaller than the recipes' own:")
     console.print(f"  calibration on {CALIBRATION.samples} trajectories of {CALIBRATION.steps} steps", highlight=False)
     console.print(f"  comparison on {EVALUATION.samples} samples of {EVALUATION.steps} steps", highlight=False)
@@ -51,7 +49,7 @@ def run_demo(out: Path, seed: int, console: Console) -> None:
     checkpoints: dict[str, Path] = {}
     for name, overrides in BUDGETS.items():
         quantized = copy.deepcopy(pipe)
-        report = quantize(quantized, load_recipe(name, overrides), data, seed=seed)
+        report = quantize(quantized, load_recipe(name, overrides), data, seed=seed, folder=out / "passes")
         save(quantized, out / name, recipe_name=name)
         report.write(out / name / "quantization.json")
         checkpoints[name] = out / name

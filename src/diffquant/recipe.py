@@ -158,7 +158,7 @@ def quantize(
     rows = plan(model, recipe.layers)
     data.verify(model)
     report = QuantizationReport(recipe.full_name, seed, data.manifest, layers=[_row(row) for row in rows])
-    names = _pass_names(recipe, steps, seed, data)
+    names = pass_names(recipe, steps, seed, data)
     prepare(model, rows, data.timesteps)
     with fit.run(folder, progress) as run:
         for index, (step, name) in enumerate(zip(steps, names, strict=True)):
@@ -192,7 +192,7 @@ def _row(row: PlannedLayer) -> dict[str, Any]:
     return {"name": row.name, "kind": row.kind, "shape": row.shape, "spec": spec, "reason": row.reason}
 
 
-def _pass_names(recipe: Recipe, steps: Sequence[Pass], seed: int, data: Trajectory) -> list[str]:
+def pass_names(recipe: Recipe, steps: Sequence[Pass], seed: int, data: Trajectory) -> list[str]:
     """A name for each pass that holds a hash of everything its result depends on: the passes before it too."""
     recorded = {key: data.manifest[key] for key in ("model_hash", "scheduler", "calibration", "run")}
     digest = hashlib.sha256(json.dumps([seed, recorded, recipe.model_dump(mode="json")["layers"]], sort_keys=True).encode())

@@ -12,6 +12,7 @@ from diffquant.calibration.trajectory import Calibration, Trajectory, record
 from diffquant.core.affine import fake_quantize
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import enable, full_precision, plan, prepare, quantized_layers, quantizers
+from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.passes import Pass, quantizer_state
 from diffquant.methods.ranges import CalibrateRanges, search_range
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
@@ -28,6 +29,7 @@ EXAMPLES: dict[str, Pass] = {
     "CalibrateRanges": RANGES,
     "ReconstructRounding": ReconstructRounding(iterations=3, samples=8, batch_size=4),
     "LearnScales": LearnScales(iterations=3, samples=8, batch_size=4, weights=True),
+    "AccuQuant": AccuQuant(iterations=2, steps_per_segment=2, batch_size=2),
 }
 
 
@@ -87,7 +89,7 @@ def test_same_seed_same_buffers(name, pipe, data):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("name", ["ReconstructRounding", "LearnScales"])
+@pytest.mark.parametrize("name", ["ReconstructRounding", "LearnScales", "AccuQuant"])
 def test_refuses_without_ranges(name, pipe, data):
     with pytest.raises(SpecError, match="not calibrated; a recipe starts with a pass that sets ranges"):
         apply(EXAMPLES[name], quantizable(pipe, data, ranges=False), data)

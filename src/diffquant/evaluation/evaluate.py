@@ -27,7 +27,7 @@ def evaluate(
 
     Models are pipelines, or folders to load them from (then the report has their file sizes); several are given by name.
     `samples` is short for a protocol that differs from the default in nothing else. With `out` the report is written there:
-    ``report.json``, ``report.md``, ``pairs.png``, ``drift.png``.
+    ``report.json``, ``report.md``, ``pairs.png``, ``drift.png``, ``accumulation.png``.
 
     Raises `EvaluationError` where samples are not finite or the schedulers differ.
     """

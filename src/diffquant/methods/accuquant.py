@@ -29,6 +29,7 @@ from diffquant.core.layers import smoothed_weight
 from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
 from diffquant.core.surgery import enable, full_precision, quantized_layers, quantizers, switched
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
+from diffquant.methods.steps import LearnedSteps
 
 LOW_COSINE = 0.8  # of approximate and exact gradient: below it a segment is called too long
 SAVE_EVERY = 50  # iterations
@@ -112,18 +113,18 @@ class AccuQuant(Pass):
             "loss": [float(part.mean()) for part in torch.tensor(curve).tensor_split(min(40, len(curve)))],
         }
 
-    def _learned(self, model: nn.Module) -> list[_Steps | _Rounding]:
-        learned: list[_Steps | _Rounding] = []
+    def _learned(self, model: nn.Module) -> list[LearnedSteps | _Rounding]:
+        learned: list[LearnedSteps | _Rounding] = []
         weights = {layer.weight_quantizer: smoothed_weight(layer).detach().float() for _, layer in quantized_layers(model)}
         for _, quantizer in quantizers(model):
             if quantizer.clock is not None:
-                learned.append(_Steps.of(quantizer, self.rate, self.zero_points))
+                learned.append(LearnedSteps.of(quantizer, self.rate, self.zero_points))
             elif self.rounding:
                 learned.append(_Rounding.of(quantizer, weights[quantizer], self.rounding_rate))
             elif self.weights:
                 if quantizer.codes is None:
                     quantizer.decide(weights[quantizer])
-                learned.append(_Steps.of(quantizer, self.weight_rate, zero_points=False))
+                learned.append(LearnedSteps.of(quantizer, self.weight_rate, zero_points=False))
         return learned
 
     def _loss(
@@ -131,7 +132,7 @@ class AccuQuant(Pass):
         rollout: Rollout,
         segments: list[range],
         norms: Tensor,
-        learned: list[_Steps | _Rounding],
+        learned: list[LearnedSteps | _Rounding],
         iteration: int,
         seed: int,
         generator: torch.Generator,
@@ -147,7 +148,9 @@ class AccuQuant(Pass):
         start, targets = self._ends(rollout, chain)
         loss = segment_gradient(chain, start, targets, self.gradient, 1.0 / float(norms[number]))
         for one in learned:
-            one.collect(iteration / self.iterations, self.regularization)
+            one.collect()
+            if isinstance(one, _Rounding):
+                one.regularize(iteration / self.iterations, self.regularization)
         return loss
 
     def _ends(self, rollout: Rollout, chain: Chain) -> tuple[Tensor, Callable[[int], Tensor]]:
@@ -160,7 +163,7 @@ class AccuQuant(Pass):
             latents, _ = chain.run(start)
         return start, lambda i: latents[i + 1]
 
-    def _cosine(self, rollout: Rollout, segment: range, probe: Tensor, learned: list[_Steps | _Rounding]) -> float | None:
+    def _cosine(self, rollout: Rollout, segment: range, probe: Tensor, learned: list[LearnedSteps | _Rounding]) -> float | None:
         """Cosine of the gradient used and the exact one, over all parameters; None where it is not asked for."""
         if not self.cosines or self.gradient in ("exact", "chain"):
             return None
@@ -173,49 +176,6 @@ class AccuQuant(Pass):
                 f"with the exact one; shorten steps_per_segment, or set gradient: exact"
             )
         return cosine
-
-
-@dataclass
-class _Steps:
-    """The steps, and zero points, of one quantizer while they are learned: the leaves that the optimizer moves."""
-
-    quantizer: Quantizer
-    log_scale: Tensor
-    zero_point: Tensor | None
-    rate: float
-
-    @classmethod
-    def of(cls, quantizer: Quantizer, rate: float, zero_points: bool) -> _Steps:
-        moves = zero_points and not quantizer.spec.symmetric
-        return cls(quantizer, quantizer.scale.detach().log(), quantizer.zero_point.detach().clone() if moves else None, rate)
-
-    def parameters(self) -> list[tuple[Tensor, float]]:
-        levels = 2.0**self.quantizer.spec.bits
-        return [(self.log_scale, self.rate)] + ([] if self.zero_point is None else [(self.zero_point, self.rate * levels)])
-
-    def place(self) -> None:
-        """Give the quantizer its parameters of this iteration, as leaves of their own: every denoiser call has its own graph."""
-        self.quantizer.scale = self.log_scale.detach().exp().requires_grad_(True)
-        if self.zero_point is not None:
-            spec = self.quantizer.spec
-            self.quantizer.zero_point = self.zero_point.detach().round().clamp(spec.code_min, spec.code_max).requires_grad_(True)
-
-    def collect(self, progress: float, regularization: float) -> None:
-        """Take the gradients over: d/d log s = s d/ds, and straight through the rounding of the zero point."""
-        scale, zero_point = self.quantizer.scale, self.quantizer.zero_point
-        self.log_scale.grad = torch.zeros_like(scale) if scale.grad is None else scale.grad * scale.detach()
-        if self.zero_point is not None:
-            self.zero_point.grad = torch.zeros_like(zero_point) if zero_point.grad is None else zero_point.grad
-
-    def gradient(self) -> Tensor:
-        parts = [tensor.grad for tensor, _ in self.parameters()]
-        return torch.cat([part.flatten() for part in parts if part is not None])
-
-    def finish(self) -> None:
-        """Leave the quantizer with plain tensors."""
-        self.place()
-        self.quantizer.scale = self.quantizer.scale.detach()
-        self.quantizer.zero_point = self.quantizer.zero_point.detach()
 
 
 @dataclass
@@ -242,7 +202,10 @@ class _Rounding:
     def place(self) -> None:
         self.quantizer.rounding = self.logits
 
-    def collect(self, progress: float, regularization: float) -> None:
+    def collect(self) -> None:
+        """Nothing: the logits are the leaves that the model used."""
+
+    def regularize(self, progress: float, regularization: float) -> None:
         """Add the gradient of AdaRound's regularization, whose exponent falls from 20 to 2."""
         with torch.enable_grad():
             beta = 2.0 + 18.0 * (1 - progress)
@@ -267,7 +230,7 @@ def segment_gradient(
     return ways[gradient](chain, start, targets, factor, gradient == "exact")
 
 
-def gradient_of(chain: Chain, gradient: Gradient, learned: list[_Steps | _Rounding]) -> Tensor:
+def gradient_of(chain: Chain, gradient: Gradient, learned: list[LearnedSteps | _Rounding]) -> Tensor:
     """The gradient as one vector, without regularization."""
     for one in learned:
         for tensor, _ in one.parameters():
@@ -278,12 +241,12 @@ def gradient_of(chain: Chain, gradient: Gradient, learned: list[_Steps | _Roundi
         segment_gradient(chain, chain.recorded(0), lambda i: chain.recorded(i + 1), gradient)
     vectors = []
     for one in learned:
-        one.collect(0.0, 0.0)
+        one.collect()
         vectors.append(one.gradient())
         for tensor, _ in one.parameters():
             tensor.requires_grad_(False)
             tensor.grad = None
-        one.finish() if isinstance(one, _Steps) else None
+        one.finish() if isinstance(one, LearnedSteps) else None
     return torch.cat(vectors)
 
 

@@ -35,11 +35,11 @@ from diffquant.calibration.fit import (
     save_tensors,
 )
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.affine import SMALLEST_SCALE
 from diffquant.core.layers import smoothed_weight
 from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
 from diffquant.core.surgery import Unit, full_precision, quantizers, switched, units
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
+from diffquant.methods.steps import LearnedSteps
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,14 @@ class ReconstructRounding(_UnitPass):
 
 @final
 class LearnScales(_UnitPass):
-    """Learn the steps of activations, and with ``weights`` those of weights, by LSQ; zero points stay.
+    """Learn the steps and zero points of activations, and with ``weights`` the steps of weights, by LSQ.
 
-    ``rate`` and ``weight_rate`` are relative to the step and fall along a cosine. Weights whose codes are decided keep their codes.
+    ``rate`` and ``weight_rate`` are relative (see `LearnedSteps`) and fall along a cosine. Weights whose codes are decided keep
+    their codes.
     """
 
     rate: float = Field(default=2e-3, gt=0)
+    zero_points: bool = True
     weights: bool = False
     weight_rate: float = Field(default=5e-4, gt=0)
     power: float = 2.4
@@ -186,35 +188,39 @@ class LearnScales(_UnitPass):
     def _fit_unit(self, unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> Fitted:
         before = _unit_error(unit, given, wanted, self.batch_size)
         learned = [
-            (quantizer, self.rate if quantizer.clock is not None else self.weight_rate)
+            LearnedSteps.of(quantizer, self.rate, self.zero_points)
+            if quantizer.clock is not None
+            else LearnedSteps.of(quantizer, self.weight_rate, zero_points=False)
             for _, quantizer in quantizers(unit.module)
             if quantizer.clock is not None or self.weights
         ]
         if not learned:
             return Fitted(before, before)
-        start = {quantizer: quantizer.scale.detach().clone() for quantizer, _ in learned}
+        start = quantizer_state(unit.module)
 
         def loss(iteration: int, generator: torch.Generator) -> Tensor:
-            return _minibatch_error(unit, given, wanted, self.batch_size, self.power, self.mix, generator)
-
-        def keep_positive(iteration: int) -> None:
-            for quantizer, _ in learned:
-                quantizer.scale.clamp_(min=SMALLEST_SCALE)
+            for one in learned:
+                one.place()
+            error = _minibatch_error(unit, given, wanted, self.batch_size, self.power, self.mix, generator)
+            error.backward()
+            for one in learned:
+                one.collect()
+            return error.detach()
 
         curve = fit(
-            [(quantizer.scale, rate * float(quantizer.scale.mean())) for quantizer, rate in learned],
+            [pair for one in learned for pair in one.parameters()],
             loss,
             iterations=self.iterations,
             seed=seed,
             run=run,
             label=unit.name,
             schedule=cosine,
-            after_step=keep_positive,
         )
+        for one in learned:
+            one.finish()
         after = _unit_error(unit, given, wanted, self.batch_size)
-        if after > before:  # a unit that learning made worse keeps the scales it came with
-            for quantizer, _ in learned:
-                quantizer.scale.copy_(start[quantizer])
+        if after > before:  # a unit that learning made worse keeps what it came with
+            restore_quantizers(unit.module, start)
             return Fitted(before, before, _thinned(curve))
         return Fitted(before, after, _thinned(curve))
 

@@ -6,7 +6,7 @@
     python benchmarks/accuquant.py compare --bits w4a6 --arms "M=5 exact" "M=5 accumulate"     # one or several arms
 
 Arms share recordings and stage one (ranges and rounding) in --work; finished passes and checkpoints stay there, so a killed run
-goes on where it stopped. An arm is written NAME: brecq, or "M=5", with options after it: identity, exact, accumulate, chain,
+goes on where it stopped. An arm is written NAME: mse, brecq, or "M=5", with options after it: identity, exact, accumulate, chain,
 quantized (start), sets (one parameter set per segment), rounding, evaluations=N, or any option of the pass: "M=5 rate=0.004".
 """
 
@@ -151,13 +151,14 @@ def cosines(arguments: argparse.Namespace) -> dict[str, Any]:
 def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
     """The recipe of an arm; denoiser evaluations with a gradient are the same for all M unless an arm says otherwise."""
     name, *options = arm.split()
+    if name == "mse":
+        return dq.load_recipe(f"mse-{bits}")
     if name == "brecq":
         given = [f"passes.{STAGE_TWO}.{option}" for option in options]
         return dq.load_recipe(f"brecq-{bits}", [*arguments.overrides, *given])
     steps = int(name.removeprefix("M="))
     evaluations = next((int(o.split("=")[1]) for o in options if o.startswith("evaluations=")), arguments.evaluations)
     settings = {"steps_per_segment": steps, "iterations": max(1, evaluations // steps)}
-    rules = []
     for option in options:
         if option in ("identity", "exact", "accumulate", "chain"):
             settings["gradient"] = option
@@ -166,12 +167,12 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
         elif option == "rounding":
             settings["rounding"] = "true"
         elif option == "sets":
-            rules = [f"layers.{i}.sets={-(-STEPS // steps)}" for i in range(4)]
+            settings["per_segment"] = "true"
         elif not option.startswith("evaluations="):
             key, _, value = option.partition("=")
             settings[key] = value
     given = [f"passes.{STAGE_TWO}.{key}={value}" for key, value in settings.items()]
-    return dq.load_recipe(f"accuquant-{bits}", [*arguments.overrides, *rules, *given])
+    return dq.load_recipe(f"accuquant-{bits}", [*arguments.overrides, *given])
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:

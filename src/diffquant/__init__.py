@@ -6,7 +6,8 @@ Importing the package registers it with diffusers, so that `DiffusionPipeline.fr
 from importlib.metadata import version
 
 from diffquant.calibration.observe import Calibration
-from diffquant.calibration.trajectory import Trajectory, record
+from diffquant.calibration.record import record
+from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import DiffquantError, LayerRule, LayerSpec, QuantSpec
 from diffquant.core.surgery import full_precision
 from diffquant.evaluation.evaluate import evaluate

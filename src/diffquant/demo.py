@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from diffquant import zoo
 from diffquant.calibration.observe import Calibration
-from diffquant.calibration.trajectory import record
+from diffquant.calibration.record import record
 from diffquant.evaluation import report as reports
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.sampling import OnProgress, SamplingProtocol

@@ -14,9 +14,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, PNDMScheduler
 from torch import nn
 
-from diffquant.calibration import trajectory as store
+from diffquant.calibration import record as store
 from diffquant.calibration.observe import PROMPTS, Calibration, find_denoiser, observe
-from diffquant.calibration.trajectory import Trajectory, model_hash, record
+from diffquant.calibration.record import record
+from diffquant.calibration.trajectory import Trajectory, model_hash
 from diffquant.core.spec import CalibrationError
 from tests import pipelines
 

@@ -336,3 +336,15 @@ def test_buffers_are_named_and_shaped_before_calibration() -> None:
         "table": ((4,), torch.uint8),
         "shift": ((3, 4), torch.int8),
     }
+
+
+def test_divided_sets_are_copies_that_the_table_chooses_from() -> None:
+    quantizer = calibrated(Quantizer(UINT8, 1, clock=StepClock([900, 500, 100])), torch.tensor([[0.1]]), torch.tensor([[3.0]]))
+    before = quantizer(torch.linspace(-1, 9, 7))
+    quantizer.divide_sets(torch.tensor([0, 1, 1]))
+    assert quantizer.rows == 2 and quantizer.table is not None and quantizer.table.tolist() == [0, 1, 1]
+    for interval in range(3):
+        quantizer.clock.set_interval(interval)
+        assert torch.equal(quantizer(torch.linspace(-1, 9, 7)), before)
+    with pytest.raises(SpecError, match="2 parameter sets cannot be divided"):
+        quantizer.divide_sets(torch.tensor([0, 1, 1]))

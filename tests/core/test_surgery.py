@@ -361,6 +361,16 @@ def test_enabling_what_is_not_calibrated_is_refused_and_changes_nothing() -> Non
 # ---- prepare
 
 
+def test_no_more_parameter_sets_than_timesteps() -> None:
+    model, _ = unet()
+    rows = surgery.plan(
+        model, [LayerRule(match="@all", weight_bits=4, input_bits=8, sets=5), LayerRule(match="@attention", sets=5)]
+    )
+    surgery.prepare(model, rows, [900, 500, 100])
+    assert {quantizer.rows for _, quantizer in surgery.quantizers(model) if quantizer.clock is not None} == {3}
+    assert model.conv_in.layer_spec.sets == 3
+
+
 def test_preparing_twice_is_refused() -> None:
     model = Denoiser()
     rows = surgery.plan(model, [W4A8])

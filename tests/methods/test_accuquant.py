@@ -13,8 +13,8 @@ from torch import nn
 
 import diffquant as dq
 from diffquant.calibration.observe import Calibration, find_denoiser
+from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Chain, Rollout
-from diffquant.calibration.trajectory import record
 from diffquant.core.surgery import quantizers
 from diffquant.methods.accuquant import AccuQuant, segment_gradient
 from diffquant.methods.passes import quantizer_state
@@ -190,6 +190,23 @@ def test_every_option_leaves_a_frozen_model_with_plain_parameters(recorded, over
         assert quantizer.calibrated and quantizer.rounding is None
         assert torch.equal(quantizer.zero_point, quantizer.zero_point.round())
     assert len(report.passes[-1]["figures"]["segments"]) == 2
+
+
+def test_a_parameter_set_per_segment(recorded, tmp_path):
+    options = ("steps_per_segment=3", "per_segment=true", "rate=0.02", "iterations=8")
+    model, _ = quantized(recorded, *(f"passes.2.{option}" for option in options), folder=tmp_path / "work")
+    resumed, _ = quantized(recorded, *(f"passes.2.{option}" for option in options), folder=tmp_path / "work")  # from the kept pass
+    for one in (model, resumed):
+        found = [quantizer for _, quantizer in quantizers(one) if quantizer.clock is not None]
+        assert all(quantizer.rows == 2 and quantizer.table.tolist() == [0, 0, 0, 1] for quantizer in found)
+        assert any(not torch.equal(quantizer.scale[0], quantizer.scale[1]) for quantizer in found)
+    pipe = copy.deepcopy(recorded[0])
+    pipe.unet = resumed
+    dq.save(pipe, tmp_path / "out")  # reads back what it wrote
+    loaded = dq.load(tmp_path / "out").unet
+    arguments, _ = recorded[1].batch(torch.arange(4))
+    with torch.no_grad():
+        assert torch.equal(loaded(**arguments).sample, model(**arguments).sample)
 
 
 def test_codes_of_weights_stay_while_their_steps_move(recorded):

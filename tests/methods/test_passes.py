@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from diffquant.calibration import fit
-from diffquant.calibration.trajectory import Calibration, Trajectory, record
+from diffquant.calibration.observe import Calibration
+from diffquant.calibration.record import record
+from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import enable, full_precision, plan, prepare, quantized_layers, quantizers

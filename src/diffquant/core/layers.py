@@ -109,6 +109,13 @@ def smoothed_weight(layer: QuantizedLayer) -> Tensor:
     return layer.weight * layer.smooth.view(1, -1, *[1] * (layer.weight.dim() - 2))
 
 
+def present_spec(layer: QuantizedLayer) -> LayerSpec:
+    """The layer's spec, with as many parameter sets as its input quantizer has now."""
+    sets = 1 if layer.input_quantizer is None else layer.input_quantizer.rows
+    spec: LayerSpec = layer.layer_spec  # type: ignore[assignment]
+    return spec.model_copy(update={"sets": sets})
+
+
 def freeze_layer(layer: QuantizedLayer) -> None:
     """Replace the float weight by integer codes, decided in float32; layers without a weight quantizer keep their weight."""
     if layer.weight_quantizer is None or layer.weight is None:
@@ -135,6 +142,12 @@ class AttentionProducts(nn.Module):
     def live(self) -> bool:
         """Whether any of the quantizers is on or observed."""
         return any(isinstance(module, Quantizer) and module.live for module in self.children())
+
+    @property
+    def present_spec(self) -> AttentionSpec:
+        """The spec, with as many parameter sets as the quantizers have now."""
+        rows = [module.rows for module in self.children() if isinstance(module, Quantizer)]
+        return self.spec.model_copy(update={"sets": max(rows, default=1)})
 
     def forward(
         self,

@@ -141,6 +141,22 @@ class Quantizer(nn.Module):
             scale = scale * torch.exp2(self.shift[picked].float()).view(self._view(x, self.shift.shape[1]))
         return scale, zero_point
 
+    def divide_sets(self, table: Int[Tensor, " intervals"]) -> None:
+        """Give every set that `table` names, 0 to its largest entry, a copy of the one parameter set there is.
+
+        Raises `SpecError` where there are several already, or for a weight.
+        """
+        if self.clock is None or self.rows != 1 or len(table) != self.clock.intervals:
+            raise SpecError(
+                f"quantizer: {self.rows} parameter sets cannot be divided over {len(table)} intervals; start from one set"
+            )
+        rows = int(table.max()) + 1
+        self.scale, self.zero_point = self.scale.repeat(rows, 1), self.zero_point.repeat(rows, 1)
+        if self.shift is not None:
+            self.shift = self.shift.repeat(rows, 1)
+        if rows > 1:
+            self.table = table.to(self.scale.device, torch.uint8 if rows <= 256 else torch.int16)
+
     def quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Codes of `x`: the decided ones of a weight if there are any, else by rounding (learned where it is being learned)."""
         if self.codes is not None:

@@ -102,8 +102,9 @@ def plan(model: nn.Module, rules: Sequence[LayerRule]) -> list[PlannedLayer]:
 def prepare(model: nn.Module, rows: Sequence[PlannedLayer], timesteps: Sequence[float] = ()) -> None:
     """Make the planned layers of `model` quantizable in place, give it its clock and the hook that sets it.
 
-    Quantizers start off and uncalibrated: the model still computes exactly what it did. Raises `SpecError` when it already is
-    quantizable, or when rows name layers it does not have.
+    Quantizers start off and uncalibrated: the model still computes exactly what it did. A layer gets at most one parameter set per
+    timestep; without `timesteps`, one. Raises `SpecError` when it already is quantizable, or when rows name layers that it does not
+    have.
     """
     if hasattr(model, "step_clock"):
         raise SpecError(f"{type(model).__name__}: already quantizable; load the full-precision model again to start over")
@@ -115,10 +116,11 @@ def prepare(model: nn.Module, rows: Sequence[PlannedLayer], timesteps: Sequence[
             continue
         if row.name not in modules:
             raise SpecError(f"layer {row.name!r}: not in this {type(model).__name__}")
+        sets = {"sets": min(row.spec.sets, clock.intervals)}  # more would never be used, and stay uncalibrated
         if isinstance(row.spec, AttentionSpec):
-            attach_products(modules[row.name], row.spec, clock)
+            attach_products(modules[row.name], row.spec.model_copy(update=sets), clock)
         else:
-            make_quantizable(modules[row.name], row.spec, clock)
+            make_quantizable(modules[row.name], row.spec.model_copy(update=sets), clock)
     model.step_clock = clock  # type: ignore[assignment]
     model.timestep_argument = argument  # type: ignore[assignment]
     model.register_forward_pre_hook(tick, with_kwargs=True)

@@ -23,8 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffquant.calibration.observe import Calibration, Pipeline, find_denoiser
+from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout
-from diffquant.calibration.trajectory import record
 from diffquant.evaluation.metrics import Interval, bootstrap_mean, relative_l2
 from diffquant.evaluation.sampling import (
     OnProgress,

@@ -27,7 +27,7 @@ from diffquant.calibration.rollout import Chain, Key, Rollout, history, with_his
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.layers import smoothed_weight
 from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
-from diffquant.core.surgery import enable, full_precision, quantized_layers, quantizers, switched
+from diffquant.core.surgery import full_precision, quantized_layers, quantizers, switched
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
 from diffquant.methods.steps import LearnedSteps
 
@@ -46,9 +46,10 @@ class AccuQuant(Pass):
     ``gradient``: `identity` hands the gradient at the end to every step; `exact` is that of the whole chain, by recomputation;
     `accumulate` takes the error so far at every step, in one pass; `chain` is plain back-propagation, whose memory grows with the
     segment. ``start`` of the chains: the full-precision latent, or (`quantized`) the one the quantized model has reached there,
-    from which full precision then also runs; that costs the steps up to the segment in every iteration. Rates: of steps relative to
-    the step, of zero points relative to the range. ``rounding`` learns the rounding of weights again, from what was decided before,
-    in place of their steps. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning.
+    from which full precision then also runs; that costs the steps up to the segment in every iteration. ``per_segment`` gives
+    activations a parameter set per segment, where they had one for all. Rates: of steps relative to the step, of zero points
+    relative to the range. ``rounding`` learns the rounding of weights again, from what was decided before, in place of their
+    steps. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning.
     """
 
     steps_per_segment: int = Field(default=5, ge=1)
@@ -58,6 +59,7 @@ class AccuQuant(Pass):
     batch_size: int = Field(default=16, ge=1)
     rate: float = Field(default=2e-3, gt=0)
     zero_points: bool = True
+    per_segment: bool = False
     weights: bool = True
     weight_rate: float = Field(default=2e-3, gt=0)
     rounding: bool = False
@@ -80,8 +82,9 @@ class AccuQuant(Pass):
         seed = draw_seed(generator)
         probe = torch.randperm(rollout.trajectories, generator=generator)[:PROBED]
         with evaluating(model), switched(model, True):
-            enable(model)
             before = quantizer_state(model)
+            if self.per_segment:
+                _divide_sets(rollout, segments)
             learned = self._learned(model)
             measured = [_segment_error(rollout, segment, probe, self.batch_size) for segment in segments]
             agreement = [self._cosine(rollout, segment, probe, learned) for segment in segments]
@@ -318,6 +321,18 @@ def _unrolled(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], fac
     loss = _distance(latent, targets(len(chain.steps) - 1), factor)
     loss.backward()
     return loss.detach()
+
+
+def _divide_sets(rollout: Rollout, segments: list[range]) -> None:
+    """A parameter set per segment for every activation quantizer that has one for all."""
+    first = torch.zeros(1, dtype=torch.long)
+    segment_at: dict[float, int] = {}
+    for number, segment in enumerate(segments):
+        for k in segment:
+            segment_at.setdefault(float(rollout.data.step(first, k).timestep), number)
+    for _, quantizer in quantizers(rollout.model):
+        if quantizer.clock is not None and quantizer.rows == 1:
+            quantizer.divide_sets(torch.tensor([segment_at[timestep] for timestep in quantizer.clock.timesteps]))
 
 
 def _segment_error(rollout: Rollout, segment: range, trajectories: Tensor, batch_size: int) -> float:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffquant.core.layers import AttentionProducts
+from diffquant.core.layers import AttentionProducts, present_spec
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, is_frozen, prepare, quantized_layers, quantizers
 from diffquant.runtime.packing import (
@@ -142,9 +142,9 @@ def describe(model: nn.Module, recipe: str = "") -> QuantizationConfig:
     """The config of a quantizable model. Raises `CheckpointError` when `model` is not frozen."""
     if not is_frozen(model):
         raise CheckpointError(f"{type(model).__name__}: its weights are not integer codes; quantize first")
-    layers = {name: layer.layer_spec for name, layer in quantized_layers(model)}
+    layers = {name: present_spec(layer) for name, layer in quantized_layers(model)}
     attentions = {
-        name.removesuffix(".attention_products"): module.spec
+        name.removesuffix(".attention_products"): module.present_spec
         for name, module in model.named_modules()
         if isinstance(module, AttentionProducts)
     }

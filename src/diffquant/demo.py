@@ -27,9 +27,9 @@ BUDGETS: dict[str, tuple[str, ...]] = {
     "minmax-w8a8": ("passes.0.samples=128",),
     "mse-w4a8": ("passes.0.samples=128",),
     "brecq-w4a8": (*_ROUNDING, "passes.2.samples=128", "passes.2.iterations=40"),
-    "accuquant-w4a8": (*_ROUNDING, "passes.2.iterations=40", "passes.2.cosines=false"),
+    "accuquant-w4a8": (*_ROUNDING, "passes.2.iterations=24", "passes.2.cosines=false"),
 }
-EVALUATION = SamplingProtocol(samples=192, steps=20, seed=1000, accumulation_samples=8)
+EVALUATION = SamplingProtocol(samples=160, steps=20, seed=1000, accumulation_samples=8)
 
 
 def run_demo(out: Path, seed: int, console: Console) -> None:

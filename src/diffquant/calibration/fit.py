@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import CalibrationError
+from diffquant.core.surgery import device_of
 
 Schedule = Callable[[int, int], float]
 
@@ -218,7 +219,7 @@ def observe_unit(
     handle = unit.register_forward_hook(keep, with_kwargs=True)
     try:
         for picked in indices.split(batch_size):
-            arguments, _ = data.batch(picked)
+            arguments, _ = data.batch(picked, device_of(model))
             clock = model.step_clock
             with torch.no_grad(), suppress(_Stop):
                 model(**arguments)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.trajectory import RecordedStep, Trajectory
 from diffquant.core.spec import CalibrationError
-from diffquant.core.surgery import full_precision
+from diffquant.core.surgery import device_of, full_precision
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # relative L2 of a replayed stretch; other dtypes: HALF_TOLERANCE
 HALF_TOLERANCE = 5e-2
@@ -193,7 +193,7 @@ class Rollout:
 
     @property
     def _device(self) -> torch.device:
-        return next((tensor.device for tensor in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
+        return device_of(self.model)
 
     def _step(
         self, model_output: Tensor, sample: Tensor, recorded: RecordedStep, state: State, noise: Tensor | float = 0.0
@@ -226,8 +226,7 @@ class Chain:
     def predict(self, latent: Float[Tensor, "n ..."], i: int, state: State) -> Tensor:
         """What reaches the scheduler at step `i` for `latent`: the model's output, guided as the pipeline guided it."""
         rollout, k = self.rollout, self.steps[i]
-        arguments, _ = rollout.data.batch(rollout._rows[k, self.trajectories].T.reshape(-1))
-        arguments = {name: _moved(value, rollout._device) for name, value in arguments.items()}
+        arguments, _ = rollout.data.batch(rollout._rows[k, self.trajectories].T.reshape(-1), rollout._device)
         given = arguments[rollout._input_name]
         restore(rollout.scheduler, state)
         scaled = rollout.scheduler.scale_model_input(latent, self._recorded_step(i).timestep).to(given.dtype)
@@ -330,11 +329,3 @@ def _noise_is(scheduler: Any, noise: Tensor | float) -> Iterator[None]:
 def _leading_channels(output: Tensor, like: Tensor) -> Tensor:
     """The channels of a model's output that are the prediction: models that also predict a variance append it."""
     return output[:, : like.shape[1]]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _moved(member, device) for name, member in value.items()}
-    return value

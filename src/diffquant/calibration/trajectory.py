@@ -153,8 +153,8 @@ class Trajectory:
         chosen = shuffled[(rank + tie).argsort()[:count]]
         return chosen[torch.randperm(count, generator=generator)]
 
-    def batch(self, indices: Int[Tensor, " n"]) -> tuple[dict[str, Any], Tensor]:
-        """Gather samples, in order, as the arguments of one denoiser call and the recorded output [n ...].
+    def batch(self, indices: Int[Tensor, " n"], device: torch.device | None = None) -> tuple[dict[str, Any], Tensor]:
+        """Gather samples, in order, as the arguments of one denoiser call and the recorded output [n ...], on `device`.
 
         Tensors that have one row per sample are gathered by row, the timestep [n] always; other arguments must be equal in
         all the calls that the samples come from.
@@ -182,7 +182,8 @@ class Trajectory:
                 raise CalibrationError(f"batch: {name} differs between the samples' calls and has no row per sample; take fewer")
             arguments[name] = self._tensor(first_batch, values[0]).clone() if name in first["tensors"] else values[0]
         output = self._rows([(b, call["output"], row) for b, row, call in calls])
-        return _unflatten(arguments), output
+        arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        return _unflatten(arguments), output.to(device)
 
     def calls(self, *, timesteps: list[float] | None = None) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Yield every recorded call whole, as `batch` would, in the order recorded; only those at `timesteps` if given."""

@@ -126,6 +126,11 @@ def prepare(model: nn.Module, rows: Sequence[PlannedLayer], timesteps: Sequence[
     model.register_forward_pre_hook(tick, with_kwargs=True)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's parameters are (of a frozen one: its buffers); the CPU where it has neither."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
 def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     """Every quantizable Linear and Conv2d below `module`, by name."""
     for name, child in module.named_modules():

@@ -37,7 +37,7 @@ from diffquant.calibration.fit import (
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.layers import smoothed_weight
 from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
-from diffquant.core.surgery import Unit, full_precision, quantizers, switched, units
+from diffquant.core.surgery import Unit, device_of, full_precision, quantizers, switched, units
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
 from diffquant.methods.steps import LearnedSteps
 
@@ -236,7 +236,7 @@ def _in_order(model: nn.Module, found: list[Unit], data: Trajectory, kind: str) 
     handles = [unit.module.register_forward_pre_hook(lambda module, _: seen.append(module)) for unit in found]
     try:
         with torch.no_grad(), full_precision(model):
-            model(**data.batch(torch.arange(1))[0])
+            model(**data.batch(torch.arange(1), device_of(model))[0])
     finally:
         for handle in handles:
             handle.remove()
@@ -273,7 +273,8 @@ def _minibatch_error(
     picked = torch.randperm(samples, generator=generator)[:batch_size]
     keep = None
     if mix > 0 and given.arguments and isinstance(given.arguments[0], Tensor):
-        keep = torch.rand(given.arguments[0][picked].shape, generator=generator) >= mix
+        shape, device = given.arguments[0][picked].shape, given.arguments[0].device
+        keep = (torch.rand(shape, generator=generator) >= mix).to(device)
     output = _call(unit, given, picked, wanted if keep is not None else None, keep)
     return lp_loss(output, [tensor[picked] for tensor in wanted.outputs], power)
 

@@ -72,14 +72,12 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     with evaluating(model):
         for gradient in ("identity", "exact", "accumulate", "chain"):
             for steps in (1, 2, 5, 10, 20):
-                if gradient == "chain" and steps > 10 and arguments.quick:
-                    continue
-                chain = rollout.chain(torch.arange(16), range(STEPS - steps, STEPS))
+                chain = rollout.chain(torch.arange(arguments.batch), range(STEPS - steps, STEPS))
                 run = lambda chain=chain, gradient=gradient: gradient_of(chain, gradient, learned)  # noqa: E731
                 run()
                 rows.append({"gradient": gradient, "M": steps, "saved": saved_bytes(run), "resident": resident_bytes(run)})
                 print(json.dumps(rows[-1]), flush=True)
-    return {"batch": 16, "rows": rows}
+    return {"batch": arguments.batch, "rows": rows}
 
 
 def saved_bytes(run: Callable[[], object]) -> int:
@@ -245,7 +243,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=1000, help="denoiser evaluations with a gradient of stage two")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--accumulation", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="memory: leave out the long chains of plain back-propagation")
+    parser.add_argument("--batch", type=int, default=16, help="memory: trajectories at once")
     parser.add_argument("--set", nargs="*", default=[], dest="overrides")
     arguments = parser.parse_args()
     arguments.out = arguments.out or Path(f"benchmarks/results/accuquant-{arguments.what}.json")

@@ -193,9 +193,11 @@ def test_every_option_leaves_a_frozen_model_with_plain_parameters(recorded, over
 
 
 def test_a_parameter_set_per_segment(recorded, tmp_path):
-    options = ("steps_per_segment=3", "per_segment=true", "rate=0.02", "iterations=8")
-    model, _ = quantized(recorded, *(f"passes.2.{option}" for option in options), folder=tmp_path / "work")
-    resumed, _ = quantized(recorded, *(f"passes.2.{option}" for option in options), folder=tmp_path / "work")  # from the kept pass
+    options = [f"passes.2.{option}" for option in ("steps_per_segment=3", "per_segment=true", "rate=0.005", "iterations=8")]
+    options.append("passes.0.activations=minmax")
+    model, report = quantized(recorded, *options, folder=tmp_path / "work")
+    assert report.passes[-1]["figures"]["kept"]
+    resumed, _ = quantized(recorded, *options, folder=tmp_path / "work")  # from the kept pass
     for one in (model, resumed):
         found = [quantizer for _, quantizer in quantizers(one) if quantizer.clock is not None]
         assert all(quantizer.rows == 2 and quantizer.table.tolist() == [0, 0, 0, 1] for quantizer in found)

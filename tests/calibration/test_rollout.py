@@ -127,6 +127,13 @@ def test_eta_reaches_the_replayed_step():
         assert torch.allclose(step.prev_sample - mean, chain._noise(0), atol=1e-6) == equal
 
 
+def test_a_scheduler_that_steps_otherwise_is_not_taken_for_noise():
+    pipe, data = recorded_with(DDIMScheduler)
+    data.manifest["scheduler"]["config"]["beta_end"] = 0.03
+    with pytest.raises(CalibrationError, match="DDIMScheduler: the scheduler's own step 0 ends .* away from what was recorded"):
+        Rollout(pipe.unet, data)
+
+
 def test_the_quantized_model_takes_the_chain_of_full_precision():
     pipe, data = recorded_with(DDIMScheduler)
     rollout = Rollout(pipe.unet, data)

@@ -143,13 +143,21 @@ class Rollout:
         return weight
 
     def _injects_noise(self, recorded: list[RecordedStep]) -> bool:
-        """Whether the recorded steps hold more than the scheduler's step without noise."""
-        self._stochastic = False
+        """Whether the recorded steps hold more than the scheduler's step without noise.
+
+        Raises `CalibrationError` where they do although the scheduler drew none: nothing else may be taken for noise.
+        """
         state = self._initial
-        for step in recorded:
+        for k, step in enumerate(recorded):
             prev_sample, state = self._step(step.model_output, step.sample, step, state)
-            if not torch.allclose(prev_sample, step.prev_sample, rtol=1e-4, atol=1e-4):
+            if self._drew and not torch.allclose(prev_sample, step.prev_sample, rtol=1e-4, atol=1e-4):
                 return True
+            missed = float((prev_sample - step.prev_sample).norm() / step.prev_sample.norm().clamp(min=1e-12))
+            if not missed <= TOLERANCE.get(step.sample.dtype, HALF_TOLERANCE):
+                raise CalibrationError(
+                    f"{self.where}: the scheduler's own step {k} ends {missed:.2g} (relative) away from what was recorded; "
+                    f"its steps cannot be replayed"
+                )
         return False
 
     def _keeps_history(self, recorded: list[RecordedStep]) -> bool:
@@ -201,9 +209,10 @@ class Rollout:
         """The scheduler's own step from `state`, with `noise` in place of what it would draw, and the state it leaves."""
         scheduler = self.scheduler
         restore(scheduler, state)
-        with _noise_is(scheduler, noise):
+        with _noise_is(scheduler, noise) as draws:
             scheduler.scale_model_input(sample, recorded.timestep)  # some schedulers insist on it before a step
             result = scheduler.step(model_output, recorded.timestep, sample, **recorded.options)
+        self._drew = bool(draws)
         return result.prev_sample, snapshot(scheduler)
 
 
@@ -312,18 +321,20 @@ def with_history(state: State, tensors: Mapping[Key, Tensor]) -> State:
 
 
 @contextmanager
-def _noise_is(scheduler: Any, noise: Tensor | float) -> Iterator[None]:
-    """While the block runs, the scheduler's own draws of noise return `noise`."""
+def _noise_is(scheduler: Any, noise: Tensor | float) -> Iterator[list[tuple[int, ...]]]:
+    """While the block runs, the scheduler's own draws of noise return `noise`; the shapes drawn are listed."""
     module = sys.modules[type(scheduler).__module__]
+    draws: list[tuple[int, ...]] = []
     if not hasattr(module, "randn_tensor"):
-        yield
+        yield draws
         return
 
     def drawn(shape: tuple[int, ...], generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:
+        draws.append(tuple(shape))
         return torch.zeros(tuple(shape), device=device, dtype=dtype) + torch.as_tensor(noise, device=device, dtype=dtype)
 
     with mock.patch.object(module, "randn_tensor", drawn):
-        yield
+        yield draws
 
 
 def _leading_channels(output: Tensor, like: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from diffquant.evaluation.sampling import (
     SamplingProtocol,
     initial_noise,
     is_unconditional,
+    sample_shape,
     sample_unconditional,
     scheduler_of,
 )
@@ -91,10 +92,8 @@ def _unconditional(protocol: SamplingProtocol) -> Callable[[Pipeline, torch.Gene
 
     def run(pipe: Pipeline, generator: torch.Generator, batch: int) -> None:
         denoiser = pipe.unet
-        size = denoiser.config.sample_size
-        shape = (denoiser.config.in_channels, *((size, size) if isinstance(size, int) else size))
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        noise = initial_noise(shape, seed, range(batch)).to(denoiser.device, denoiser.dtype)
+        noise = initial_noise(sample_shape(denoiser), seed, range(batch)).to(denoiser.device, denoiser.dtype)
         for _ in sample_unconditional(denoiser, pipe.scheduler, noise, protocol.steps, protocol.eta, generator):
             pass
 

@@ -212,6 +212,12 @@ def sample(
     return Sampled(torch.cat(pictures), torch.cat(last_samples), seconds)
 
 
+def sample_shape(denoiser: Any) -> tuple[int, ...]:
+    """Channels, height and width of what an unconditional pixel model denoises."""
+    size = denoiser.config.sample_size
+    return (denoiser.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
 def is_unconditional(pipe: Pipeline) -> bool:
     """Whether the pipeline is one that `sample_unconditional` replaces."""
     return isinstance(pipe, DDIMPipeline | DDPMPipeline)
@@ -228,10 +234,8 @@ def sample_denoiser(
         if getattr(protocol, name) is not None:
             raise EvaluationError(f"protocol.{name}: is given, but {type(pipe).__name__} is unconditional; leave it out")
     denoiser: Any = find_denoiser(pipe)[1]
-    size = denoiser.config.sample_size
-    shape = (denoiser.config.in_channels, *((size, size) if isinstance(size, int) else size))
     generators = sample_generators(seed, indices)
-    noise = _draw(shape, generators).to(denoiser.device, denoiser.dtype)
+    noise = _draw(sample_shape(denoiser), generators).to(denoiser.device, denoiser.dtype)
     with evaluation_mode(pipe), scheduler_of(pipe, protocol) as scheduler:
         for result in sample_unconditional(denoiser, scheduler, noise, protocol.steps, protocol.eta, generators):
             on_step(indices, result)

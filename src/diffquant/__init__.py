@@ -15,6 +15,7 @@ from diffquant.evaluation.sampling import SamplingProtocol
 from diffquant.recipe import QuantizationReport, Recipe, load_recipe, quantize
 from diffquant.runtime import hf
 from diffquant.runtime.checkpoint import load, save, verify
+from diffquant.runtime.engines import engine, use_engine
 from diffquant.runtime.estimate import inspect
 
 __version__ = version("diffquant")
@@ -31,6 +32,7 @@ __all__ = [
     "Recipe",
     "SamplingProtocol",
     "Trajectory",
+    "engine",
     "evaluate",
     "full_precision",
     "inspect",
@@ -39,5 +41,6 @@ __all__ = [
     "quantize",
     "record",
     "save",
+    "use_engine",
     "verify",
 ]

@@ -17,6 +17,7 @@ from diffquant.core.affine import scale_from_range
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import CheckpointError, LayerRule, LayerSpec, QuantSpec
 from diffquant.core.surgery import freeze, plan, prepare, quantized_layers, quantizers
+from diffquant.runtime.engines import engine
 from diffquant.runtime.hf import (
     DiffquantQuantizer,
     Method,
@@ -144,8 +145,9 @@ def test_the_fixture_has_every_feature(frozen: UNet2DModel, before: torch.Tensor
 
 
 def test_pipeline_and_model_load_bit_equal(frozen: UNet2DModel, saved: Path, before: torch.Tensor) -> None:
-    pipe = DiffusionPipeline.from_pretrained(saved)
-    model = UNet2DModel.from_pretrained(saved / "unet")
+    with engine("simulate"):
+        pipe = DiffusionPipeline.from_pretrained(saved)
+        model = UNet2DModel.from_pretrained(saved / "unet")
     for loaded in (pipe.unet, model):
         assert_same_tensors(frozen.state_dict(), loaded.state_dict())
         assert torch.equal(outputs(loaded), before)
@@ -184,7 +186,8 @@ def test_saving_a_loaded_model_writes_the_same_bytes(saved: Path, tmp_path: Path
 
 def test_sharded_files_load_bit_equal(frozen: UNet2DModel, tmp_path: Path, before: torch.Tensor) -> None:
     frozen.save_pretrained(tmp_path, max_shard_size=9000)
-    assert torch.equal(outputs(UNet2DModel.from_pretrained(tmp_path)), before)
+    with engine("simulate"):
+        assert torch.equal(outputs(UNet2DModel.from_pretrained(tmp_path)), before)
 
 
 def test_what_a_file_holds(frozen: UNet2DModel, saved: Path) -> None:
@@ -206,7 +209,8 @@ def test_what_a_file_holds(frozen: UNet2DModel, saved: Path) -> None:
 
 
 def test_a_copy_of_a_loaded_model_is_its_own(saved: Path, before: torch.Tensor) -> None:
-    loaded = UNet2DModel.from_pretrained(saved / "unet")
+    with engine("simulate"):
+        loaded = UNet2DModel.from_pretrained(saved / "unet")
     twin = copy.deepcopy(loaded)
     assert torch.equal(outputs(twin), before)
     twin.step_clock.set_interval(2)

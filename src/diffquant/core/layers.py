@@ -197,14 +197,15 @@ def attach_products(attention: nn.Module, spec: AttentionSpec, clock: StepClock)
 @functools.cache
 def _intercepting(original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of an attention class, of the same name, that sends its products through `attention_products` while it runs."""
+    its_forward: Any = original.forward  # looked up here: `torch.compile` cannot follow a method looked up on a class
 
-    @functools.wraps(original.forward)
+    @functools.wraps(its_forward)
     def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
         products = self.attention_products
         assert isinstance(products, AttentionProducts)
         if not products.live:
-            return original.forward(self, *arguments, **keywords)
+            return its_forward(self, *arguments, **keywords)
         with _InterceptAttention(products):
-            return original.forward(self, *arguments, **keywords)
+            return its_forward(self, *arguments, **keywords)
 
     return type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})

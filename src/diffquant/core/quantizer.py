@@ -27,6 +27,7 @@ class StepClock:
 
     def __init__(self, timesteps: Sequence[float] = ()) -> None:
         self.interval: int | Int[Tensor, " batch"] = 0
+        self.position = torch.zeros(1, dtype=torch.long)  # the interval as a tensor, so that compiled code follows it
         self.divide(timesteps)
 
     def divide(self, timesteps: Sequence[float]) -> None:
@@ -34,7 +35,7 @@ class StepClock:
         self.timesteps = tuple(sorted({float(timestep) for timestep in timesteps}, reverse=True))
         ascending = torch.tensor(self.timesteps[::-1], dtype=torch.float64)
         self._edges = (ascending[1:] + ascending[:-1]) / 2  # [intervals - 1], float64 so that integers stay exact
-        self.interval = 0
+        self.set_interval(0)
 
     @property
     def intervals(self) -> int:
@@ -42,11 +43,14 @@ class StepClock:
         return max(1, len(self.timesteps))
 
     def set_timestep(self, timestep: Tensor | float) -> None:
-        """Set the interval from a timestep (scalar, or one per sample)."""
+        """Set the interval from a timestep (scalar, or one per sample; inside `torch.compile` the same for all samples)."""
         values = torch.as_tensor(timestep).detach().to("cpu", torch.float64).reshape(-1)
         ascending = torch.bucketize(values, self._edges)
         index = self.intervals - 1 - ascending
-        self.set_interval(index)
+        if torch.compiler.is_compiling():
+            self.position.copy_(index[:1])
+        else:
+            self.set_interval(index)
 
     def set_interval(self, interval: int | Int[Tensor, " batch"]) -> None:
         """Set the interval itself, one for all samples or one per sample."""
@@ -55,6 +59,8 @@ class StepClock:
             self.interval = int(interval[0]) if same else interval
         else:
             self.interval = interval
+        if isinstance(self.interval, int):
+            self.position.fill_(self.interval)
 
 
 def tick(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -120,9 +126,14 @@ class Quantizer(nn.Module):
         return self.enabled or self.observer is not None
 
     def present_rows(self, device: torch.device) -> Int[Tensor, " batch"] | int:
-        """The parameter set in force: one row, or one per sample where the clock holds an interval per sample."""
+        """The parameter set in force: one row, or one per sample where the clock holds an interval per sample.
+
+        Inside `torch.compile` it is a tensor of one row, for all samples: a number would be compiled in.
+        """
         if self.clock is None or self.table is None:
             return 0
+        if torch.compiler.is_compiling():
+            return self.table.to(device)[self.clock.position.to(device)].long()
         interval = self.clock.interval
         if isinstance(interval, int):
             return int(self.table[interval])
@@ -134,7 +145,7 @@ class Quantizer(nn.Module):
             return self._shape(self.scale, x), self._shape(self.zero_point, x)
         rows = self.present_rows(x.device)
         picked = [rows] if isinstance(rows, int) else rows
-        if not isinstance(rows, int) and len(rows) != x.shape[0]:
+        if not isinstance(rows, int) and len(rows) not in (1, x.shape[0]):
             raise SpecError(f"quantizer: {len(rows)} timesteps for a batch of {x.shape[0]}; give one timestep per sample")
         scale, zero_point = self._shape(self.scale[picked], x), self._shape(self.zero_point[picked], x)
         if self.shift is not None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
+from diffquant.runtime import engines
 from diffquant.runtime.hf import AGAIN, DiffquantQuantizer, Method, QuantizationConfig, describe, mark_quantized, written_digest
 
 DENOISER_FOLDERS = ("unet", "transformer")
@@ -67,18 +68,19 @@ def save(
     return folder
 
 
-def load(folder: str | Path, **arguments: Any) -> Any:
-    """The pipeline or model in `folder`; `arguments` go to its `from_pretrained`.
+def load(folder: str | Path, *, engine: str | None = None, **arguments: Any) -> Any:
+    """The pipeline or model in `folder`, computing with `engine`; `arguments` go to its `from_pretrained`.
 
-    Raises `CheckpointError` where a quantized model in it is damaged, or there is nothing to load.
+    Raises `CheckpointError` where a quantized model in it is damaged, there is nothing to load, or the engine does not run here.
     """
     folder = Path(folder).expanduser()
     for component in _quantized_folders(folder):
         for file in _weights_files(component):
             written_digest(file)
-    if (folder / "model_index.json").is_file():
-        return DiffusionPipeline.from_pretrained(folder, **arguments)
-    return _model_class(folder).from_pretrained(folder, **arguments)
+    with engines.engine(engine):
+        if (folder / "model_index.json").is_file():
+            return DiffusionPipeline.from_pretrained(folder, **arguments)
+        return _model_class(folder).from_pretrained(folder, **arguments)
 
 
 def verify(folder: str | Path) -> None:
@@ -185,7 +187,8 @@ def _read(folder: Path, model_class: type[Any]) -> nn.Module:
     quantizer.preprocess_model(model)
     for part in tensors.values():
         model.load_state_dict(quantizer.maybe_update_state_dict(part), strict=False, assign=True)
-    quantizer.postprocess_model(model)
+    with engines.engine("simulate"):
+        quantizer.postprocess_model(model)
     assert isinstance(model, nn.Module)
     return model
 

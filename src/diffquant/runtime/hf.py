@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from diffquant.core.layers import AttentionProducts, present_spec
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, is_frozen, prepare, quantized_layers, quantizers
+from diffquant.runtime.engines import requested
+from diffquant.runtime.engines.int8_cpu import lower, lower_layer
 from diffquant.runtime.packing import (
     belongs_to_quantizer,
     check_values,
@@ -251,6 +253,7 @@ class DiffquantQuantizer(DiffusersQuantizer):
         _refuse_missing(load, load.digests)
         if any(written != combined_digest(load.digests) for written in load.written):
             raise CheckpointError(f"{load.folder}: its tensors are not those that were written; {AGAIN}")
+        engine = requested()
         for name, quantizer in quantizers(model):
             quantizer.scale = load.exact[f"{name}.scale"].to(quantizer.scale.device)
             stored = quantizer.zero_point
@@ -261,7 +264,13 @@ class DiffquantQuantizer(DiffusersQuantizer):
             if (weight := layer.weight_quantizer) is not None:
                 assert weight.codes is not None
                 weight.codes = unpack(weight.codes, load.shapes[name], weight.spec.bits, weight.spec.symmetric)
+                if engine == "int8":
+                    lower_layer(layer)  # one at a time: all codes at once, and laid out, are twice the memory
         enable(model)
+        if engine == "int8":
+            lower(model)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # a tensor that is a view of the mapped file would keep all of it
         self._load = None
 
     def get_state_dict_and_metadata(

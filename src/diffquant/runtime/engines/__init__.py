@@ -1,0 +1,81 @@
+"""Engines: what a frozen model computes with. The simulation in floating point is their specification, and runs anywhere.
+
+``int8``: PyTorch's integer kernels on a CPU (`int8_cpu`); the default where the CPU has them. ``simulate``: quantized values in
+floating point, on any device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+
+from diffquant.core.spec import CheckpointError
+from diffquant.core.surgery import is_frozen, quantized_layers
+from diffquant.runtime.engines import int8_cpu
+from diffquant.runtime.engines.int8_cpu import Lowered
+
+ENGINES = ("int8", "simulate")
+
+_requested: ContextVar[str | None] = ContextVar("engine", default=None)
+_log = logging.getLogger(__name__)
+
+
+def check_engine(engine: str | None) -> None:
+    """Raises `CheckpointError` for an engine that is unknown, or that this machine cannot run; None is the default engine."""
+    if engine is not None and engine not in ENGINES:
+        raise CheckpointError(f"engine: {engine!r}; allowed are {', '.join(ENGINES)}")
+    if engine == "int8" and (reason := int8_cpu.unsupported()):
+        raise CheckpointError(f"engine: 'int8', but {reason}; use engine='simulate'")
+
+
+@contextmanager
+def engine(name: str | None) -> Iterator[None]:
+    """Models loaded inside this context get engine `name`; None chooses: int8 where the CPU has it, else the simulation.
+
+    Raises `CheckpointError` for an engine that is unknown, or that this machine cannot run.
+    """
+    check_engine(name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested() -> str:
+    """The engine that a model loaded now gets."""
+    name = _requested.get()
+    if name is not None:
+        return name
+    if reason := int8_cpu.unsupported():
+        _log.warning("%s; quantized models are simulated in floating point, no faster than the original", reason)
+        return "simulate"
+    return "int8"
+
+
+def use_engine(pipe_or_model: Any, name: str | None = None) -> list[Lowered]:
+    """Let a pipeline's quantized models, or one frozen model, compute with engine `name` from now on; None chooses.
+
+    Returns a row for each layer and attention: its name, and the reason where it is simulated. Codes are unpacked and laid out
+    again, so nothing is lost. Raises `CheckpointError` for an engine that is unknown or that this machine cannot run, and where
+    nothing is quantized.
+    """
+    with engine(name):
+        name = requested()
+    parts = [pipe_or_model] if isinstance(pipe_or_model, nn.Module) else list(pipe_or_model.components.values())
+    models = [part for part in parts if isinstance(part, nn.Module) and is_frozen(part)]
+    if not models:
+        raise CheckpointError(f"{type(pipe_or_model).__name__}: holds no quantized model; quantize or load one first")
+    rows: list[Lowered] = []
+    for model in models:
+        if name == "int8":
+            rows += int8_cpu.lower(model)
+        else:
+            int8_cpu.simulate(model)
+            rows += [Lowered(layer, "the engine is simulate") for layer, _ in quantized_layers(model)]
+    return rows

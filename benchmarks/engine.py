@@ -1,0 +1,287 @@
+"""The int8 engine: time per step against torch's own floating point, its layers against the simulation, and memory while loading.
+
+    python benchmarks/engine.py speed --models glyph-ddim ddpm-cifar10 dit-s dit-xl sd15 --compile
+    python benchmarks/engine.py layers --bits 4
+    python benchmarks/engine.py memory --bits 4
+
+`speed`: the runtimes take turns, a few calls each after one to warm up, for several rounds; medians over the rounds, and the ratios
+of floating point to the engine within a round. `layers`: every layer of glyph-ddim in one call, fed what the simulation feeds it.
+`memory`: Stable Diffusion 1.5's UNet, loaded in a process of its own. All weights but glyph-ddim's are random.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+import diffquant as dq
+from diffquant import zoo
+from diffquant.core.affine import scale_from_range
+from diffquant.core.surgery import freeze, plan, prepare, quantizers
+from diffquant.runtime.checkpoint import file_size, float32_size
+from diffquant.runtime.engines.int8_cpu import IntegerConv2d, IntegerLinear
+
+RESULTS = Path("benchmarks/results")
+Call = Callable[[nn.Module], Tensor]
+
+
+def ddpm_cifar10() -> UNet2DModel:
+    """The configuration of google/ddpm-cifar10-32."""
+    return UNet2DModel(
+        sample_size=32, layers_per_block=2, block_out_channels=(128, 256, 256, 256), norm_eps=1e-6, downsample_padding=0,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None, flip_sin_to_cos=False, freq_shift=1,
+    )  # fmt: skip
+
+
+def dit(heads: int, width: int, layers: int) -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(heads, width, in_channels=4, out_channels=8, num_layers=layers, sample_size=32, patch_size=2)
+
+
+def stable_diffusion() -> UNet2DConditionModel:
+    """The configuration of Stable Diffusion 1.5."""
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "glyph-ddim": (lambda: zoo.load("glyph-ddim").unet, 64),
+    "ddpm-cifar10": (ddpm_cifar10, 1),
+    "ddpm-cifar10-8": (ddpm_cifar10, 8),
+    "dit-s": (lambda: dit(6, 64, 12), 1),
+    "dit-xl": (lambda: dit(16, 72, 28), 1),
+    "sd15": (stable_diffusion, 2),
+}
+
+
+def denoise(batch: int) -> Call:
+    """One call of a denoiser at its own size, on fixed inputs."""
+
+    def call(model: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        dtype, size, channels = model.dtype, model.config.sample_size, model.config.in_channels
+        x = torch.randn(batch, channels, size, size, generator=generator).to(dtype)
+        given: dict[str, Any] = {}
+        if isinstance(model, UNet2DConditionModel):
+            given["encoder_hidden_states"] = torch.randn(batch, 77, 768, generator=generator).to(dtype)
+        if isinstance(model, DiTTransformer2DModel):
+            given["class_labels"] = torch.zeros(batch, dtype=torch.long)
+        output: Tensor = model(x, timestep=torch.full((batch,), 500), **given).sample
+        return output
+
+    return call
+
+
+def quantize(model: nn.Module, call: Call, bits: int) -> nn.Module:
+    """`model` frozen with the layers of recipe minmax, its ranges those of one call."""
+    prepare(model, plan(model, dq.load_recipe(f"minmax-w{bits}a8").layers))
+    modules = dict(model.named_modules())
+    ranges: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def observer(name: str) -> Callable[[Tensor], None]:
+        return lambda x: ranges.__setitem__(name, x.aminmax())  # type: ignore[func-returns-value]
+
+    for name, quantizer in quantizers(model):
+        quantizer.observer = None if quantizer.clock is None else observer(name)
+    call(model)
+    for name, quantizer in quantizers(model):
+        quantizer.observer = None
+        if quantizer.clock is None:
+            weight = modules[name.rpartition(".")[0]].weight.detach().flatten(1)
+            ranges[name] = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+        scale, zero_point = scale_from_range(*ranges[name], quantizer.spec)
+        quantizer.scale.copy_(scale)
+        quantizer.zero_point.copy_(zero_point)
+    freeze(model)
+    return model
+
+
+def machine() -> dict[str, Any]:
+    capabilities = dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
+    named = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    return {
+        "cpu": capabilities.get("cpu_name", platform.processor()),
+        "instructions": [name for name in named if capabilities.get(name)],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def time_model(name: str, compiled: bool, rounds: int, calls: int, bfloat16: bool) -> dict[str, Any]:
+    make, batch = MODELS[name]
+    call = denoise(batch)
+    torch.manual_seed(0)
+    full = make().eval().requires_grad_(False)
+    quantized = quantize(copy.deepcopy(full), call, 8)
+    simulated = dq.use_engine(quantized, "int8")
+    runtimes: dict[str, tuple[nn.Module, str]] = {"float32": (full, "highest"), "float32 medium": (full, "medium")}
+    if bfloat16:
+        runtimes["bfloat16"] = (copy.deepcopy(full).to(torch.bfloat16), "highest")
+    runtimes["int8"] = (quantized, "highest")
+    if compiled:
+        for runtime in ("float32", "int8"):
+            model = copy.deepcopy(runtimes[runtime][0])
+            model.compile()
+            runtimes[f"{runtime} compiled"] = (model, "highest")
+    times: dict[str, list[float]] = {runtime: [] for runtime in runtimes}
+    for _ in track(range(rounds), description=name, console=Console(stderr=True)):
+        for runtime, (model, precision) in runtimes.items():
+            torch.set_float32_matmul_precision(precision)
+            call(model)
+            taken = []
+            for _ in range(calls):
+                start = time.perf_counter()
+                call(model)
+                taken.append(time.perf_counter() - start)
+            times[runtime].append(statistics.median(taken))
+    torch.set_float32_matmul_precision("highest")
+    row: dict[str, Any] = {"batch": batch, "seconds": {runtime: statistics.median(taken) for runtime, taken in times.items()}}
+    best = "int8 compiled" if compiled else "int8"
+    row["ratios"] = {
+        f"{runtime} / {engine}": sorted(a / b for a, b in zip(times[runtime], times[engine], strict=True))
+        for engine in dict.fromkeys(("int8", best))
+        for runtime in runtimes
+        if not runtime.startswith("int8")
+    }
+    row["simulated"] = {layer: reason for layer, reason in simulated if reason}
+    return row
+
+
+def speed(arguments: argparse.Namespace) -> dict[str, Any]:
+    table = Table("model", "batch", "runtime", "ms", "times as long as int8", "slowest and fastest round")
+    rows = {}
+    for name in arguments.models:
+        rows[name] = row = time_model(name, arguments.compile, arguments.rounds, arguments.calls, not arguments.no_bfloat16)
+        for runtime, seconds in row["seconds"].items():
+            ratios = row["ratios"].get(f"{runtime} / int8", [row["seconds"][runtime] / row["seconds"]["int8"]])
+            extent = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else ""
+            table.add_row(name, str(row["batch"]), runtime, f"{seconds * 1e3:.0f}", f"{statistics.median(ratios):.2f}", extent)
+    Console().print(table)
+    return {"machine": machine(), "models": rows}
+
+
+def layers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Codes and outputs of every lowered layer of glyph-ddim, on what the simulation feeds it in one call."""
+    call = denoise(8)
+    model = quantize(zoo.load("glyph-ddim").unet.requires_grad_(False), call, arguments.bits)
+    inputs: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _, given, output: inputs.__setitem__(name, (given[0].clone(), output.clone()))  # type: ignore[func-returns-value]
+
+    found = [(name, module) for name, module in model.named_modules() if hasattr(module, "weight_quantizer")]
+    hooks = [module.register_forward_hook(keep(name)) for name, module in found]
+    call(model)
+    for hook in hooks:
+        hook.remove()
+    dq.use_engine(model, "int8")
+    codes = off = 0
+    errors = []
+    for name, layer in found:
+        x, simulated = inputs[name]
+        if not isinstance(layer, (IntegerLinear, IntegerConv2d)) or layer.input_quantizer is None:
+            continue
+        ours = layer.product.codes(x, 0)[0].float()
+        theirs = layer.input_quantizer.quantize(x) - layer.input_quantizer.spec.code_min
+        codes, off = codes + ours.numel(), off + int((ours != theirs).sum())
+        errors.append(float((layer(x) - simulated).norm() / simulated.norm()))
+    row = {
+        "layers": len(errors),
+        "codes": codes,
+        "off by one": off,
+        "share": off / codes,
+        "median error": statistics.median(errors),
+    }
+    row["largest error"] = max(errors)
+    Console().print_json(data=row)
+    return row
+
+
+RESIDENT = """
+import sys, threading, time, torch
+from diffusers import UNet2DConditionModel
+import diffquant as dq
+
+def resident(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(sys.argv[1] + "/tiny"))
+torch.ops.onednn.qlinear_prepack(torch.zeros(8, 8, dtype=torch.int8), None)
+before = resident("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+with dq.engine(sys.argv[2] or None):
+    model = UNet2DConditionModel.from_pretrained(sys.argv[1] + "/" + sys.argv[3])
+print(resident("VmRSS") - before, resident("VmHWM") - before)
+"""
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """File, resident memory after loading and its peak, of Stable Diffusion 1.5's UNet; relative to its float32 weights."""
+    row: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=8, attention_head_dim=8
+        ).save_config(f"{folder}/tiny")
+        torch.manual_seed(0)
+        model = stable_diffusion().eval().requires_grad_(False)
+        float32 = float32_size(model)
+        prepare(model, plan(model, dq.load_recipe(f"minmax-w{arguments.bits}a8").layers))
+        modules = dict(model.named_modules())
+        for name, quantizer in quantizers(model):
+            low, high = torch.tensor([[-4.0]]), torch.tensor([[4.0]])
+            if quantizer.clock is None:
+                weight = modules[name.rpartition(".")[0]].weight.flatten(1)
+                low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+            scale, zero_point = scale_from_range(low, high, quantizer.spec)
+            quantizer.scale.copy_(scale)
+            quantizer.zero_point.copy_(zero_point)
+        freeze(model)
+        dq.save(model, Path(folder) / "unet")
+        del model, modules
+        row["file"] = file_size(Path(folder) / "unet") / float32
+        command = [sys.executable, "-W", "ignore", "-c", RESIDENT, folder, "int8", "unet"]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        row |= {"resident": int(printed[0]) / float32, "peak": int(printed[1]) / float32, "float32": float32}
+    Console().print_json(data=row)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("speed")
+    one.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    one.add_argument("--compile", action="store_true", help="with torch.compile too; takes minutes for each model")
+    one.add_argument("--no-bfloat16", action="store_true", help="leave it out where the CPU has no such instructions")
+    one.add_argument("--rounds", type=int, default=5)
+    one.add_argument("--calls", type=int, default=3)
+    for name in ("layers", "memory"):
+        commands.add_parser(name).add_argument("--bits", type=int, default=4)
+    arguments = parser.parse_args()
+    with torch.no_grad():
+        result = {"speed": speed, "layers": layers, "memory": memory}[arguments.command](arguments)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"engine-{arguments.command}.json"
+    kept = json.loads(file.read_text()) if file.exists() and arguments.command == "speed" else {}
+    if kept.get("machine") == result.get("machine") and "models" in kept:
+        result["models"] = kept["models"] | result["models"]
+    file.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""The int8 engine: a frozen model computed with integers on a CPU, by PyTorch's own kernels and no further dependency.
+
+`lower` changes the class of frozen layers in place, as `make_quantizable` did before: their integer weights are laid out once for
+the kernels and held in that form only; a call quantizes its input to codes of 2-8 bits, held in 8, and multiplies integers.
+
+    q[c] = clamp(round(x[c] / (step * smooth[c] * 2^shift[c])) + zero_point)
+    y[o] = step * weight_step[o] * sum_c (q[c] - zero_point) * ((code[o, c] - weight_zero_point[o]) * 2^shift[c]) + bias[o]
+
+A weight is laid out once for each distinct row of `shift`. Integer weights that do not fit 8 bits (shifted ones, or asymmetric ones
+of 8 bits) are written as two digits, the second 256 times as heavy, and cost two products. What the simulation rounds half to even
+is rounded half up here, and division by the step is multiplication: codes on an edge may differ by one.
+
+A lowered model still has its codes: `state_dict`, saving and `simulate` unpack them, and so does moving it to another device. What
+cannot be lowered stays as it was, and `lower` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from diffquant.core.quantizer import Quantizer
+from diffquant.core.surgery import quantized_layers
+from diffquant.runtime.engines.kernels import (
+    OUTPUTS,
+    Packed,
+    Product,
+    Step,
+    attention,
+    compiled_attention,
+    compiled_product,
+    compiled_product_gelu,
+    digits,
+)
+
+
+class Lowered(NamedTuple):
+    """What became of one layer or attention: `reason` is empty where it computes with integers."""
+
+    name: str
+    reason: str
+
+
+def unsupported() -> str:
+    """Why this machine has no fast and exact integer kernels; empty where it has.
+
+    Without the instructions named, products of 8-bit codes saturate at 16 bits or run slower than floating point.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    capabilities: dict[str, Any] = dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities.get("avx_vnni") or capabilities.get("amx_int8") or torch.cpu._is_vnni_supported():
+        return ""
+    return "this CPU has neither AVX-512 VNNI, AVX-VNNI nor AMX"
+
+
+def lower(model: nn.Module) -> list[Lowered]:
+    """Let every layer and attention of a frozen `model` that can compute with integers, in place; a row for each."""
+    rows = [Lowered(name, lower_layer(layer)) for name, layer in quantized_layers(model)]
+    for name, module in model.named_modules():
+        if type(module) is GELU:
+            module.__class__ = IntegerGELU
+            module.receiver = []
+        if type(module) is AttentionProducts:
+            module.__class__ = BlockedProducts
+        if isinstance(module, BlockedProducts):
+            rows.append(Lowered(name.removesuffix(".attention_products"), ""))
+    for module in model.modules():
+        if isinstance(module, FeedForward) and isinstance(module.net[0], IntegerGELU):
+            module.net[0].receiver = [module.net[2]]  # in a list: it is no part of the activation
+    return rows
+
+
+def simulate(model: nn.Module) -> None:
+    """Undo `lower`: every layer holds its codes again and computes with them in floating point."""
+    for _, layer in quantized_layers(model):
+        if isinstance(layer.weight_quantizer, PackedCodes):
+            layer.weight_quantizer.unpack()
+        if isinstance(layer, (IntegerLinear, IntegerConv2d)):
+            layer.__class__ = QuantizedLinear if isinstance(layer, IntegerLinear) else QuantizedConv2d  # type: ignore[assignment]
+            del layer.product
+    for module in model.modules():
+        if isinstance(module, IntegerGELU):
+            module.__class__ = GELU
+            del module.receiver
+        if isinstance(module, BlockedProducts):
+            module.__class__ = AttentionProducts  # type: ignore[assignment]
+
+
+def lower_layer(layer: QuantizedLayer) -> str:
+    """Let one frozen layer compute with integers, in place; the reason why not where it cannot."""
+    weight, given = layer.weight_quantizer, layer.input_quantizer
+    if weight is None or given is None:
+        return "its weight stays in floating point" if weight is None else "its input stays in floating point"
+    if isinstance(weight, PackedCodes):
+        return ""
+    if weight.codes is None:
+        return "its weight is not frozen"
+    if weight.codes.device.type != "cpu":
+        return f"it is on {weight.codes.device}"
+    if isinstance(layer, QuantizedConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        return f"padding {layer.padding!r}, mode {layer.padding_mode!r}"
+    weight.__class__ = PackedCodes
+    assert isinstance(weight, PackedCodes)
+    weight.pack(layer, given.shift)
+    layer.__class__ = IntegerConv2d if isinstance(layer, QuantizedConv2d) else IntegerLinear
+    layer.product = Product(layer, _steps(layer, given, weight), given.splits)  # type: ignore[assignment]
+    return ""
+
+
+class PackedCodes(Quantizer):
+    """A weight quantizer whose codes exist only in the layout of the integer kernels; `codes` unpacks them at every look.
+
+    ``packed``: by distinct row of the input's shift, then by split, the digits of the integer weight.
+    """
+
+    packed: list[list[list[Packed]]]
+    rows_of_shift: Int[Tensor, "rows channels"] | None
+    groups: int
+
+    def pack(self, layer: QuantizedLayer, shift: Int[Tensor, "sets channels"] | None) -> None:
+        """Lay the codes out for the kernel of `layer`: one matrix for each distinct row of `shift`, split and digit."""
+        codes = self._buffers.pop("codes")
+        assert codes is not None
+        self.rows_of_shift, self.groups = None if shift is None else shift.unique(dim=0), getattr(layer, "groups", 1)
+        zero_point, scale = self.zero_point.expand(len(codes), -1), self.scale.expand(len(codes), -1)  # [out, splits]
+        self.packed = []
+        for row in [None] if self.rows_of_shift is None else self.rows_of_shift:
+            beside = zip(self._split(codes), self._split_shift(row, codes), strict=True)
+            weights = [_integers(values, zero_point[:, part], shifts) for part, (values, shifts) in enumerate(beside)]
+            self.packed.append(
+                [
+                    [Packed(digit, scale[:, part], index, layer) for index, digit in enumerate(digits(weight))]
+                    for part, weight in enumerate(weights)
+                ]
+            )
+
+    @property
+    def codes(self) -> Tensor | None:  # type: ignore[override]
+        """The codes, unpacked: a new tensor each time."""
+        weights = [torch.stack([packed.integers() for packed in part]).sum(0, dtype=torch.int32) for part in self.packed[0]]
+        row = None if self.rows_of_shift is None else self.rows_of_shift[0]
+        shifts = self._split_shift(row, torch.cat(weights, dim=1))
+        zero_point = self.zero_point.expand(len(weights[0]), -1).int()
+        parts = [
+            (weight if shift is None else weight >> shift) + _beside(zero_point[:, part], weight)
+            for part, (weight, shift) in enumerate(zip(weights, shifts, strict=True))
+        ]
+        return torch.cat(parts, dim=1).contiguous().to(torch.int8 if self.spec.symmetric else torch.uint8)
+
+    def unpack(self) -> None:
+        """Become a plain quantizer that holds its codes."""
+        codes = self.codes
+        del self.packed, self.rows_of_shift, self.groups
+        self.__class__ = Quantizer  # type: ignore[assignment]
+        self._buffers["codes"] = codes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if fn(torch.empty(0)).device.type != "cpu":
+            self.unpack()  # it is of its parent's class then, which rules super() out
+        applied: nn.Module = Quantizer._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        return applied
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}codes"] = self.codes
+
+    def _split(self, codes: Tensor) -> tuple[Tensor, ...]:
+        return codes.split(list(self.splits), dim=1) if self.splits else (codes,)
+
+    def _split_shift(self, row: Int[Tensor, " channels"] | None, codes: Tensor) -> tuple[Tensor | None, ...]:
+        """A row of shift as it lies beside codes [out, in / groups, ...], for each split."""
+        if row is None:
+            return (None,) * max(1, len(self.splits))
+        outputs, channels = codes.shape[:2]
+        beside = row.int().view(self.groups, channels).repeat_interleave(outputs // self.groups, dim=0)
+        return self._split(beside.view(outputs, channels, *[1] * (codes.dim() - 2)))
+
+
+def _integers(codes: Tensor, zero_point: Tensor, shift: Tensor | None) -> Tensor:
+    """The integer weight that is multiplied: codes minus zero point, shifted; int8 where it is the codes themselves."""
+    if shift is None and codes.dtype == torch.int8 and not zero_point.any():
+        return codes
+    integers = codes.int() - _beside(zero_point.int(), codes)
+    return integers if shift is None else integers << shift
+
+
+def _beside(values: Tensor, weight: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _steps(layer: QuantizedLayer, given: Quantizer, weight: PackedCodes) -> list[list[Step]]:
+    """The parameter sets of a layer's input, [sets][splits]."""
+    raised = -given.spec.code_min  # signed codes become unsigned ones
+    limits = (0, given.spec.code_max + raised)
+    rows = []
+    for row in range(given.rows):
+        factor = torch.ones(1) if layer.smooth is None else layer.smooth.detach().float()
+        if given.shift is not None:
+            factor = factor * torch.exp2(given.shift[row].float())
+        matrices = weight.packed[_row_of(weight.rows_of_shift, given.shift, row)]
+        factors = factor.split(list(given.splits)) if given.splits and len(factor) > 1 else [factor] * len(matrices)
+        parts = []
+        for part, channels in enumerate(factors):
+            scale, zero_point = float(given.scale[row, part]), int(given.zero_point[row, part]) + raised
+            shape = (-1, 1, 1) if isinstance(layer, QuantizedConv2d) else (-1,)
+            inverse = 1.0 / scale if len(factor) == 1 else (1.0 / (scale * channels)).view(shape)
+            parts.append(Step(scale, inverse, zero_point, limits, matrices[part]))
+        rows.append(parts)
+    return rows
+
+
+def _row_of(distinct: Tensor | None, shift: Tensor | None, row: int) -> int:
+    if distinct is None or shift is None:
+        return 0
+    return int((distinct == shift[row]).all(dim=1).nonzero()[0])
+
+
+class IntegerLinear(QuantizedLinear):
+    """A lowered linear layer; made by `lower`, never constructed."""
+
+    product: Product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        return _forward(self, x) if _computes_integers(self) else super().forward(x)
+
+
+class IntegerConv2d(QuantizedConv2d):
+    """A lowered convolution; made by `lower`, never constructed."""
+
+    product: Product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``, channels last in memory."""
+        if not _computes_integers(self):
+            return super().forward(x)
+        return _forward(self, x.contiguous(memory_format=torch.channels_last))
+
+
+IntegerLayer = IntegerLinear | IntegerConv2d
+
+
+def _computes_integers(layer: IntegerLayer) -> bool:
+    """Whether the quantizers are on and unobserved, and the codes where `lower` put them."""
+    weight, given = layer.weight_quantizer, layer.input_quantizer
+    plain = all(each is not None and each.enabled and each.observer is None for each in (weight, given))
+    return plain and isinstance(weight, PackedCodes)
+
+
+def _forward(layer: IntegerLayer, x: Tensor) -> Tensor:
+    given = layer.input_quantizer
+    assert given is not None
+    dtype = x.dtype if x.dtype in OUTPUTS else torch.float32
+    bias = None if layer.bias is None else layer.bias.float()
+    if x.dtype == torch.uint8:  # codes already, from `IntegerGELU`
+        return _multiply(layer, [x], given.present_rows(x.device), bias, torch.float32)
+    rows = given.present_rows(x.device)
+    if isinstance(rows, int) or torch.compiler.is_compiling():
+        return _multiply(layer, layer.product.codes(x.float(), rows), rows, bias, dtype).to(x.dtype)
+    chosen = [(row, (rows == row).nonzero().flatten()) for row in rows.unique().tolist()]  # samples at different timesteps
+    parts = [_multiply(layer, layer.product.codes(x[samples].float(), row), row, bias, dtype) for row, samples in chosen]
+    return torch.cat(parts)[torch.cat([samples for _, samples in chosen]).argsort()].to(x.dtype)
+
+
+def _multiply(layer: IntegerLayer, codes: list[Tensor], row: int | Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():
+        output: Tensor = compiled_product(codes, None if isinstance(row, int) else row, layer.product.number, bias, dtype)
+        return output
+    return layer.product.multiply(codes, int(row), bias, dtype)
+
+
+class IntegerGELU(GELU):
+    """A linear layer and its GELU in one kernel, which puts out the codes of the next layer where that takes them.
+
+    Made by `lower`, never constructed. ``receiver``: the layer that reads the output and nothing else does, or nothing.
+    """
+
+    receiver: list[nn.Module]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``, float32 or uint8."""
+        layer: Any = self.proj
+        rows = _row_of_one(layer) if hidden_states.dtype == torch.float32 else None
+        if rows is None or not layer.product.one_matrix:
+            output: Tensor = super().forward(hidden_states)
+            return output
+        bias = None if layer.bias is None else layer.bias.float()
+        codes = layer.product.codes(hidden_states, rows)[0]
+        receiver, receiver_rows = self._receiver()
+        if torch.compiler.is_compiling():
+            at, receiver_at = (None if isinstance(each, int) else each for each in (rows, receiver_rows))
+            number = -1 if receiver is None else receiver.number
+            compiled: Tensor = compiled_product_gelu(codes, at, layer.product.number, bias, self.approximate, number, receiver_at)
+            return compiled
+        product: Product = layer.product
+        return product.multiply_gelu(codes, int(rows), bias, self.approximate, receiver, int(receiver_rows))
+
+    def _receiver(self) -> tuple[Product | None, int | Tensor]:
+        """What takes codes, and its parameter set; None where the output has to be floating point."""
+        for layer in self.receiver if not self.training else []:
+            rows = _row_of_one(layer)
+            if rows is not None and isinstance(layer, IntegerLinear) and layer.product.takes_codes:
+                return layer.product, rows
+        return None, 0
+
+
+def _row_of_one(layer: nn.Module) -> int | Tensor | None:
+    """The parameter set of a layer that computes with integers; None where it does not, or samples have different ones."""
+    if not isinstance(layer, IntegerLinear) or not _computes_integers(layer) or layer.input_quantizer is None:
+        return None
+    rows = layer.input_quantizer.present_rows(torch.device("cpu"))
+    return rows if isinstance(rows, int) or torch.compiler.is_compiling() else None
+
+
+class BlockedProducts(AttentionProducts):
+    """Attention with quantized operands, a block of scores at a time; made by `lower`, never constructed.
+
+    Its two products are those of the codes, in float32: integer kernels gain nothing here, where a head has few channels and the
+    passes over the scores cost more than the products. The scores are never all in memory.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Attention over ``[batch, heads, tokens, width]`` with quantized operands."""
+        softmax: Quantizer | None = self.get_submodule("softmax") if "softmax" in self._modules else None  # type: ignore[assignment]
+        compiling = torch.compiler.is_compiling()
+        unusual = dropout_p or is_causal or enable_gqa or query.dtype != torch.float32 or torch.is_grad_enabled()
+        switched = softmax is not None and (not softmax.enabled or softmax.observer is not None)
+        mixed = not compiling and softmax is not None and not isinstance(softmax.present_rows(query.device), int)
+        if unusual or switched or mixed or query.device.type != "cpu":
+            return super().forward(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        query, key, value = (self._fake(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+        if softmax is None:
+            return functional.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale)
+        step, zero_point = (operand.view(()) for operand in softmax.operands(query))
+        query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+        low, high = softmax.spec.code_min - zero_point, softmax.spec.code_max - zero_point
+        if compiling:
+            output: Tensor = compiled_attention(query, key, value * step, attn_mask, step, low, high)
+            return output
+        return attention(query, key, value * step, attn_mask, float(step), float(low), float(high))

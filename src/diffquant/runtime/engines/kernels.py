@@ -1,0 +1,292 @@
+"""Products of integer codes by PyTorch's oneDNN kernels, and attention in blocks: what the int8 engine computes with.
+
+The kernels multiply unsigned 8-bit codes of the input with signed 8-bit weights, laid out once, and put out floating point:
+
+    y[o] = scale * weight_scale[o] * sum_c (code[c] - zero_point) * weight[o, c] + bias[o]
+
+`scale` and `zero_point` are arguments of a call, so switching them costs nothing. Inside `torch.compile` the products are opaque
+operators, ``diffquant::product`` and ``diffquant::attention``, and what lies between them is fused; an operator finds its `Product`
+by number, because the compiler cannot carry weights in oneDNN's layout.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+from weakref import WeakValueDictionary
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
+
+LIMB = 256  # an integer weight is written in digits of this base, each in -128..127
+OUTPUTS = (torch.float32, torch.bfloat16)  # what the kernels put out
+MAX_CODE = 255  # of 8 bits
+SCORES = 1 << 20  # attention scores held at once: 4 MB, so that a block stays in the cache between the two products
+
+
+@final
+class Packed:
+    """One digit of an integer weight [out, in, ...] in the layout of a kernel, with its scale for each output. Never written."""
+
+    def __init__(self, digits: Int[Tensor, "out ..."], scale: Float[Tensor, " out"], digit: int, layer: QuantizedLayer) -> None:
+        self.digit, self.scale = digit, scale * float(LIMB**digit)
+        self.zero_point = torch.zeros(len(digits), dtype=torch.int32)
+        ops = torch.ops.onednn
+        if isinstance(layer, QuantizedConv2d):
+            geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+            self.weight: Tensor = ops.qconv_prepack(digits.contiguous(), torch.ones(len(digits)), 1.0, 0, *geometry, None)
+        else:
+            self.weight = ops.qlinear_prepack(digits.contiguous(), None)
+
+    def integers(self) -> Int[Tensor, "out ..."]:
+        """What was laid out, times the weight of its digit, int32."""
+        dense: Tensor = self.weight.to_dense().int() * LIMB**self.digit
+        return dense.t() if dense.dim() == 2 else dense  # the kernel of linear layers holds [in, out]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return self
+
+
+def digits(integers: Int[Tensor, "..."]) -> Iterator[Int[Tensor, "..."]]:
+    """int8 tensors whose sum, each times a power of `LIMB`, is `integers`; the least first, at least one."""
+    if integers.dtype == torch.int8:
+        yield integers
+        return
+    while True:
+        digit = ((integers + LIMB // 2) & (LIMB - 1)) - LIMB // 2
+        yield digit.to(torch.int8)
+        integers = (integers - digit) >> 8
+        if not integers.any():
+            return
+
+
+@final
+class Step:
+    """One parameter set of one split of a layer's input, for unsigned codes.
+
+    ``inverse``: 1 / step; where the input is smoothed or shifted, for each channel, shaped to broadcast against the input.
+    ``matrices``: the digits of the weight that the codes are multiplied with.
+    """
+
+    def __init__(
+        self, scale: float, inverse: float | Tensor, zero_point: int, limits: tuple[int, int], matrices: Sequence[Packed]
+    ) -> None:
+        self.scale, self.inverse, self.zero_point, self.matrices = scale, inverse, zero_point, tuple(matrices)
+        self.low, self.high = float(limits[0]), limits[1] + 0.5
+        self.offset = torch.tensor(zero_point + 0.5)  # cutting off then rounds
+
+
+@final
+class Product:
+    """A layer's weight and the parameter sets of its input, laid out for the kernels. Never written; copies share it.
+
+    ``steps`` [sets][splits].
+    """
+
+    def __init__(self, layer: QuantizedLayer, steps: Sequence[Sequence[Step]], splits: Sequence[int]) -> None:
+        self.steps, self.splits = [list(row) for row in steps], list(splits)
+        self.outputs = len(steps[0][0].matrices[0].scale)
+        self.conv = isinstance(layer, QuantizedConv2d)
+        if isinstance(layer, QuantizedConv2d):
+            self.kernel, self.stride, self.dilation = list(layer.kernel_size), list(layer.stride), list(layer.dilation)
+            self.padding, self.groups = [int(padding) for padding in layer.padding], layer.groups
+        if len(steps) > 1:  # the sets as tensors, for a set that is known at run time only
+            self.inverses = [torch.stack([torch.as_tensor(row[part].inverse) for row in steps]) for part in range(len(steps[0]))]
+            self.offsets = [torch.stack([row[part].offset for row in steps]) for part in range(len(steps[0]))]
+        self.number = next(_numbers)
+        _products[self.number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Product:
+        return self
+
+    def codes(self, x: Float[Tensor, "*shape"], row: int | Int[Tensor, " one"]) -> list[UInt8[Tensor, "..."]]:
+        """Codes of `x` for each split in parameter set `row`, in three passes: scale and offset, clamp, cut off."""
+        parts = x.split(self.splits, dim=1 if self.conv else -1) if self.splits else (x,)
+        found = []
+        for index, part in enumerate(parts):
+            step = self.steps[row if isinstance(row, int) else 0][index]
+            if isinstance(row, Tensor):
+                scaled = torch.addcmul(self.offsets[index][row], part, self.inverses[index][row])
+            elif isinstance(step.inverse, float):
+                scaled = torch.add(step.offset, part, alpha=step.inverse)
+            else:
+                scaled = torch.addcmul(step.offset, part, step.inverse)
+            found.append(scaled.clamp_(step.low, step.high).to(torch.uint8))
+        return found
+
+    def multiply(self, codes: Sequence[Tensor], row: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Sum of the products of all splits and digits, plus `bias` (float32), in `dtype` (one of `OUTPUTS`)."""
+        output: Tensor | None = None
+        for part, step in zip(codes, self.steps[row], strict=True):
+            for packed in step.matrices:
+                product = self._one(part, step, packed, bias if output is None else None, dtype)
+                output = product if output is None else output.add_(product)
+        assert output is not None
+        return output
+
+    @property
+    def one_matrix(self) -> bool:
+        """Whether the output is one product: a linear layer without splits whose weight fits 8 bits."""
+        return not self.conv and all(len(row) == 1 and len(row[0].matrices) == 1 for row in self.steps)
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the codes of its input are all 256, with one step for all channels: what a kernel can put out."""
+        return all(len(row) == 1 and isinstance(row[0].inverse, float) and row[0].high > MAX_CODE for row in self.steps)
+
+    def multiply_gelu(
+        self, codes: Tensor, row: int, bias: Tensor | None, approximate: str, receiver: Product | None, receiver_row: int
+    ) -> Tensor:
+        """GELU of the product, float32; or, for a `receiver` that `takes_codes`, the codes of it there. Needs `one_matrix`."""
+        step = self.steps[row][0]
+        packed = step.matrices[0]
+        put_out: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32)
+        if receiver is not None:
+            taken = receiver.steps[receiver_row][0]
+            put_out = (taken.scale, taken.zero_point, torch.uint8)
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes.contiguous(), step.scale, step.zero_point, packed.weight, packed.scale, packed.zero_point, bias,
+            *put_out, "gelu", [], approximate,
+        )  # fmt: skip
+        return product
+
+    def _one(self, codes: Tensor, step: Step, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        given = (step.scale, step.zero_point, packed.weight, packed.scale, packed.zero_point, bias)
+        product: Tensor
+        if self.conv:
+            codes = codes.contiguous(memory_format=torch.channels_last)
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
+            product = torch.ops.onednn.qconv2d_pointwise(codes, *given, *geometry, 1.0, 0, dtype, "none", [], None)
+        else:
+            product = torch.ops.onednn.qlinear_pointwise(codes.contiguous(), *given, 1.0, 0, dtype, "none", [], "")
+        return product
+
+    def empty_output(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised output for input codes of that shape."""
+        if not self.conv:
+            return codes.new_empty(*codes.shape[:-1], self.outputs, dtype=dtype)
+        geometry = zip(codes.shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        size = [
+            (length + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for length, kernel, stride, pad, dilation in geometry
+        ]
+        output = torch.empty((len(codes), self.outputs, *size), dtype=dtype, device=codes.device, memory_format=torch.channels_last)
+        return output
+
+
+_numbers = itertools.count()
+_products: WeakValueDictionary[int, Product] = WeakValueDictionary()
+
+
+@torch.library.custom_op(
+    "diffquant::product",
+    mutates_args=(),
+    schema="(Tensor[] codes, Tensor? row, int number, Tensor? bias, ScalarType dtype) -> Tensor",
+)
+def compiled_product(codes: list[Tensor], row: Tensor | None, number: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`Product.multiply` of product `number` inside `torch.compile`; `row` is None where there is one parameter set."""
+    return _products[number].multiply(codes, 0 if row is None else int(row), bias, dtype)
+
+
+@compiled_product.register_fake
+def _(codes: list[Tensor], row: Tensor | None, number: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return _products[number].empty_output(codes[0], dtype)
+
+
+@torch.library.custom_op(
+    "diffquant::product_gelu",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor? row, int number, Tensor? bias, str approximate, int receiver, Tensor? receiver_row) -> Tensor",
+)
+def compiled_product_gelu(
+    codes: Tensor,
+    row: Tensor | None,
+    number: int,
+    bias: Tensor | None,
+    approximate: str,
+    receiver: int,
+    receiver_row: Tensor | None,
+) -> Tensor:
+    """`Product.multiply_gelu` inside `torch.compile`; `receiver` is -1 where the output is floating point."""
+    taker = None if receiver < 0 else _products[receiver]
+    rows = [0 if at is None else int(at) for at in (row, receiver_row)]
+    return _products[number].multiply_gelu(codes, rows[0], bias, approximate, taker, rows[1])
+
+
+@compiled_product_gelu.register_fake
+def _(
+    codes: Tensor,
+    row: Tensor | None,
+    number: int,
+    bias: Tensor | None,
+    approximate: str,
+    receiver: int,
+    receiver_row: Tensor | None,
+) -> Tensor:
+    return _products[number].empty_output(codes, torch.float32 if receiver < 0 else torch.uint8)
+
+
+def attention(
+    query: Float[Tensor, "b h t d"],
+    key: Float[Tensor, "b h s d"],
+    value: Float[Tensor, "b h s e"],
+    mask: Tensor | None,
+    step: float,
+    low: float,
+    high: float,
+) -> Float[Tensor, "b h t e"]:
+    """clamp(round(softmax(query key^T + mask) / step), low, high) times `value`, `SCORES` scores at a time.
+
+    The operands are codes, each times a scale, so the products lose no more than float32 sums of integers do.
+    """
+    batch, heads, tokens, width = query.shape
+    sources, every = key.shape[2], batch * heads
+    query, value = query.reshape(every, tokens, width), value.reshape(every, sources, -1)
+    key = key.reshape(every, sources, width).transpose(1, 2)
+    if mask is not None:
+        mask = mask.expand(batch, heads, tokens, sources).reshape(every, tokens, sources)
+    together = min(every, max(1, SCORES // (tokens * sources)))  # heads
+    block = min(tokens, max(1, SCORES // (together * sources)))  # tokens
+    buffer = query.new_empty(together * block * sources)
+    output = query.new_empty(every, tokens, value.shape[2])
+    for first in range(0, every, together):
+        some = slice(first, min(every, first + together))
+        for start in range(0, tokens, block):
+            here = slice(start, min(tokens, start + block))
+            shape = (some.stop - some.start, here.stop - here.start, sources)
+            scores = buffer[: math.prod(shape)].view(shape)
+            torch.bmm(query[some, here], key[some], out=scores)
+            if mask is not None:
+                _add_mask(scores, mask[some, here])
+            torch.softmax(scores, dim=-1, out=scores)
+            scores.div_(step).round_().clamp_(low, high)
+            output[some, here] = scores @ value[some]
+    return output.view(batch, heads, tokens, -1)
+
+
+@torch.library.custom_op(
+    "diffquant::attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor step, Tensor low, Tensor high) -> Tensor",
+)
+def compiled_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, step: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """`attention` inside `torch.compile`; the softmax's step and limits may be those of another set at the next call."""
+    return attention(query, key, value, mask, float(step), float(low), float(high))
+
+
+@compiled_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+def _add_mask(scores: Tensor, mask: Tensor) -> None:
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores.add_(mask)

@@ -1,0 +1,418 @@
+"""The int8 engine against integer arithmetic in float64, and against the simulation, layer by layer."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, UNet2DModel
+from diffusers.models.attention import FeedForward
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+import diffquant as dq
+import pipelines
+from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLinear, freeze_layer, make_quantizable
+from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, LayerSpec, QuantSpec
+from diffquant.core.surgery import freeze, plan, prepare, quantized_layers, quantizers
+from diffquant.runtime import engines
+from diffquant.runtime.engines import int8_cpu, kernels
+
+pytestmark = pytest.mark.skipif(bool(int8_cpu.unsupported()), reason=int8_cpu.unsupported() or "integer kernels")
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 5), (2, 3, 12)),
+    "linear without bias": (lambda: nn.Linear(12, 5, bias=False), (3, 12)),
+    "conv": (lambda: nn.Conv2d(12, 5, 3, padding=1), (2, 12, 6, 5)),
+    "strided conv": (lambda: nn.Conv2d(12, 5, 3, stride=2, padding=(1, 0), dilation=(1, 2)), (2, 12, 8, 9)),
+    "grouped conv": (lambda: nn.Conv2d(12, 6, 3, groups=3), (2, 12, 6, 5)),
+    "depthwise conv": (lambda: nn.Conv2d(12, 12, 3, groups=12, padding=1, bias=False), (2, 12, 5, 5)),
+    "conv of one channel": (lambda: nn.Conv2d(1, 8, 3, padding=1), (2, 1, 6, 6)),
+}
+
+
+def lowered(layer: nn.Module, spec: LayerSpec, unit_steps: bool = False, timesteps: tuple[float, ...] = ()) -> nn.Module:
+    """`layer` with random codes and parameters, frozen and lowered. With `unit_steps` its output is the integer accumulators."""
+    layer.requires_grad_(False)
+    make_quantizable(layer, spec, StepClock(timesteps))
+    assert isinstance(layer, (QuantizedLinear, QuantizedConv2d))
+    weight, given = layer.weight_quantizer, layer.input_quantizer
+    assert weight is not None and given is not None and spec.weight is not None and spec.input is not None
+    weight.codes = torch.randint(spec.weight.code_min, spec.weight.code_max + 1, layer.weight.shape).to(
+        torch.int8 if spec.weight.symmetric else torch.uint8
+    )
+    layer.weight = None  # type: ignore[assignment]
+    for quantizer, one in ((weight, spec.weight), (given, spec.input)):
+        shape = quantizer.scale.shape
+        quantizer.scale.copy_(torch.ones(shape) if unit_steps else torch.rand(shape) * 0.05 + 0.01)
+        quantizer.zero_point.copy_(torch.zeros(shape) if one.symmetric else torch.randint(0, one.code_max + 1, shape))
+        quantizer.enabled = True
+    if given.shift is not None:
+        given.shift.copy_(torch.randint(0, 4, given.shift.shape))
+    if layer.smooth is not None:
+        layer.smooth.copy_(torch.ones_like(layer.smooth) if unit_steps else torch.rand_like(layer.smooth) + 0.5)
+    if unit_steps:
+        layer.bias = None
+    assert int8_cpu.lower_layer(layer) == ""
+    return layer
+
+
+def specs(bits: int, symmetric: bool, weight_bits: int, weight_symmetric: bool, **options: object) -> LayerSpec:
+    return LayerSpec.model_validate(
+        {
+            "weight": {"bits": weight_bits, "symmetric": weight_symmetric, "granularity": "channel"},
+            "input": {"bits": bits, "symmetric": symmetric},
+            **options,
+        }
+    )
+
+
+def output_of_codes(layer: nn.Module, codes: list[Tensor], row: int) -> Tensor:
+    """The layer's output for unsigned input codes, in float64, from its spec's formula; splits one after the other."""
+    assert isinstance(layer, (QuantizedLinear, QuantizedConv2d))
+    weight, given = layer.weight_quantizer, layer.input_quantizer
+    assert weight is not None and given is not None
+    axis = 1 if isinstance(layer, QuantizedConv2d) else -1
+    raised = -given.spec.code_min
+    parts = [
+        (part.double() - raised - given.zero_point[row, index].double()) * given.scale[row, index].double()
+        for index, part in enumerate(codes)
+    ]
+    x = torch.cat(parts, dim=axis)
+    if given.shift is not None:
+        x = x * torch.exp2(given.shift[row].double()).view((-1, 1, 1) if axis == 1 else (-1,))
+    codes_of_weight = weight.codes
+    assert codes_of_weight is not None
+    scale, zero_point = weight.operands(codes_of_weight)
+    dense = (codes_of_weight.double() - zero_point.double()) * scale.double()
+    bias = None if layer.bias is None else layer.bias.double()
+    if isinstance(layer, QuantizedConv2d):
+        return functional.conv2d(x, dense, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return functional.linear(x, dense, bias)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_accumulators_are_exact(kind: str, bits: int, symmetric: bool) -> None:
+    """Steps of one and integer inputs: the output is the sum of products of codes, below 2^24, so float32 holds it."""
+    make, shape = LAYERS[kind]
+    for weight_bits in range(2, 9):
+        layer = lowered(make(), specs(bits, symmetric, weight_bits, symmetric), unit_steps=True)
+        given = layer.input_quantizer
+        assert isinstance(given, Quantizer)
+        codes = torch.randint(given.spec.code_min, given.spec.code_max + 1, shape)
+        unsigned = (codes - given.spec.code_min).to(torch.uint8)
+        output = layer((codes - given.zero_point.view(())).float())
+        assert torch.equal(output.double(), output_of_codes(layer, [unsigned], 0))
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "splits": {"splits": (5, 7)},
+    "smooth": {"smooth": True},
+    "shift": {"shift": True},
+    "shift in sets": {"shift": True, "sets": 3},
+    "sets": {"sets": 3},
+    "all": {"smooth": True, "shift": True, "sets": 3, "splits": (5, 7)},
+}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "strided conv", "grouped conv"])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("weight_bits", "symmetric"), [(4, True), (4, False), (8, True), (8, False)])
+def test_codes_and_outputs_of_every_option(kind: str, option: str, weight_bits: int, symmetric: bool) -> None:
+    """Codes equal the simulation's but on the edge of rounding; the output is that of the codes up to float32 sums."""
+    if kind == "grouped conv" and {"splits", "smooth"} & OPTIONS[option].keys():
+        pytest.skip("splits and smooth are refused for grouped layers")
+    make, shape = LAYERS[kind]
+    timesteps = (900.0, 500.0, 100.0)
+    layer = lowered(make(), specs(8, False, weight_bits, symmetric, **OPTIONS[option]), timesteps=timesteps)
+    assert isinstance(layer, (int8_cpu.IntegerLinear, int8_cpu.IntegerConv2d))
+    given = layer.input_quantizer
+    assert given is not None and given.clock is not None
+    for row in range(given.rows):
+        given.clock.set_interval(row)
+        x = torch.randn(shape)
+        codes = layer.product.codes(x, row)
+        smoothed = x if layer.smooth is None else x / layer.smooth.view((-1, 1, 1) if x.dim() == 4 else (-1,))
+        simulated = given.quantize(smoothed) - given.spec.code_min
+        difference = (torch.cat(codes, dim=1 if x.dim() == 4 else -1).float() - simulated).abs()
+        assert difference.max() <= 1 and difference.mean() < 0.01  # a tie in a hundred would be far too many
+        expected = output_of_codes(layer, codes, row)
+        magnitude = output_of_codes_magnitude(layer, codes, row)
+        assert ((layer(x).double() - expected).abs() <= 1e-6 * magnitude).all()
+
+
+def output_of_codes_magnitude(layer: nn.Module, codes: list[Tensor], row: int) -> float:
+    """A bound on the terms of any sum in the layer: what float32 rounding is relative to."""
+    given = layer.input_quantizer
+    weight = layer.weight_quantizer
+    assert isinstance(given, Quantizer) and isinstance(weight, Quantizer) and weight.codes is not None
+    exponent = 0 if given.shift is None else int(given.shift.max())
+    largest = 255.0 * float(given.scale[row].max()) * 2.0**exponent * 255.0 * float(weight.scale.max())
+    return largest * weight.codes[0].numel()
+
+
+def test_padding_is_the_zero_point() -> None:
+    layer = lowered(nn.Conv2d(4, 3, 3, padding=1, bias=False), specs(8, False, 4, True))
+    codes = layer.product.codes(torch.zeros(1, 4, 3, 3), 0)  # type: ignore[union-attr, operator]
+    assert torch.equal(layer(torch.zeros(1, 4, 3, 3)), torch.zeros(1, 3, 3, 3)) and len(codes[0].unique()) == 1
+
+
+def test_samples_at_different_timesteps() -> None:
+    layer = lowered(nn.Linear(6, 4), specs(8, False, 4, True, sets=3), timesteps=(900.0, 500.0, 100.0))
+    given = layer.input_quantizer
+    assert isinstance(given, Quantizer) and given.clock is not None
+    x = torch.randn(5, 2, 6)
+    apart = []
+    for index, sample in zip([2, 0, 2, 1, 0], x, strict=True):
+        given.clock.set_interval(index)
+        apart.append(layer(sample[None]))
+    given.clock.set_interval(torch.tensor([2, 0, 2, 1, 0]))
+    assert torch.equal(layer(x), torch.cat(apart))
+
+
+def test_half_precision_inputs() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        layer = lowered(nn.Linear(8, 4), specs(8, False, 4, True))
+        x = torch.randn(3, 8).to(dtype)
+        assert layer(x).dtype == dtype
+        assert torch.allclose(layer(x).float(), layer(x.float()), rtol=2.0**-7)  # one rounding to 8 bits of mantissa
+
+
+def freeze_by_hand(model: nn.Module, weight_bits: int = 4, sets: int = 1, rules: Sequence[LayerRule] = ()) -> nn.Module:
+    """`model` frozen in place, attention quantized too, ranges set by hand; several sets differ in their steps."""
+    everything = [
+        LayerRule(match="@all", weight_bits=weight_bits, input_bits=8, sets=sets),
+        LayerRule(match="@attention", input_bits=8, softmax_bits=8, sets=sets),
+    ]
+    prepare(model, plan(model, [*everything, *rules]), (900.0, 500.0, 100.0))
+    for _, layer in quantized_layers(model):
+        if layer.weight_quantizer is not None:
+            weight = layer.weight_quantizer
+            weight.scale.copy_(layer.weight.detach().flatten(1).abs().amax(1, keepdim=True) / weight.spec.code_max)
+    for name, quantizer in quantizers(model):
+        if quantizer.clock is not None:
+            quantizer.scale.copy_(torch.linspace(0.02, 0.03, quantizer.rows)[:, None])
+            quantizer.zero_point.fill_(128)
+        if name.endswith("softmax"):
+            quantizer.scale.fill_(1 / 255)
+            quantizer.zero_point.zero_()
+    freeze(model)
+    return model.requires_grad_(False)
+
+
+def quantized_unet() -> UNet2DModel:
+    """A frozen UNet with attention, one layer of it in floating point and one with its weight only quantized."""
+    last = LayerRule(match="@last", weight_bits="float", input_bits="float", reason="last layer")
+    model = freeze_by_hand(pipelines.unet(), rules=[last, LayerRule(match="mid_block.resnets.0.conv1", input_bits="float")])
+    assert isinstance(model, UNet2DModel)
+    return model
+
+
+def test_a_model_is_lowered_and_raised_again() -> None:
+    model = quantized_unet()
+    x = torch.randn(2, 3, 8, 8)
+    before, state = model(x, 500).sample, copy.deepcopy(model.state_dict())
+    rows = dict(engines.use_engine(model, "int8"))
+    assert rows["mid_block.resnets.0.conv1"] == "its input stays in floating point" and "conv_out" not in rows
+    assert sum(not reason for reason in rows.values()) == len(rows) - 1
+    lowered_state = model.state_dict()
+    assert state.keys() == lowered_state.keys() and all(torch.equal(tensor, lowered_state[name]) for name, tensor in state.items())
+    after = model(x, 500).sample
+    assert not torch.equal(after, before) and (after - before).norm() < 0.1 * before.norm()  # 0.014: codes on an edge, amplified
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x, 500).sample, after)
+    assert {row.reason for row in engines.use_engine(model, "simulate")} == {"the engine is simulate"}
+    assert torch.equal(model(x, 500).sample, before)
+    assert torch.equal(twin(x, 500).sample, after)
+
+
+def test_layers_compute_with_integers_while_quantizers_are_on() -> None:
+    model = quantized_unet()
+    engines.use_engine(model, "int8")
+    layer = model.get_submodule("down_blocks.0.resnets.0.conv1")
+    assert isinstance(layer, int8_cpu.IntegerConv2d) and layer.input_quantizer is not None
+    x = torch.randn(1, 8, 8, 8)
+    integer = layer(x)
+    seen: list[Tensor] = []
+    layer.input_quantizer.observer = seen.append
+    simulated = layer(x)
+    layer.input_quantizer.observer = None
+    assert torch.equal(seen[0], x) and not torch.equal(simulated, integer)
+    assert torch.allclose(simulated, integer, atol=0.05)
+    layer.input_quantizer.enabled = False
+    assert torch.equal(layer(x), functional.conv2d(x, layer.weight_quantizer.dequantized_codes(), layer.bias, padding=1))  # type: ignore[union-attr]
+
+
+def test_moving_to_another_device_unpacks() -> None:
+    model = quantized_unet()
+    engines.use_engine(model, "int8")
+    moved = model.to("meta")
+    assert not any(isinstance(quantizer, int8_cpu.PackedCodes) for _, quantizer in quantizers(moved))
+    assert all(tensor.device.type == "meta" for tensor in moved.state_dict().values())
+
+
+def test_circular_padding_stays_simulated() -> None:
+    layer = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+    make_quantizable(layer, specs(8, False, 4, True), StepClock())
+    assert isinstance(layer, QuantizedConv2d) and layer.weight_quantizer is not None
+    layer.weight_quantizer.scale.fill_(0.1)
+    assert int8_cpu.lower_layer(layer) == "its weight is not frozen"
+    freeze_layer(layer)
+    assert int8_cpu.lower_layer(layer) == "padding (1, 1), mode 'circular'"
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_and_the_codes_after_it_in_one_kernel(bits: int, approximate: str) -> None:
+    """A feed-forward of a transformer: with 8 bits the second layer is given codes, with 6 floating point."""
+    block = nn.Sequential(FeedForward(12, activation_fn="gelu-approximate" if approximate == "tanh" else "gelu")).eval()
+    forward = block[0]
+    assert isinstance(forward, FeedForward)
+    for layer in (forward.net[0].proj, forward.net[2]):
+        lowered(layer, specs(bits, False, 4, True, sets=2), timesteps=(900.0, 100.0))
+    rows = int8_cpu.lower(block)
+    assert isinstance(forward.net[0], int8_cpu.IntegerGELU) and not any(row.reason for row in rows)
+    seen: list[Tensor] = []
+    hook = forward.net[2].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    x = torch.randn(3, 5, 12)
+    for interval in (0, 1):
+        for _, quantizer in quantizers(block):
+            if quantizer.clock is not None:
+                quantizer.clock.set_interval(interval)
+        forward(x)
+        codes = forward.net[2].product.codes(functional.gelu(forward.net[0].proj(x), approximate=approximate), interval)[0]
+        given = seen[-1] if bits == 8 else forward.net[2].product.codes(seen[-1], interval)[0]
+        assert seen[-1].dtype == (torch.uint8 if bits == 8 else torch.float32)
+        assert (given.float() - codes.float()).abs().max() <= 1 and (given != codes).float().mean() < 0.01
+    hook.remove()
+    fused = forward(x)
+    int8_cpu.simulate(block)
+    simulated = forward(x)
+    assert type(forward.net[0]).__name__ == "GELU" and (fused - simulated).norm() < 0.01 * simulated.norm()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scores", [1 << 20, 100])
+def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, masked: bool, scores: int) -> None:
+    monkeypatch.setattr(kernels, "SCORES", scores)
+    spec = QuantSpec(bits=8)
+    products = AttentionProducts(AttentionSpec(query=spec, key=spec, value=spec, softmax=spec), StepClock())
+    for name, quantizer in products.named_children():
+        assert isinstance(quantizer, Quantizer)
+        quantizer.scale.fill_(1 / 255 if name == "softmax" else 0.03)
+        quantizer.zero_point.fill_(0 if name == "softmax" else 128)
+        quantizer.enabled = True
+    query, key, value = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
+    mask = (torch.rand(2, 1, 20, 9) > 0.3) if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    with torch.no_grad():
+        simulated = products(query, key, value, mask)
+        products.__class__ = int8_cpu.BlockedProducts
+        blocked = products(query, key, value, mask)
+        added = products(query, key, value, mask.float().sub(1).mul(1e9)) if mask is not None else blocked
+    # a probability on the edge of rounding moves an output by one step of it times a value
+    moved = (blocked - simulated).abs() > 1e-5
+    assert (blocked - simulated).abs().max() <= 2 * value.abs().max() / 255 and moved.float().mean() < 0.01
+    assert torch.equal(added, blocked)
+
+
+COMPILED = """
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from test_int8_cpu import freeze_by_hand
+from torch import nn
+from diffquant.runtime import engines
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.attention = Attention(8, heads=2, dim_head=4)
+        self.forward_part = FeedForward(8, activation_fn="gelu")
+
+    def forward(self, sample, timestep):
+        tokens = self.conv(sample).flatten(2).transpose(1, 2)
+        return self.forward_part(self.attention(tokens))
+
+torch.manual_seed(0)
+model = freeze_by_hand(Block().eval(), sets=3)
+assert not any(row.reason for row in engines.use_engine(model, "int8"))
+x = torch.randn(2, 3, 4, 4)
+graphs = []
+
+def backend(graph, inputs):  # without code generation, which needs a compiler
+    graphs.append(str(graph.code))
+    return graph.forward
+
+with torch.no_grad():
+    expected = [model(x, torch.tensor(timestep)) for timestep in (900, 500, 100)]
+    compiled = torch.compile(model, backend=backend)
+    found = [compiled(x, torch.tensor(timestep)) for timestep in (900, 500, 100)]
+assert not torch.equal(expected[0], expected[1])
+assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
+assert len(graphs) == 2, len(graphs)  # that of the clock, and the model's
+assert all(f"diffquant.{operator}" in graphs[1] for operator in ("product", "product_gelu", "attention"))
+"""
+
+
+def test_compiled_models_are_one_graph_that_follows_the_clock() -> None:
+    """In a process of its own: the shape checks of these tests cannot be compiled."""
+    tests = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(tests), str(Path(__file__).parent)])
+    subprocess.run([sys.executable, "-c", COMPILED], env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipe = DDIMPipeline(quantized_unet(), pipelines.ddim().scheduler)
+    return dq.save(pipe, tmp_path_factory.mktemp("saved") / "pipe")
+
+
+def test_from_pretrained_chooses(saved: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def packed(model: nn.Module) -> int:
+        return sum(isinstance(quantizer, int8_cpu.PackedCodes) for _, quantizer in quantizers(model))
+
+    assert packed(DDIMPipeline.from_pretrained(saved).unet) > 0 and packed(dq.load(saved).unet) > 0
+    assert packed(dq.load(saved, engine="simulate").unet) == 0
+    with dq.engine("simulate"):
+        assert packed(UNet2DModel.from_pretrained(saved / "unet")) == 0
+    monkeypatch.setattr(int8_cpu, "unsupported", lambda: "this CPU is old")
+    with caplog.at_level(logging.WARNING):
+        assert packed(dq.load(saved).unet) == 0
+    assert "this CPU is old; quantized models are simulated" in caplog.text
+    with pytest.raises(CheckpointError, match="engine: 'int8', but this CPU is old; use engine='simulate'"):
+        dq.load(saved, engine="int8")
+    with pytest.raises(CheckpointError, match="engine: 'int9'; allowed are int8, simulate"):
+        dq.load(saved, engine="int9")
+
+
+def test_what_holds_no_quantized_model() -> None:
+    with pytest.raises(CheckpointError, match="DDIMPipeline: holds no quantized model"):
+        dq.use_engine(pipelines.ddim())
+
+
+def test_a_loaded_model_is_saved_again(saved: Path, tmp_path: Path) -> None:
+    dq.save(dq.load(saved), tmp_path / "again")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = (load_file(folder / name) for folder in (saved, tmp_path / "again"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("engine", ["int8", "simulate"])
+def test_no_file_stays_mapped(saved: Path, engine: str) -> None:
+    pipe = dq.load(saved, engine=engine)
+    assert str(saved) not in Path("/proc/self/maps").read_text()
+    assert pipe.unet is not None

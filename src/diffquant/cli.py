@@ -41,12 +41,20 @@ errors = Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="Directory of a pipeline, hub id, or name of a reference model (glyph-ddim).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override in the recipe by path, e.g. passes.1.iterations=100.")]
+ENGINE_HELP = "int8 or simulate: what quantized models compute with (default: the CPU decides)."
 RECIPE_HELP = "Recipe with bits, e.g. brecq-w4a8 (weights 4, activations 8; a32 is weight-only), or a .yaml file."
 
 
 @app.callback()
-def main_options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+def main_options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="int8 or simulate: what quantized models compute with (default: the CPU decides).")
+    ] = None,
+) -> None:
     """Post-training quantization for diffusion models."""
+    context.with_resource(dq.engine(engine))
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
 

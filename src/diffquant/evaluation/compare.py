@@ -38,6 +38,7 @@ from diffquant.evaluation.metrics import (
     to_uint8,
 )
 from diffquant.evaluation.sampling import OnProgress, OnStep, SamplingProtocol, StepResult, is_unconditional, sample, scheduler_of
+from diffquant.runtime.engines import engine_of
 
 MEMORY_LIMIT = 2**30  # bytes of trajectories kept for comparison
 INTERVAL_SEED = 0  # of bootstrap draws and of jackknife groups
@@ -131,7 +132,7 @@ class Comparison:
 
     `drift` is the mean relative L2 of the latents after each step, `noise_sqnr_db` the mean SQNR of the predicted noise; both over
     the samples whose trajectories are kept, and both with what earlier steps did to the input. `final_errors` is the relative L2 of
-    every last sample, paired with the reference's noise. PSNR is pooled over pairs.
+    every last sample, paired with the reference's noise. PSNR is pooled over pairs. `engine` is what the model computed with.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Comparison:
     legibility: Interval | None
     pictures: UInt8[Tensor, "n c h w"]
     seconds: float
+    engine: str = ""
     by_step: tuple[StepDistances, ...] = ()
     accumulation: Accumulation | None = None
 
@@ -274,6 +276,7 @@ def compare_to(
         accumulation=_accumulation(reference, quantized_pipe, name, progress),
         pictures=pictures,
         seconds=drawn.seconds,
+        engine=engine_of(find_denoiser(quantized_pipe)[1]),
     )
 
 

@@ -91,6 +91,7 @@ class Row(BaseModel):
     floor_to_data: Distances | None = None
     legibility: Interval | None = None
     seconds: float
+    engine: str = ""
     timesteps: tuple[float, ...] = ()
     drift: tuple[float, ...] = ()
     noise_sqnr_db: tuple[float, ...] = ()
@@ -312,7 +313,7 @@ def _cells(report: Report, newline: str) -> tuple[list[str], list[list[str]]]:
         "KID to full precision": lambda row: _kid(row.to_reference, row.floor, newline),
         "KID to data": lambda row: _kid(row.to_data, row.floor_to_data, newline),
         "legibility": lambda row: _interval(row.legibility, "{:.3f}", newline),
-        "seconds": lambda row: f"{row.seconds:.1f}",
+        "seconds": lambda row: f"{row.seconds:.1f}{newline + row.engine if row.engine else ''}",
     }
     texts = {name: [cell(row) for row in report.rows] for name, cell in columns.items()}
     shown = [name for name, cells in texts.items() if any(cell != "-" for cell in cells)]

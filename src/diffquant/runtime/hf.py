@@ -30,7 +30,7 @@ from diffquant.core.layers import AttentionProducts, present_spec
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, is_frozen, prepare, quantized_layers, quantizers
 from diffquant.runtime.engines import requested
-from diffquant.runtime.engines.int8_cpu import lower, lower_layer
+from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
 from diffquant.runtime.packing import (
     belongs_to_quantizer,
     check_values,
@@ -45,6 +45,7 @@ from diffquant.runtime.packing import (
 VERSION = 1
 DIGEST = "diffquant_sha256"  # key of the safetensors metadata
 OPERANDS = ("query", "key", "value", "softmax")
+LARGE = 1 << 20  # values of a weight after whose loading freed memory is given back
 AGAIN = "copy or save the checkpoint again"
 
 
@@ -264,8 +265,10 @@ class DiffquantQuantizer(DiffusersQuantizer):
             if (weight := layer.weight_quantizer) is not None:
                 assert weight.codes is not None
                 weight.codes = unpack(weight.codes, load.shapes[name], weight.spec.bits, weight.spec.symmetric)
-                if engine == "int8":
-                    lower_layer(layer)  # one at a time: all codes at once, and laid out, are twice the memory
+                if engine == "int8":  # one at a time: all codes at once, and laid out, are twice the memory
+                    lower_layer(layer)
+                    if load.shapes[name].numel() > LARGE:
+                        release_freed_memory()
         enable(model)
         if engine == "int8":
             lower(model)

@@ -58,6 +58,14 @@ def requested() -> str:
     return "int8"
 
 
+def engine_of(model: nn.Module) -> str:
+    """What `model` computes with: an engine's name, or "float" where no layer of it is quantized."""
+    layers = [layer for _, layer in quantized_layers(model)]
+    if any(isinstance(layer, (int8_cpu.IntegerLinear, int8_cpu.IntegerConv2d)) for layer in layers):
+        return "int8"
+    return "simulate" if layers else "float"
+
+
 def use_engine(pipe_or_model: Any, name: str | None = None) -> list[Lowered]:
     """Let a pipeline's quantized models, or one frozen model, compute with engine `name` from now on; None chooses.
 

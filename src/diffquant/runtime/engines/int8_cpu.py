@@ -16,6 +16,8 @@ cannot be lowered stays as it was, and `lower` says why.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -114,6 +116,17 @@ def lower_layer(layer: QuantizedLayer) -> str:
     layer.__class__ = IntegerConv2d if isinstance(layer, QuantizedConv2d) else IntegerLinear
     layer.product = Product(layer, _steps(layer, given, weight), given.splits)  # type: ignore[assignment]
     return ""
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it (glibc); elsewhere nothing.
+
+    Unpacking and laying out the weights of a large model one by one leaves holes as large as half the model.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class PackedCodes(Quantizer):

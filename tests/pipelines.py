@@ -6,6 +6,7 @@ Weights depend on a fixed seed only. Widths are a few channels and images 8 or 1
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +24,11 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffquant.core.spec import LayerRule
+from diffquant.core.surgery import freeze, plan, prepare, quantized_layers, quantizers
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 
@@ -146,3 +151,25 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+def freeze_by_hand(model: nn.Module, weight_bits: int = 4, sets: int = 1, rules: Sequence[LayerRule] = ()) -> nn.Module:
+    """`model` frozen in place, attention quantized too, ranges set by hand; several sets differ in their steps."""
+    everything = [
+        LayerRule(match="@all", weight_bits=weight_bits, input_bits=8, sets=sets),
+        LayerRule(match="@attention", input_bits=8, softmax_bits=8, sets=sets),
+    ]
+    prepare(model, plan(model, [*everything, *rules]), (900.0, 500.0, 100.0))
+    for _, layer in quantized_layers(model):
+        if layer.weight_quantizer is not None:
+            weight = layer.weight_quantizer
+            weight.scale.copy_(layer.weight.detach().flatten(1).abs().amax(1, keepdim=True) / weight.spec.code_max)
+    for name, quantizer in quantizers(model):
+        if quantizer.clock is not None:
+            quantizer.scale.copy_(torch.linspace(0.02, 0.03, quantizer.rows)[:, None])
+            quantizer.zero_point.fill_(0 if quantizer.spec.symmetric else 128)
+        if name.endswith("softmax"):
+            quantizer.scale.fill_(1 / quantizer.spec.code_max)
+            quantizer.zero_point.zero_()
+    freeze(model)
+    return model.requires_grad_(False)

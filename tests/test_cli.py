@@ -71,6 +71,8 @@ def test_zoo_list(capsys):
         (("quantize", "glyph-ddim", "--recipe", "brecq-w4a8", "--out", "x", "--data", "nowhere"), "nowhere"),
         (("sample", "./no-such-model", "--out", "x.png"), "no-such-model"),
         (("zoo", "train", "glyph", "--out", "x"), "glyph"),
+        (("export", "glyph-ddim", "--out", "x", "--to", "cloud"), "export: target 'cloud'"),
+        (("export", "./no-such-model", "--out", "x"), "no-such-model"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -88,7 +90,7 @@ def test_usage_errors_exit_with_two(capsys):
     assert "Missing option" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["record", "quantize", "sample", "evaluate", "inspect", "demo", "zoo"])
+@pytest.mark.parametrize("verb", ["record", "quantize", "sample", "evaluate", "inspect", "export", "demo", "zoo"])
 def test_help(verb, capsys):
     assert run(verb, "--help") == 0
     assert len(capsys.readouterr().out) > 200

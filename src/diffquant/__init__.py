@@ -17,6 +17,7 @@ from diffquant.runtime import hf
 from diffquant.runtime.checkpoint import load, save, verify
 from diffquant.runtime.engines import engine, use_engine
 from diffquant.runtime.estimate import inspect
+from diffquant.runtime.export import export
 
 __version__ = version("diffquant")
 
@@ -34,6 +35,7 @@ __all__ = [
     "Trajectory",
     "engine",
     "evaluate",
+    "export",
     "full_precision",
     "inspect",
     "load",

@@ -25,12 +25,14 @@ from diffquant.evaluation.metrics import to_uint8
 from diffquant.evaluation.sampling import sample
 from diffquant.recipe import shipped
 from diffquant.runtime.checkpoint import file_size, float32_size
+from diffquant.runtime.export import TARGETS
 from diffquant.zoo import models
 from diffquant.zoo.data import render_letters
 
 HELP = (
     "Post-training quantization for diffusion models: calibrate on a pipeline's own sampling, pack, sample, compare. "
-    "A model is a directory, a hub id, or a reference model (glyph-ddim)."
+    "A model is a directory, a hub id, or a reference model (glyph-ddim). "
+    "What quantized models compute with is chosen by the CPU, or by the variable DIFFQUANT_ENGINE: int8, openvino or simulate."
 )
 app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 zoo_app = typer.Typer(help="Reference models that come with the package.", no_args_is_help=True)
@@ -41,20 +43,12 @@ errors = Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="Directory of a pipeline, hub id, or name of a reference model (glyph-ddim).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override in the recipe by path, e.g. passes.1.iterations=100.")]
-ENGINE_HELP = "int8 or simulate: what quantized models compute with (default: the CPU decides)."
 RECIPE_HELP = "Recipe with bits, e.g. brecq-w4a8 (weights 4, activations 8; a32 is weight-only), or a .yaml file."
 
 
 @app.callback()
-def main_options(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
-    engine: Annotated[
-        str | None, typer.Option(help="int8 or simulate: what quantized models compute with (default: the CPU decides).")
-    ] = None,
-) -> None:
+def main_options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
     """Post-training quantization for diffusion models."""
-    context.with_resource(dq.engine(engine))
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
 
@@ -100,6 +94,20 @@ def quantize(
     denoiser = next(part for part in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)) if part is not None)
     written, full = file_size(out), float32_size(denoiser)
     console.print(f"{out}: {written / 1e6:.2f} MB, {written / full:.3f} of float32 ({full / 1e6:.2f} MB)")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Directory of a quantized checkpoint.")],
+    out: Annotated[Path, typer.Option(help="New folder for the file and for export.json.")],
+    to: Annotated[str, typer.Option(help=f"Runtime to write for: {', '.join(TARGETS)}.")] = "openvino",
+) -> None:
+    """Write a quantized denoiser for another runtime, and check the file by running it."""
+    report = dq.export(model, out, to)
+    console.print(f"{out / report.file}: differs from the simulation by {report.error:.2g} (relative, one call)")
+    console.print(f"{report.integer} products of integers, {report.floating} in floating point")
+    if report.floating_layers:
+        console.print(f"quantized, but computed in floating point there: {', '.join(report.floating_layers)}")
 
 
 @app.command(name="sample")

@@ -31,6 +31,7 @@ from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, Quant
 from diffquant.core.surgery import PlannedLayer, enable, is_frozen, prepare, quantized_layers, quantizers
 from diffquant.runtime.engines import requested
 from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
+from diffquant.runtime.engines.openvino import install
 from diffquant.runtime.packing import (
     belongs_to_quantizer,
     check_values,
@@ -272,6 +273,8 @@ class DiffquantQuantizer(DiffusersQuantizer):
         enable(model)
         if engine == "int8":
             lower(model)
+        elif engine == "openvino":
+            install(model)
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()  # a tensor that is a view of the mapped file would keep all of it
         self._load = None

@@ -5,7 +5,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ import pipelines
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLinear, freeze_layer, make_quantizable
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, LayerSpec, QuantSpec
-from diffquant.core.surgery import freeze, plan, prepare, quantized_layers, quantizers
+from diffquant.core.surgery import quantizers
 from diffquant.runtime import engines
 from diffquant.runtime.engines import int8_cpu, kernels
 
@@ -188,32 +188,12 @@ def test_half_precision_inputs() -> None:
         assert torch.allclose(layer(x).float(), layer(x.float()), rtol=2.0**-7)  # one rounding to 8 bits of mantissa
 
 
-def freeze_by_hand(model: nn.Module, weight_bits: int = 4, sets: int = 1, rules: Sequence[LayerRule] = ()) -> nn.Module:
-    """`model` frozen in place, attention quantized too, ranges set by hand; several sets differ in their steps."""
-    everything = [
-        LayerRule(match="@all", weight_bits=weight_bits, input_bits=8, sets=sets),
-        LayerRule(match="@attention", input_bits=8, softmax_bits=8, sets=sets),
-    ]
-    prepare(model, plan(model, [*everything, *rules]), (900.0, 500.0, 100.0))
-    for _, layer in quantized_layers(model):
-        if layer.weight_quantizer is not None:
-            weight = layer.weight_quantizer
-            weight.scale.copy_(layer.weight.detach().flatten(1).abs().amax(1, keepdim=True) / weight.spec.code_max)
-    for name, quantizer in quantizers(model):
-        if quantizer.clock is not None:
-            quantizer.scale.copy_(torch.linspace(0.02, 0.03, quantizer.rows)[:, None])
-            quantizer.zero_point.fill_(128)
-        if name.endswith("softmax"):
-            quantizer.scale.fill_(1 / 255)
-            quantizer.zero_point.zero_()
-    freeze(model)
-    return model.requires_grad_(False)
-
-
 def quantized_unet() -> UNet2DModel:
     """A frozen UNet with attention, one layer of it in floating point and one with its weight only quantized."""
     last = LayerRule(match="@last", weight_bits="float", input_bits="float", reason="last layer")
-    model = freeze_by_hand(pipelines.unet(), rules=[last, LayerRule(match="mid_block.resnets.0.conv1", input_bits="float")])
+    model = pipelines.freeze_by_hand(
+        pipelines.unet(), rules=[last, LayerRule(match="mid_block.resnets.0.conv1", input_bits="float")]
+    )
     assert isinstance(model, UNet2DModel)
     return model
 
@@ -331,7 +311,7 @@ COMPILED = """
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
-from test_int8_cpu import freeze_by_hand
+from pipelines import freeze_by_hand
 from torch import nn
 from diffquant.runtime import engines
 
@@ -370,8 +350,7 @@ assert all(f"diffquant.{operator}" in graphs[1] for operator in ("product", "pro
 def test_compiled_models_are_one_graph_that_follows_the_clock() -> None:
     """In a process of its own: the shape checks of these tests cannot be compiled."""
     tests = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(tests), str(Path(__file__).parent)])
-    subprocess.run([sys.executable, "-c", COMPILED], env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=240)
+    subprocess.run([sys.executable, "-c", COMPILED], env={**os.environ, "PYTHONPATH": str(tests)}, check=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -394,8 +373,14 @@ def test_from_pretrained_chooses(saved: Path, caplog: pytest.LogCaptureFixture, 
     assert "this CPU is old; quantized models are simulated" in caplog.text
     with pytest.raises(CheckpointError, match="engine: 'int8', but this CPU is old; use engine='simulate'"):
         dq.load(saved, engine="int8")
-    with pytest.raises(CheckpointError, match="engine: 'int9'; allowed are int8, simulate"):
+    with pytest.raises(CheckpointError, match="engine: 'int9'; allowed are int8, openvino, simulate"):
         dq.load(saved, engine="int9")
+    monkeypatch.undo()
+    monkeypatch.setenv("DIFFQUANT_ENGINE", "simulate")
+    assert packed(dq.load(saved).unet) == 0 and packed(dq.load(saved, engine="int8").unet) > 0
+    monkeypatch.setenv("DIFFQUANT_ENGINE", "fast")
+    with pytest.raises(CheckpointError, match="engine: 'fast'; allowed are int8, openvino, simulate"):
+        dq.load(saved)
 
 
 def test_what_holds_no_quantized_model() -> None:

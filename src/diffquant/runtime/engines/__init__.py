@@ -1,12 +1,13 @@
 """Engines: what a frozen model computes with. The simulation in floating point is their specification, and runs anywhere.
 
-``int8``: PyTorch's integer kernels on a CPU (`int8_cpu`); the default where the CPU has them. ``simulate``: quantized values in
-floating point, on any device.
+``int8``: PyTorch's integer kernels on a CPU (`int8_cpu`); the default where the CPU has them. ``openvino``: those of OpenVINO, on a
+CPU; needs the package of that name. ``simulate``: quantized values in floating point, on any device.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,10 +17,12 @@ from torch import nn
 
 from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import is_frozen, quantized_layers
-from diffquant.runtime.engines import int8_cpu
+from diffquant.runtime.engines import int8_cpu, openvino
 from diffquant.runtime.engines.int8_cpu import Lowered
+from diffquant.runtime.engines.openvino_graph import package
 
-ENGINES = ("int8", "simulate")
+VARIABLE = "DIFFQUANT_ENGINE"
+ENGINES = ("int8", "openvino", "simulate")
 
 _requested: ContextVar[str | None] = ContextVar("engine", default=None)
 _log = logging.getLogger(__name__)
@@ -31,12 +34,15 @@ def check_engine(engine: str | None) -> None:
         raise CheckpointError(f"engine: {engine!r}; allowed are {', '.join(ENGINES)}")
     if engine == "int8" and (reason := int8_cpu.unsupported()):
         raise CheckpointError(f"engine: 'int8', but {reason}; use engine='simulate'")
+    if engine == "openvino":
+        package()
 
 
 @contextmanager
 def engine(name: str | None) -> Iterator[None]:
-    """Models loaded inside this context get engine `name`; None chooses: int8 where the CPU has it, else the simulation.
+    """Models loaded inside this context get engine `name`.
 
+    None chooses: what the environment's variable DIFFQUANT_ENGINE says, else int8 where the CPU has it, else the simulation.
     Raises `CheckpointError` for an engine that is unknown, or that this machine cannot run.
     """
     check_engine(name)
@@ -48,9 +54,10 @@ def engine(name: str | None) -> Iterator[None]:
 
 
 def requested() -> str:
-    """The engine that a model loaded now gets."""
-    name = _requested.get()
-    if name is not None:
+    """The engine that a model loaded now gets: that of the context, of the environment's `VARIABLE`, or the default."""
+    name = _requested.get() or os.environ.get(VARIABLE)
+    if name:
+        check_engine(name)
         return name
     if reason := int8_cpu.unsupported():
         _log.warning("%s; quantized models are simulated in floating point, no faster than the original", reason)
@@ -60,6 +67,8 @@ def requested() -> str:
 
 def engine_of(model: nn.Module) -> str:
     """What `model` computes with: an engine's name, or "float" where no layer of it is quantized."""
+    if hasattr(model, "openvino_graphs"):
+        return "openvino"
     layers = [layer for _, layer in quantized_layers(model)]
     if any(isinstance(layer, (int8_cpu.IntegerLinear, int8_cpu.IntegerConv2d)) for layer in layers):
         return "int8"
@@ -81,9 +90,13 @@ def use_engine(pipe_or_model: Any, name: str | None = None) -> list[Lowered]:
         raise CheckpointError(f"{type(pipe_or_model).__name__}: holds no quantized model; quantize or load one first")
     rows: list[Lowered] = []
     for model in models:
+        openvino.uninstall(model)
         if name == "int8":
             rows += int8_cpu.lower(model)
+            continue
+        int8_cpu.simulate(model)
+        if name == "openvino":
+            rows += openvino.install(model)
         else:
-            int8_cpu.simulate(model)
             rows += [Lowered(layer, "the engine is simulate") for layer, _ in quantized_layers(model)]
     return rows

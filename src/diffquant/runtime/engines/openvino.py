@@ -1,0 +1,207 @@
+"""The OpenVINO engine: a frozen model computed by OpenVINO's integer kernels on a CPU, or written as IR for use elsewhere.
+
+`openvino_graph` says what the graph is made of. `install` lets a model compute with it in place, `build`, `save_ir` and `load_ir`
+are for deployment, `count_integer_primitives` shows what really runs with integers. Needs the package openvino, which is imported
+when it is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from diffquant.core.layers import AttentionProducts, QuantizedLayer
+from diffquant.core.spec import CheckpointError
+from diffquant.core.surgery import quantized_layers, quantizers
+from diffquant.runtime.engines import int8_cpu
+from diffquant.runtime.engines.int8_cpu import Lowered
+from diffquant.runtime.engines.openvino_graph import Call, MakeOutput, check, convert, package, status
+
+Precision = Literal["f32", "bf16", "f16"]
+
+FILE = "openvino_model.xml"  # as optimum names it
+PRODUCTS = ("Convolution", "FullyConnected", "MatMul")  # layer types of the CPU plugin that multiply two operands
+
+
+def build(model: nn.Module, example: Mapping[str, Any]) -> Any:
+    """An `openvino.Model` of a frozen `model`; `example` holds arguments of its forward by name.
+
+    The batch is left open, other sizes are those of the example. Inputs have the names of the arguments, of nested ones joined by
+    dots, in the order of the forward's signature; the timestep is one per sample; `interval` comes last where the model has
+    parameter sets (one per sample, or one for all). Raises `SpecError` where the model cannot be put so, `CheckpointError` where
+    OpenVINO is missing.
+    """
+    return convert(model, Call(model, (), dict(example)))[0]
+
+
+def compile_graph(graph: Any, precision: Precision = "f32") -> Any:
+    """`graph` compiled for the CPU, with as many threads as PyTorch has.
+
+    What is not quantized computes in `precision`; OpenVINO's own choice is bfloat16 where the CPU has it.
+    """
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    return package().Core().compile_model(graph, "CPU", settings)
+
+
+def integer_layers(compiled: Any) -> dict[str, bool]:
+    """Each layer and attention that multiplies in a compiled graph, and whether every product is one of 8-bit integers."""
+    found: dict[str, bool] = {}
+    for name, integer in _products(compiled):
+        found[name] = integer and found.get(name, True)
+    return found
+
+
+def count_integer_primitives(compiled: Any) -> dict[str, int]:
+    """How many products of a compiled graph are computed from 8-bit integers, and how many are not.
+
+    A layer with splits, or with an integer weight of two digits, has several; an attention has two.
+    """
+    integer = [integer for _, integer in _products(compiled)]
+    return {"integer": sum(integer), "float": len(integer) - sum(integer)}
+
+
+def _products(compiled: Any) -> Iterator[tuple[str, bool]]:
+    """Name of the layer of each product in a compiled graph, and whether it is computed from 8-bit integers.
+
+    OpenVINO states the kernel of a product; of an attention fused to a `Subgraph` that of the first, and operand types.
+    """
+    for operation in compiled.get_runtime_model().get_ordered_ops():
+        kind, kernel, merged = (str(operation.rt_info[key].value) for key in ("layerType", "primitiveType", "originalLayersNames"))
+        name, integer = str(operation.get_friendly_name()), kernel.lower().endswith("i8")
+        fused = kind == "Subgraph" and "MatMul" in merged
+        if fused:
+            name = next(each for each in merged.split(",") if "MatMul" in each)
+        name = name.partition("/")[0].removeprefix("__module.denoiser.").removesuffix(".attention_products")
+        if fused or kind in PRODUCTS:
+            yield name, integer
+        if fused:
+            operands = sum(each.get_element_type().size == 1 for each in operation.inputs())
+            yield name, operands > (2 if integer else 0)
+
+
+def run(compiled: Any, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The outputs of a compiled graph for a call of `model` with `arguments`, at the present interval of its clock."""
+    return _run(compiled, Call(model, (), dict(arguments)), model)
+
+
+def _run(compiled: Any, call: Call, model: nn.Module) -> tuple[Tensor, ...]:
+    results = compiled([tensor.detach().cpu().contiguous().numpy() for tensor in _tensors(len(compiled.inputs), call, model)])
+    return tuple(torch.from_numpy(results[index]).to(call.tensors[0].device) for index in range(len(compiled.outputs)))
+
+
+def _tensors(inputs: int, call: Call, model: nn.Module) -> list[Tensor]:
+    """What a graph with so many inputs is called with: the last may be the interval."""
+    tensors = list(call.tensors)
+    if inputs > len(tensors):
+        tensors.append(torch.as_tensor(model.step_clock.interval).reshape(-1))  # type: ignore[union-attr]
+    return tensors
+
+
+def save_ir(graph: Any, folder: str | Path) -> Path:
+    """Write `graph` as OpenVINO IR into a new `folder`, constants as they are (no float16); the folder is returned."""
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists; an export makes a new folder; choose another name")
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        package().save_model(graph, temporary / FILE, compress_to_fp16=False)
+        temporary.rename(folder)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def load_ir(folder: str | Path) -> Any:
+    """The `openvino.Model` that `save_ir` wrote into `folder`."""
+    file = Path(folder).expanduser() / FILE
+    openvino = package()
+    try:
+        return openvino.Core().read_model(file)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: cannot be read ({str(error).splitlines()[-1]}); export it again") from error
+
+
+# ---- the model that a pipeline calls
+
+
+def install(model: nn.Module, precision: Precision = "f32") -> list[Lowered]:
+    """Let a frozen `model` compute with OpenVINO, in place; a row for each layer, with the reason where it stays in float.
+
+    The graph is made at the first call and compiled for its sizes, which OpenVINO computes faster than open ones; other batches are
+    compiled when they come, each with a copy of the weights. Raises `SpecError` for parameter sets that OpenVINO cannot compute
+    with, `CheckpointError` where it is missing.
+    """
+    package()
+    uninstall(model)
+    int8_cpu.simulate(model)
+    check(model)
+    model.openvino_graphs = _Graphs(precision)  # type: ignore[assignment]
+    model.__class__ = _computed(type(model))  # type: ignore[arg-type]
+    rows = [Lowered(name, _float_reason(layer)) for name, layer in quantized_layers(model)]
+    names = (name for name, module in model.named_modules() if isinstance(module, AttentionProducts))
+    return rows + [Lowered(name.removesuffix(".attention_products"), "") for name in names]
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install`, and forget the graphs."""
+    if hasattr(model, "openvino_graphs"):
+        model.__class__ = type(model).__mro__[1]
+        del model.openvino_graphs
+
+
+@functools.cache
+def _computed(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a denoiser's class, of the same name, whose forward is computed by OpenVINO."""
+
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        if not all(quantizer.enabled and quantizer.observer is None for _, quantizer in quantizers(self)):
+            return original.forward(self, *arguments, **keywords)
+        graphs = self.openvino_graphs
+        assert isinstance(graphs, _Graphs)
+        return graphs(self, Call(self, arguments, keywords))
+
+    return type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+
+
+@final
+class _Graphs:
+    """The graphs of one model by the kind of call, and compiled by its sizes; a copy starts without any."""
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self.converted: dict[str, tuple[Any, MakeOutput]] = {}
+        self.compiled: dict[tuple[str, ...], Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Graphs:
+        return _Graphs(self.precision)
+
+    def __call__(self, model: nn.Module, call: Call) -> Any:
+        if call.kind not in self.converted:
+            self.converted[call.kind] = convert(model, call)
+        graph, make_output = self.converted[call.kind]
+        tensors = _tensors(len(graph.inputs), call, model)
+        sizes = (call.kind, *(str(tuple(tensor.shape)) for tensor in tensors))
+        if sizes not in self.compiled:
+            graph.reshape({each.any_name: list(tensor.shape) for each, tensor in zip(graph.inputs, tensors, strict=True)})
+            with status(f"compiling {type(model).__name__}"):
+                self.compiled[sizes] = compile_graph(graph, self.precision)
+        outputs = _run(self.compiled[sizes], call, model)
+        return make_output(outputs) if call.return_dict else outputs
+
+
+def _float_reason(layer: QuantizedLayer) -> str:
+    if layer.weight_quantizer is None:
+        return "its weight stays in floating point"
+    return "its input stays in floating point" if layer.input_quantizer is None else ""

@@ -1,0 +1,398 @@
+"""OpenVINO's graph against the simulation: codes equal but for those on a rounding edge, integer kernels where they should be."""
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pipelines
+from diffquant.core.affine import scale_from_range
+from diffquant.core.layers import QuantizedConv2d, attach_products, make_quantizable
+from diffquant.core.quantizer import StepClock, tick
+from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, LayerSpec, QuantSpec, SpecError
+from diffquant.core.surgery import freeze, plan, prepare, quantized_layers, quantizers
+from diffquant.runtime.engines import int8_cpu, openvino_graph
+from diffquant.runtime.engines import openvino as engine
+
+pytest.importorskip("openvino")
+
+TIMESTEPS = (900.0, 500.0, 100.0)
+CHANNELS = 16
+EDGE = 1e-4  # of a step: closer to the middle between two codes, float rounding decides
+
+
+def sqnr(signal: Tensor, other: Tensor) -> float:
+    return float(10 * torch.log10(signal.square().sum() / (signal - other).square().sum()))
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, call: Callable[[], Any], widest: float = 1.0) -> None:
+    """Min-max of the weights, and of the inputs that `call` brings; the sets share the zero point and differ in their scales."""
+    seen: dict[str, list[Tensor]] = {}
+    for name, quantizer in quantizers(model):
+        if quantizer.clock is not None:
+            quantizer.observer = seen.setdefault(name, []).append
+    call()
+    for _, layer in quantized_layers(model):
+        weight = layer.weight_quantizer
+        if weight is not None:
+            for index, part in enumerate(layer.weight.float().split(weight.splits or layer.weight.shape[1], dim=1)):
+                rows = part.reshape(weight.rows, -1)
+                weight.scale[:, index], weight.zero_point[:, index] = scale_from_range(rows.amin(1), rows.amax(1), weight.spec)
+    for name, quantizer in quantizers(model):
+        if quantizer.clock is not None:
+            quantizer.observer = None
+            low, high = min(x.min() for x in seen[name]), max(x.max() for x in seen[name])
+            scale, zero_point = scale_from_range(low, high, quantizer.spec)
+            quantizer.scale.copy_(scale * torch.linspace(1, widest, quantizer.rows).view(-1, 1))
+            quantizer.zero_point.copy_(zero_point.expand_as(quantizer.zero_point))
+    freeze(model)
+
+
+# ---- layer by layer
+
+
+class Layers(nn.Module):
+    """A denoiser whose layers stand side by side: convolutions read the sample, linears its pixels as tokens."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor, ...]:
+        tokens = sample.flatten(2).transpose(1, 2)
+        return tuple(layer(sample if isinstance(layer, nn.Conv2d) else tokens) for layer in self.layers)
+
+
+def spec(weight: int, input: int, weight_symmetric: bool = True, input_symmetric: bool = False, **others: Any) -> LayerSpec:
+    channel = QuantSpec(bits=weight, symmetric=weight_symmetric, granularity="channel")
+    return LayerSpec(weight=channel, input=QuantSpec(bits=input, symmetric=input_symmetric), **others)
+
+
+MAKE: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(CHANNELS, 12),
+    "conv": lambda: nn.Conv2d(CHANNELS, 12, 3, padding=1),
+    "linear without bias": lambda: nn.Linear(CHANNELS, 12, bias=False),
+    "strided conv": lambda: nn.Conv2d(CHANNELS, 12, 3, stride=2, padding=(1, 0), dilation=(1, 2)),
+    "grouped conv": lambda: nn.Conv2d(CHANNELS, 32, 3, groups=2),
+    "depthwise conv": lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, groups=CHANNELS, bias=False),
+    "circular conv": lambda: nn.Conv2d(CHANNELS, 12, 3, padding=1, padding_mode="circular"),
+}
+SPLITS = (6, 10)
+SPECS = {
+    f"w{bits}{'s' if weight else 'u'} a{bits}{'s' if given else 'u'}": spec(bits, bits, weight, given)
+    for bits in range(2, 9)
+    for weight in (True, False)
+    for given in (True, False)
+}
+FEATURES = {
+    "smooth": spec(4, 8, smooth=True),
+    "shift": spec(4, 8, shift=True),
+    "splits": spec(4, 8, splits=SPLITS),
+    "all at once": spec(8, 6, False, True, splits=SPLITS, smooth=True, shift=True),
+}
+MIXED = {"w4s a8u": spec(4, 8)}
+WHOLE = LayerSpec(weight=QuantSpec(bits=4), input=QuantSpec(bits=8))
+CASES = {
+    **{
+        f"{name} {text}": (name, each)
+        for name in ("linear", "conv")
+        for text, each in (SPECS | FEATURES | {"whole": WHOLE}).items()
+    },
+    **{f"{name} {text}": (name, (SPECS | MIXED)[text]) for name in list(MAKE)[2:] for text in ("w4s a8u", "w8u a8s", "w8s a8u")},
+    "grouped conv shift": ("grouped conv", FEATURES["shift"]),
+    "linear weight only": ("linear", LayerSpec(weight=MIXED["w4s a8u"].weight)),
+    "linear input only": ("linear", LayerSpec(input=QuantSpec(bits=8), shift=True, smooth=True)),
+}
+HALF_FLOAT = ("linear weight only", "linear input only")
+
+
+def sample(batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(batch, CHANNELS, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def make_layers(cases: Sequence[tuple[str, LayerSpec]], timesteps: Sequence[float] = ()) -> Layers:
+    torch.manual_seed(0)
+    model, clock = Layers([MAKE[name]() for name, _ in cases]), StepClock(timesteps)
+    for layer, (_, each) in zip(model.layers, cases, strict=True):
+        make_quantizable(layer, each, clock)
+        if layer.smooth is not None:
+            layer.smooth.copy_(torch.linspace(0.6, 1.7, CHANNELS))
+        given = layer.input_quantizer
+        if given is not None and given.shift is not None:
+            given.shift.copy_((torch.arange(CHANNELS) % 4).expand_as(given.shift))
+    model.step_clock, model.timestep_argument = clock, ("timestep", 1)
+    model.register_forward_pre_hook(tick, with_kwargs=True)
+    calibrate(model, lambda: model(0.6 * sample(), 0), widest=1.6)  # smaller than what is compared, so that some codes are clamped
+    return model
+
+
+@torch.no_grad()
+def assert_equal_but_for_edges(layer: Any, x: Tensor, expected: Tensor, output: Tensor) -> None:
+    """Equal up to float rounding where no code is within `EDGE` of a rounding edge, else within one step of those codes."""
+    if layer.smooth is not None:
+        x = x / layer.smooth.view((-1, 1, 1) if isinstance(layer, QuantizedConv2d) else (-1,))
+    weight = layer.weight * (1 if layer.smooth is None else layer.smooth) if layer.weight is not None else None
+    weight = layer.weight_quantizer.dequantized_codes() if weight is None else weight
+
+    def product(values: Tensor) -> Tensor:
+        if isinstance(layer, QuantizedConv2d):
+            return layer._conv_forward(values, weight.abs(), None)
+        return nn.functional.linear(values, weight.abs())
+
+    given = layer.input_quantizer
+    step = torch.zeros(()) if given is None else given.operands(x)[0]
+    fraction = torch.zeros_like(x) if given is None else x / step - (x / step).floor()
+    edge = (fraction - 0.5).abs() < EDGE
+    assert edge.float().mean() < 0.01
+    rounding = 2e-6 * (product(x.abs()) + (0 if layer.bias is None else expected.abs()) + 1)
+    assert ((expected - output).abs() <= rounding + product(edge * step)).all()
+
+
+@pytest.fixture(scope="module")
+def layers() -> Layers:
+    return make_layers(list(CASES.values()))
+
+
+@pytest.fixture(scope="module")
+def graph(layers: Layers) -> Any:
+    return engine.build(layers, {"sample": sample(), "timestep": 0})
+
+
+@pytest.fixture(scope="module")
+def compiled(graph: Any) -> Any:
+    return engine.compile_graph(graph)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request: pytest.FixtureRequest, layers: Layers, compiled: Any) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+    """Input, simulated outputs and those of OpenVINO, for the batch of the example and another."""
+    x = sample(request.param, seed=1)
+    with torch.no_grad():
+        expected = layers(x, 0)
+    found = compiled([x.numpy(), torch.zeros(len(x), dtype=torch.long).numpy()])
+    return x, expected, [torch.from_numpy(found[index]) for index in range(len(expected))]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_equals_the_simulation(case: str, layers: Layers, results: tuple[Tensor, tuple[Tensor, ...], list[Tensor]]) -> None:
+    index = list(CASES).index(case)
+    x, expected, found = results
+    x = x if case.split()[0] != "linear" else x.flatten(2).transpose(1, 2)
+    assert_equal_but_for_edges(layers.layers[index], x, expected[index], found[index])
+
+
+def test_every_layer_computes_with_integers(compiled: Any) -> None:
+    found = engine.integer_layers(compiled)
+    in_float = {case for index, case in enumerate(CASES) if not found[f"layers.{index}"]}
+    assert in_float == {*HALF_FLOAT}
+
+
+# ---- parameter sets
+
+OF_SETS = {
+    "conv": ("conv", spec(4, 8, sets=3)),
+    "linear": ("linear", spec(8, 6, sets=3)),
+    "conv with everything": ("conv", spec(8, 8, False, True, sets=3, splits=SPLITS, smooth=True, shift=True)),
+}
+
+
+@pytest.fixture(scope="module")
+def layers_with_sets() -> Layers:
+    return make_layers(list(OF_SETS.values()), TIMESTEPS)
+
+
+@torch.no_grad()
+def test_parameter_sets_are_an_input_and_keep_the_integers(layers_with_sets: Layers) -> None:
+    model = layers_with_sets
+    graph = engine.build(model, {"sample": sample(), "timestep": 0})
+    assert [each.any_name for each in graph.inputs] == ["sample", "timestep", "interval"]
+    assert graph.get_rt_info(["diffquant", "timesteps"]).astype(str) == "900.0,500.0,100.0"
+    compiled = engine.compile_graph(graph)
+    assert engine.count_integer_primitives(compiled) == {"integer": 6, "float": 0}  # two digits in each of two parts
+    x, intervals = sample(3, seed=1), torch.tensor([2, 0, 1])
+    for interval in (torch.tensor([1]), torch.tensor([2]), intervals):
+        model.step_clock.set_interval(interval)
+        expected = model.forward(x, torch.zeros(1))  # without the hook that would set the interval
+        found = compiled([x.numpy(), torch.zeros(3, dtype=torch.long).numpy(), interval.numpy()])
+        for index, layer in enumerate(model.layers):
+            given = x if isinstance(layer, nn.Conv2d) else x.flatten(2).transpose(1, 2)
+            assert_equal_but_for_edges(layer, given, expected[index], torch.from_numpy(found[index]))
+
+
+@pytest.mark.parametrize(("buffer", "what"), [("zero_point", "zero points"), ("shift", "shifts")])
+def test_sets_that_differ_in_more_than_their_scales_are_refused(layers_with_sets: Layers, buffer: str, what: str) -> None:
+    model = copy.deepcopy(layers_with_sets)
+    getattr(model.layers[2].input_quantizer, buffer)[1] += 1
+    with pytest.raises(SpecError) as error:
+        engine.install(model)
+    assert str(error.value) == (
+        f"layers.2.input_quantizer: its 3 parameter sets have different {what}; OpenVINO's integer kernels hold one for all; fit "
+        "the sets with a shared zero point (or symmetric) and without shifts, or use engine 'int8' or 'simulate'"
+    )
+
+
+# ---- whole models
+
+EVERYWHERE = (
+    LayerRule(match="@all", weight_bits=4, input_bits=8, sets=2, split_skips=True),
+    LayerRule(match="@attention", input_bits=8, input_symmetric=True, softmax_bits=8, sets=2),
+    LayerRule(match="@first", weight_bits="float", input_bits="float"),
+    LayerRule(match="@embedding", weight_bits="float", input_bits="float"),
+)
+
+
+def frozen(model: Any, arguments: dict[str, Any], timesteps: Sequence[float] = TIMESTEPS) -> Any:
+    prepare(model, plan(model, EVERYWHERE), timesteps)
+    calibrate(model, lambda: model(**arguments), widest=1.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def unet() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(1)
+    arguments = {"sample": torch.randn(2, 3, 8, 8), "timestep": 500}
+    return frozen(pipelines.unet(), arguments), arguments
+
+
+@torch.no_grad()
+def compare(model: Any, arguments: dict[str, Any], full_precision: Any) -> dict[str, bool]:
+    """Codes on an edge flip and grow: the graph has to be closer to the simulation, by 10 dB, than that is to full precision."""
+    expected, reference = model(**arguments).sample, full_precision(**arguments).sample
+    engine.install(model)
+    output = model(**arguments)
+    (compiled,) = model.openvino_graphs.compiled.values()
+    engine.uninstall(model)
+    assert type(output) is type(full_precision(**arguments))
+    assert sqnr(expected, output.sample) > sqnr(reference, expected) + 10  # measured 18 dB and more
+    assert torch.equal(model(**arguments).sample, expected)
+    return engine.integer_layers(compiled)
+
+
+def test_unet_and_its_pipeline(unet: tuple[Any, dict[str, Any]]) -> None:
+    model, arguments = unet
+    names = set(model.state_dict())
+    found = compare(model, arguments, pipelines.unet())
+    attentions = {name for name, module in model.named_modules() if hasattr(module, "attention_products")}
+    assert len(attentions) == 4
+    assert {name for name, integer in found.items() if integer} == attentions | {name for name, _ in quantized_layers(model)}
+    rows = engine.install(model)
+    assert {row.name for row in rows} == {name for name, integer in found.items() if integer}
+    assert not any(row.reason for row in rows)
+    pipe = pipelines.ddim()
+    pipe.register_modules(unet=model)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(batch_size=2, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    assert images.shape == (2, 8, 8, 3) and len(model.openvino_graphs.compiled) == 1
+    assert set(model.state_dict()) == names and not any("forward" in vars(module) for module in model.modules())
+    twin = copy.deepcopy(model)
+    assert twin.openvino_graphs is not model.openvino_graphs and not twin.openvino_graphs.compiled
+    with torch.no_grad():
+        outputs = model(**arguments, return_dict=False)
+        for _, quantizer in quantizers(twin):
+            quantizer.enabled = False
+        with pytest.raises(SpecError, match="frozen layer: its float weight is gone"):
+            twin(**arguments)
+    assert isinstance(outputs, tuple) and outputs[0].shape == (2, 3, 8, 8)
+    engine.uninstall(model)
+    engine.uninstall(model)  # a second time changes nothing
+
+
+def test_a_model_that_computes_with_int8(layers_with_sets: Layers) -> None:
+    """`install` changes its engine; a conversion, which is meant to leave it as it is, refuses."""
+    model = copy.deepcopy(layers_with_sets)
+    int8_cpu.lower(model)
+    x = sample()
+    with pytest.raises(CheckpointError, match="computes with engine 'int8'; load it with engine='simulate' to convert it"):
+        engine.build(model, {"sample": x, "timestep": 0})
+    outputs = []
+    for each in (model, layers_with_sets):
+        engine.install(each)
+        outputs.append(each(x, 0))
+        engine.uninstall(each)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True))
+
+
+def test_dit() -> None:
+    arguments = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([500, 500]), "class_labels": torch.arange(2)}
+    found = compare(frozen(pipelines.dit().transformer, arguments, ()), arguments, pipelines.dit().transformer)
+    assert sum(found.values()) == 16  # six linears and an attention in each of two blocks, and two linears at the end
+    assert all("emb" in name or name.endswith("norm1.linear") for name, integer in found.items() if not integer)
+
+
+def test_conditional_unet(tmp_path: Path) -> None:
+    make = pipelines.stable_diffusion
+    arguments = {"sample": torch.randn(2, 4, 8, 8), "timestep": 500, "encoder_hidden_states": torch.randn(2, 7, 16)}
+    arguments["encoder_attention_mask"] = torch.arange(7) < torch.tensor([[7], [4]])
+    model = frozen(make(tmp_path).unet, arguments)
+    found = compare(model, arguments, make(tmp_path).unet)
+    assert {name for name, _ in quantized_layers(model)} <= {name for name, integer in found.items() if integer}
+    assert {name for name, integer in found.items() if not integer} == {
+        name for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)
+    }
+
+
+# ---- files and errors
+
+
+def test_ir_is_written_once_and_computes_the_same(graph: Any, compiled: Any, tmp_path: Path) -> None:
+    folder = engine.save_ir(graph, tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    read = engine.load_ir(folder)
+    kinds = {each.get_element_type().to_string() for each in read.get_ops() if each.get_type_name() == "Constant"}
+    assert "i8" in kinds and "f16" not in kinds
+    inputs = [sample(3, seed=2).numpy(), torch.zeros(3, dtype=torch.long).numpy()]
+    again = engine.compile_graph(read)
+    assert engine.count_integer_primitives(again) == engine.count_integer_primitives(compiled)
+    ours, theirs = compiled(inputs), again(inputs)
+    assert all((ours[index] == theirs[index]).all() for index in range(len(CASES)))
+    with pytest.raises(CheckpointError, match="model: exists; an export makes a new folder; choose another name"):
+        engine.save_ir(graph, folder)
+    (folder / "openvino_model.xml").write_text("<net")
+    with pytest.raises(CheckpointError, match="openvino_model.xml: cannot be read .*; export it again"):
+        engine.load_ir(folder)
+
+
+def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, layers_with_sets: Layers) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(CheckpointError) as error:
+        engine.install(layers_with_sets)
+    assert str(error.value) == "engine 'openvino': the package openvino is missing; pip install 'diffquant[openvino]'"
+
+
+def test_models_that_are_refused(layers_with_sets: Layers) -> None:
+    half = copy.deepcopy(layers_with_sets).to(torch.bfloat16)
+    with pytest.raises(CheckpointError, match="Layers: has parameters of torch.bfloat16; OpenVINO converts from float32"):
+        engine.install(half)
+    with pytest.raises(CheckpointError, match="UNet2DModel: its weights are not integer codes; quantize first"):
+        engine.install(pipelines.unet())
+
+
+def test_nothing_is_left_behind_by_a_conversion_that_fails(layers_with_sets: Layers) -> None:
+    model = copy.deepcopy(layers_with_sets)
+    with pytest.raises(RuntimeError):
+        engine.build(model, {"sample": torch.randn(2, CHANNELS + 1, 6, 6), "timestep": 0})
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@torch.no_grad()
+def test_attention_with_a_mask() -> None:
+    products = pipelines.dit().transformer.transformer_blocks[0].attn1
+    attach_products(products, AttentionSpec(**dict.fromkeys(("query", "key", "value", "softmax"), QuantSpec(bits=6))), StepClock())
+    module = products.attention_products
+    for quantizer in module.children():
+        quantizer.scale.fill_(0.1 if quantizer is not module.softmax else 1 / 63)
+        quantizer.zero_point.fill_(30 if quantizer is not module.softmax else 0)
+        quantizer.enabled = True
+    trace = openvino_graph._Trace(nn.Identity(), openvino_graph.Call(make_layers([]), (sample(), 0), {}))
+    operands = [torch.randn(2, 2, 5, 8) for _ in range(3)]
+    for mask in (torch.rand(2, 1, 5, 5) > 0.3, torch.randn(2, 1, 5, 5)):
+        mask[..., 0] = 1
+        expected = module(*operands, attn_mask=mask)
+        found = openvino_graph._attention(trace, module, *operands, attn_mask=mask)
+        assert torch.allclose(found, expected, atol=1e-5)  # no code of this seed is on a rounding edge

@@ -122,7 +122,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def time_model(name: str, compiled: bool, rounds: int, calls: int, bfloat16: bool) -> dict[str, Any]:
+def time_model(name: str, rounds: int, calls: int, compiled: bool, bfloat16: bool, with_openvino: bool) -> dict[str, Any]:
+    """Medians of `calls` calls in each of `rounds` rounds, and the ratios of floating point to the engines in every round."""
     make, batch = MODELS[name]
     call = denoise(batch)
     torch.manual_seed(0)
@@ -133,6 +134,9 @@ def time_model(name: str, compiled: bool, rounds: int, calls: int, bfloat16: boo
     if bfloat16:
         runtimes["bfloat16"] = (copy.deepcopy(full).to(torch.bfloat16), "highest")
     runtimes["int8"] = (quantized, "highest")
+    if with_openvino:
+        runtimes["openvino"] = (copy.deepcopy(quantized), "highest")
+        dq.use_engine(runtimes["openvino"][0], "openvino")
     if compiled:
         for runtime in ("float32", "int8"):
             model = copy.deepcopy(runtimes[runtime][0])
@@ -151,12 +155,11 @@ def time_model(name: str, compiled: bool, rounds: int, calls: int, bfloat16: boo
             times[runtime].append(statistics.median(taken))
     torch.set_float32_matmul_precision("highest")
     row: dict[str, Any] = {"batch": batch, "seconds": {runtime: statistics.median(taken) for runtime, taken in times.items()}}
-    best = "int8 compiled" if compiled else "int8"
     row["ratios"] = {
         f"{runtime} / {engine}": sorted(a / b for a, b in zip(times[runtime], times[engine], strict=True))
-        for engine in dict.fromkeys(("int8", best))
-        for runtime in runtimes
-        if not runtime.startswith("int8")
+        for engine in ("int8", "int8 compiled", "openvino")
+        for runtime in ("float32", "float32 medium", "float32 compiled", "bfloat16")
+        if engine in runtimes and runtime in runtimes
     }
     row["simulated"] = {layer: reason for layer, reason in simulated if reason}
     return row
@@ -166,7 +169,8 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     table = Table("model", "batch", "runtime", "ms", "times as long as int8", "slowest and fastest round")
     rows = {}
     for name in arguments.models:
-        rows[name] = row = time_model(name, arguments.compile, arguments.rounds, arguments.calls, not arguments.no_bfloat16)
+        also = {"compiled": arguments.compile, "bfloat16": not arguments.no_bfloat16, "with_openvino": arguments.openvino}
+        rows[name] = row = time_model(name, arguments.rounds, arguments.calls, **also)
         for runtime, seconds in row["seconds"].items():
             ratios = row["ratios"].get(f"{runtime} / int8", [row["seconds"][runtime] / row["seconds"]["int8"]])
             extent = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else ""
@@ -268,6 +272,9 @@ def main() -> None:
     one.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     one.add_argument("--compile", action="store_true", help="with torch.compile too; takes minutes for each model")
     one.add_argument("--no-bfloat16", action="store_true", help="leave it out where the CPU has no such instructions")
+    one.add_argument(
+        "--openvino", action="store_true", help="with the OpenVINO engine too; converting takes minutes for large models"
+    )
     one.add_argument("--rounds", type=int, default=5)
     one.add_argument("--calls", type=int, default=3)
     for name in ("layers", "memory"):

@@ -263,7 +263,9 @@ def attention(
             if mask is not None:
                 _add_mask(scores, mask[some, here])
             torch.softmax(scores, dim=-1, out=scores)
-            scores.div_(step).round_().clamp_(low, high)
+            scores.div_(step).round_()
+            if low > 0 or 1 / step >= high + 0.5:  # else no probability is outside
+                scores.clamp_(low, high)
             output[some, here] = scores @ value[some]
     return output.view(batch, heads, tokens, -1)
 

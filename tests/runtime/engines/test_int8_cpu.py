@@ -262,20 +262,24 @@ def test_gelu_and_the_codes_after_it_in_one_kernel(bits: int, approximate: str) 
         lowered(layer, specs(bits, False, 4, True, sets=2), timesteps=(900.0, 100.0))
     rows = int8_cpu.lower(block)
     assert isinstance(forward.net[0], int8_cpu.IntegerGELU) and not any(row.reason for row in rows)
-    seen: list[Tensor] = []
-    hook = forward.net[2].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     x = torch.randn(3, 5, 12)
     for interval in (0, 1):
         for _, quantizer in quantizers(block):
             if quantizer.clock is not None:
                 quantizer.clock.set_interval(interval)
-        forward(x)
-        codes = forward.net[2].product.codes(functional.gelu(forward.net[0].proj(x), approximate=approximate), interval)[0]
-        given = seen[-1] if bits == 8 else forward.net[2].product.codes(seen[-1], interval)[0]
-        assert seen[-1].dtype == (torch.uint8 if bits == 8 else torch.float32)
+        put_out = forward.net[0](x)
+        assert put_out.dtype == (torch.uint8 if bits == 8 else torch.float32)
+        separate = functional.gelu(forward.net[0].proj(x), approximate=approximate)
+        codes = forward.net[2].product.codes(separate, interval)[0]
+        given = put_out if bits == 8 else forward.net[2].product.codes(put_out, interval)[0]
         assert (given.float() - codes.float()).abs().max() <= 1 and (given != codes).float().mean() < 0.01
+    hook = forward.net[2].register_forward_hook(lambda *_: None)
+    assert forward.net[0](x).dtype == torch.float32  # who looks at the layer sees what the model computes
     hook.remove()
     fused = forward(x)
+    layer, forward.net[2] = forward.net[2], nn.Sequential(forward.net[2])  # as an adapter does
+    assert forward.net[0](x).dtype == torch.float32
+    forward.net[2] = layer
     int8_cpu.simulate(block)
     simulated = forward(x)
     assert type(forward.net[0]).__name__ == "GELU" and (fused - simulated).norm() < 0.01 * simulated.norm()

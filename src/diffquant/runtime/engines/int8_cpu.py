@@ -70,14 +70,14 @@ def lower(model: nn.Module) -> list[Lowered]:
     for name, module in model.named_modules():
         if type(module) is GELU:
             module.__class__ = IntegerGELU
-            module.receiver = []
+            module.feed_forward = ()
         if type(module) is AttentionProducts:
             module.__class__ = BlockedProducts
         if isinstance(module, BlockedProducts):
             rows.append(Lowered(name.removesuffix(".attention_products"), ""))
     for module in model.modules():
         if isinstance(module, FeedForward) and isinstance(module.net[0], IntegerGELU):
-            module.net[0].receiver = [module.net[2]]  # in a list: it is no part of the activation
+            module.net[0].feed_forward = (module.net,)  # in a tuple: it is no part of the activation
     return rows
 
 
@@ -92,7 +92,7 @@ def simulate(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, IntegerGELU):
             module.__class__ = GELU
-            del module.receiver
+            del module.feed_forward
         if isinstance(module, BlockedProducts):
             module.__class__ = AttentionProducts  # type: ignore[assignment]
 
@@ -294,10 +294,11 @@ def _multiply(layer: IntegerLayer, codes: list[Tensor], row: int | Tensor, bias:
 class IntegerGELU(GELU):
     """A linear layer and its GELU in one kernel, which puts out the codes of the next layer where that takes them.
 
-    Made by `lower`, never constructed. ``receiver``: the layer that reads the output and nothing else does, or nothing.
+    Made by `lower`, never constructed. ``feed_forward``: the modules of the `FeedForward` that it is the first of, if it is: its
+    output goes to the third and nowhere else.
     """
 
-    receiver: list[nn.Module]
+    feed_forward: tuple[nn.ModuleList, ...]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``, float32 or uint8."""
@@ -319,9 +320,11 @@ class IntegerGELU(GELU):
 
     def _receiver(self) -> tuple[Product | None, int | Tensor]:
         """What takes codes, and its parameter set; None where the output has to be floating point."""
-        for layer in self.receiver if not self.training else []:
+        for modules in self.feed_forward if not self.training else ():
+            layer = modules[2]  # looked up at every call: an adapter may have taken the layer's place
             rows = _row_of_one(layer)
-            if rows is not None and isinstance(layer, IntegerLinear) and layer.product.takes_codes:
+            watched = layer._forward_pre_hooks or layer._forward_hooks
+            if rows is not None and isinstance(layer, IntegerLinear) and layer.product.takes_codes and not watched:
                 return layer.product, rows
         return None, 0
 

@@ -16,7 +16,7 @@ demo: $(INSTALLED) ## quantize the reference model and compare: table, pictures 
 	@$(BIN)/diffquant demo --out demo-output
 
 test: $(INSTALLED) ## run the tests
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED) ## style, format and types
 	@$(BIN)/ruff check

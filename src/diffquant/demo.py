@@ -29,7 +29,7 @@ BUDGETS: dict[str, tuple[str, ...]] = {
     "brecq-w4a8": (*_ROUNDING, "passes.2.samples=128", "passes.2.iterations=40"),
     "accuquant-w4a8": (*_ROUNDING, "passes.2.iterations=24", "passes.2.cosines=false"),
 }
-EVALUATION = SamplingProtocol(samples=160, steps=20, seed=1000, accumulation_samples=8)
+EVALUATION = SamplingProtocol(samples=160, steps=20, seed=1000, accumulation_samples=4)
 
 
 def run_demo(out: Path, seed: int, console: Console) -> None:

@@ -27,6 +27,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from stable_diffusion_size import frozen_unet
 from torch import Tensor, nn
 
 import diffquant as dq
@@ -228,8 +229,8 @@ UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(sys.argv[1] + 
 torch.ops.onednn.qlinear_prepack(torch.zeros(8, 8, dtype=torch.int8), None)
 before = resident("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
-with dq.engine(sys.argv[2] or None):
-    model = UNet2DConditionModel.from_pretrained(sys.argv[1] + "/" + sys.argv[3])
+with dq.engine("int8"):
+    model = UNet2DConditionModel.from_pretrained(sys.argv[1] + "/unet")
 print(resident("VmRSS") - before, resident("VmHWM") - before)
 """
 
@@ -241,24 +242,12 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         UNet2DConditionModel(
             sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=8, attention_head_dim=8
         ).save_config(f"{folder}/tiny")
-        torch.manual_seed(0)
-        model = stable_diffusion().eval().requires_grad_(False)
+        model = frozen_unet(arguments.bits)
         float32 = float32_size(model)
-        prepare(model, plan(model, dq.load_recipe(f"minmax-w{arguments.bits}a8").layers))
-        modules = dict(model.named_modules())
-        for name, quantizer in quantizers(model):
-            low, high = torch.tensor([[-4.0]]), torch.tensor([[4.0]])
-            if quantizer.clock is None:
-                weight = modules[name.rpartition(".")[0]].weight.flatten(1)
-                low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
-            scale, zero_point = scale_from_range(low, high, quantizer.spec)
-            quantizer.scale.copy_(scale)
-            quantizer.zero_point.copy_(zero_point)
-        freeze(model)
         dq.save(model, Path(folder) / "unet")
-        del model, modules
+        del model
         row["file"] = file_size(Path(folder) / "unet") / float32
-        command = [sys.executable, "-W", "ignore", "-c", RESIDENT, folder, "int8", "unet"]
+        command = [sys.executable, "-W", "ignore", "-c", RESIDENT, folder]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         row |= {"resident": int(printed[0]) / float32, "peak": int(printed[1]) / float32, "float32": float32}
     Console().print_json(data=row)

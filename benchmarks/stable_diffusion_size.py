@@ -19,15 +19,11 @@ from diffquant.core.surgery import freeze, plan, prepare, quantizers
 from diffquant.runtime.checkpoint import file_size, float32_size
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stable_diffusion_size.json"))
-    arguments = parser.parse_args()
+def frozen_unet(bits: int) -> UNet2DConditionModel:
+    """The quantized UNet, with the layers of recipe minmax."""
     torch.manual_seed(0)
     model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    recipe = dq.load_recipe(f"minmax-w{arguments.bits}a8")
-    prepare(model, plan(model, recipe.layers))
+    prepare(model, plan(model, dq.load_recipe(f"minmax-w{bits}a8").layers))
     modules = dict(model.named_modules())
     with torch.no_grad():
         for name, quantizer in quantizers(model):
@@ -39,6 +35,15 @@ def main() -> None:
             quantizer.scale.copy_(scale)
             quantizer.zero_point.copy_(zero_point)
     freeze(model)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stable_diffusion_size.json"))
+    arguments = parser.parse_args()
+    model = frozen_unet(arguments.bits)
     codes = scales = 0
     for _, quantizer in quantizers(model):
         scales += quantizer.scale.numel() * 4 + (0 if quantizer.spec.symmetric else quantizer.zero_point.numel())

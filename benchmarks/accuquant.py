@@ -19,34 +19,22 @@ import resource
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from compare import STEPS, add_arguments, compare, recording
 
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.fit import load_tensors
 from diffquant.calibration.rollout import Rollout
 from diffquant.core.surgery import enable, plan, prepare
-from diffquant.demo import progress_bars
-from diffquant.evaluation.compare import compare_to, final_error_ratio, run_reference
-from diffquant.evaluation.report import make_report
 from diffquant.methods.accuquant import AccuQuant, gradient_of
 from diffquant.methods.passes import evaluating, restore_quantizers
 from diffquant.recipe import pass_names
-from diffquant.runtime.checkpoint import float32_size
 
-STEPS = 50
-TRAJECTORIES = 96
 STAGE_TWO = 2  # position of the last pass in both recipes
-CONSOLE = Console(stderr=True)
-
-
-def recording(pipe: Any, work: Path, seed: int) -> dq.Trajectory:
-    return dq.record(pipe, dq.Calibration(samples=TRAJECTORIES, steps=STEPS, seed=seed), folder=work / f"recording-{seed}")
 
 
 def stage_one(bits: str, arguments: argparse.Namespace, seed: int = 0) -> tuple[Any, dq.Trajectory]:
@@ -184,81 +172,18 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
     return dq.load_recipe(f"accuquant-{bits}", [*arguments.overrides, *given])
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every arm at every bits and seed, on the same noise."""
-    pipe = zoo.load("glyph-ddim")
-    protocol = dq.SamplingProtocol(samples=arguments.samples, steps=STEPS, seed=1000, accumulation_samples=arguments.accumulation)
-    reference = None
-    found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"arms": {}}
-    comparisons = {}
-    for bits in arguments.bits:
-        for seed in arguments.seeds:
-            data = recording(pipe, arguments.work, seed)
-            for arm in arguments.arms:
-                label = f"{bits} {arm} seed {seed}"
-                folder = arguments.work / "checkpoints" / label.replace(" ", "_")
-                if not (folder / "model_index.json").exists():
-                    quantized = copy.deepcopy(pipe)
-                    begun = time.monotonic()
-                    report = dq.quantize(
-                        quantized, recipe_of(arm, bits, arguments), data, seed=seed, folder=arguments.work / f"passes-{seed}"
-                    )
-                    dq.save(quantized, folder, recipe_name=f"{arm} {bits}")
-                    report.write(folder / "quantization.json")
-                    print(f"{label}: quantized in {time.monotonic() - begun:.0f} s", flush=True)
-                if reference is None:
-                    reference = run_reference(pipe, protocol, features=zoo.load("glyph-classifier"), data=zoo.load_statistics())
-                with progress_bars(CONSOLE) as progress:
-                    comparisons[label] = compare_to(reference, dq.load(folder), name=label, progress=progress)
-                last = json.loads((folder / "quantization.json").read_text())["passes"][-1]
-                result = comparisons[label]
-                found["arms"][label] = {
-                    "final_error": asdict(result.final_error),
-                    "median": asdict(result.final_error_median),
-                    "fid": asdict(result.to_reference.fid),
-                    "floor": reference.floor.fid.value,
-                    "drift": result.drift[:: max(1, STEPS // 10)],
-                    "stage_two_seconds": last["seconds"],
-                    "options": last["options"],
-                    "errors": [round(float(error), 5) for error in result.final_errors],
-                }
-                print(
-                    f"{label}: final error {result.final_error.value:.4f} [{result.final_error.low:.4f}, "
-                    f"{result.final_error.high:.4f}], median {result.final_error_median.value:.4f}, FID to full precision "
-                    f"{result.to_reference.fid.value:.3f} (floor {reference.floor.fid.value:.2f}), {last['seconds']:.0f} s",
-                    flush=True,
-                )
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(found, indent=1))
-            base = comparisons[f"{bits} {arguments.arms[0]} seed {seed}"]
-            for arm in arguments.arms[1:]:
-                ratio = final_error_ratio(comparisons[f"{bits} {arm} seed {seed}"], base)
-                print(
-                    f"{bits} seed {seed}: {arm} / {arguments.arms[0]} = {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]",
-                    flush=True,
-                )
-    if reference is not None:
-        sizes = {reference.name: float32_size(pipe.unet)}
-        make_report(reference, list(comparisons.values()), sizes).write(arguments.out.with_suffix(""))
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["memory", "cosines", "compare"])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/accuquant"))
-    parser.add_argument("--bits", nargs="+", default=["w4a6"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--arms", nargs="+", default=["brecq", "M=1", "M=2", "M=5", "M=10"], help="the first is the baseline")
+    add_arguments(parser, Path("benchmarks/work/accuquant"), ["brecq", "M=1", "M=2", "M=5", "M=10"])
     parser.add_argument("--evaluations", type=int, default=1000, help="denoiser evaluations with a gradient of stage two")
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--accumulation", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="memory: trajectories at once")
-    parser.add_argument("--set", nargs="*", default=[], dest="overrides")
     arguments = parser.parse_args()
     arguments.out = arguments.out or Path(f"benchmarks/results/accuquant-{arguments.what}.json")
-    found = {"memory": memory, "cosines": cosines, "compare": compare}[arguments.what](arguments)
+    if arguments.what == "compare":
+        compare(arguments, recipe_of)
+        return
+    found = {"memory": memory, "cosines": cosines}[arguments.what](arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=1))
 

@@ -17,6 +17,10 @@ RANGES = ("passes.0.samples=8", "passes.0.candidates=8")
 LEARNED = (*RANGES, *(f"passes.{index}.{option}" for index in (1, 2) for option in ("samples=8", "iterations=2")))
 QUICK = {"minmax": ("passes.0.samples=8",), "mse": RANGES, "brecq": LEARNED, "q-diffusion": LEARNED}
 QUICK["accuquant"] = (*LEARNED[:4], "passes.2.iterations=2")
+QUICK["dmq"] = (
+    *(f"passes.{index}.{option}" for index in (0, 2) for option in ("samples=4", "iterations=1")),
+    *("passes.1.samples=16", "passes.1.candidates=4", "passes.3.samples=16"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,10 @@ def test_a_file_of_ones_own_with_tuned_values(tmp_path):
 def test_a_recipe_that_does_not_start_with_ranges_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nsummary: x\nlayers: [{match: '@all', weight_bits: 4}]\npasses: [{pass: LearnScales}]\n")
-    with pytest.raises(RecipeError, match=r"mine: passes\[0\] is LearnScales; the first pass must be CalibrateRanges"):
+    with pytest.raises(RecipeError, match=r"mine: passes\[0\] is LearnScales; before it must come CalibrateRanges"):
+        load_recipe(str(path))
+    path.write_text(path.read_text().replace("LearnScales", "CalibrateRanges}, {pass: SmoothQuant"))
+    with pytest.raises(RecipeError, match=r"mine: ends with SmoothQuant; after it must come CalibrateRanges"):
         load_recipe(str(path))
 
 

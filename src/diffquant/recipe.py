@@ -30,15 +30,20 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import LayerRule, RecipeError, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, freeze, plan, prepare
 from diffquant.methods.accuquant import AccuQuant
+from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
+from diffquant.methods.smoothquant import SmoothQuant
 
 PASSES: dict[str, type[Pass]] = {
     "CalibrateRanges": CalibrateRanges,
     "ReconstructRounding": ReconstructRounding,
     "LearnScales": LearnScales,
     "AccuQuant": AccuQuant,
+    "SmoothQuant": SmoothQuant,
+    "LearnEquivalentScaling": LearnEquivalentScaling,
+    "PowerOfTwoScaling": PowerOfTwoScaling,
 }
 FLOAT_BITS = 32
 _NAME = re.compile(r"(?P<method>.+)-w(?P<weights>\d+)a(?P<activations>\d+)")
@@ -308,9 +313,14 @@ def _validated(kind: type[Any], raw: Any, where: str) -> Any:
 
 
 def _check_order(recipe: Recipe) -> None:
-    """Ranges come first: every other pass needs them."""
-    kinds = [type(step) for step in recipe.steps()]
-    if kinds[0] is not CalibrateRanges:
-        raise RecipeError(
-            f"{recipe.name}: passes[0] is {kinds[0].__name__}; the first pass must be CalibrateRanges, which sets the scales"
-        )
+    """Every pass needs ranges, but those that change what ranges are calibrated on and so come before them."""
+    calibrated = False
+    for index, step in enumerate(recipe.steps()):
+        kind = type(step).__name__
+        if not (calibrated or step.before_ranges or isinstance(step, CalibrateRanges)):
+            raise RecipeError(
+                f"{recipe.name}: passes[{index}] is {kind}; before it must come CalibrateRanges, which sets the scales"
+            )
+        calibrated = not step.before_ranges
+    if not calibrated:
+        raise RecipeError(f"{recipe.name}: ends with {kind}; after it must come CalibrateRanges, which sets the scales")

@@ -15,9 +15,11 @@ from diffquant.core.affine import fake_quantize
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import enable, full_precision, plan, prepare, quantized_layers, quantizers
 from diffquant.methods.accuquant import AccuQuant
+from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.passes import Pass, quantizer_state
 from diffquant.methods.ranges import CalibrateRanges, search_range
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
+from diffquant.methods.smoothquant import SmoothQuant
 from diffquant.recipe import PASSES
 from tests import pipelines
 
@@ -25,6 +27,8 @@ RULES = (
     LayerRule(match="@all", weight_bits=4, input_bits=8),
     LayerRule(match="@attention", input_bits=8),
     LayerRule(match="@skip", split_skips=True),
+    LayerRule(match="@conv", smooth=True),
+    LayerRule(match="@shortcut", shift=True),
 )
 RANGES = CalibrateRanges(samples=8, batch_size=4, candidates=8)
 EXAMPLES: dict[str, Pass] = {
@@ -32,6 +36,9 @@ EXAMPLES: dict[str, Pass] = {
     "ReconstructRounding": ReconstructRounding(iterations=3, samples=8, batch_size=4),
     "LearnScales": LearnScales(iterations=3, samples=8, batch_size=4, weights=True),
     "AccuQuant": AccuQuant(iterations=2, steps_per_segment=2, batch_size=2),
+    "SmoothQuant": SmoothQuant(samples=8, batch_size=4),
+    "LearnEquivalentScaling": LearnEquivalentScaling(iterations=3, samples=8, batch_size=4),
+    "PowerOfTwoScaling": PowerOfTwoScaling(samples=8, batch_size=4),
 }
 
 
@@ -91,13 +98,13 @@ def test_same_seed_same_buffers(name, pipe, data):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("name", ["ReconstructRounding", "LearnScales", "AccuQuant"])
+@pytest.mark.parametrize("name", ["ReconstructRounding", "LearnScales", "AccuQuant", "PowerOfTwoScaling"])
 def test_refuses_without_ranges(name, pipe, data):
     with pytest.raises(SpecError, match="not calibrated; a recipe starts with a pass that sets ranges"):
         apply(EXAMPLES[name], quantizable(pipe, data, ranges=False), data)
 
 
-@pytest.mark.parametrize("name", ["ReconstructRounding", "LearnScales"])
+@pytest.mark.parametrize("name", ["ReconstructRounding", "LearnScales", "LearnEquivalentScaling"])
 def test_killed_and_resumed_is_the_same(name, pipe, data, tmp_path, monkeypatch):
     whole = quantizable(pipe, data)
     apply(EXAMPLES[name], whole, data)
@@ -114,7 +121,7 @@ def test_killed_and_resumed_is_the_same(name, pipe, data, tmp_path, monkeypatch)
 
     resumed = quantizable(pipe, data)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("diffquant.methods.rounding.observe_unit", failing)
+        patch.setattr("diffquant.methods.units.observe_unit", failing)
         apply(EXAMPLES[name], resumed, data, folder=tmp_path)
     again = quantizable(pipe, data)
     apply(EXAMPLES[name], again, data, folder=tmp_path)

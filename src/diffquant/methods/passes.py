@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -21,7 +21,10 @@ class Pass(BaseModel):
     """Options of one step of a recipe; subclasses are final and add one method.
 
     A pass leaves quantizers switched on or off as it found them, and leaves no hook, gradient or observer behind.
+    ``before_ranges``: it changes what ranges are calibrated on, so `CalibrateRanges` has to come after it.
     """
+
+    before_ranges: ClassVar[bool] = False
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -109,6 +109,8 @@ class CalibrateRanges(Pass):
             scale, zero_point = scale_from_range(low, high, quantizer.spec)
             quantizer.scale.copy_(scale)
             quantizer.zero_point.copy_(zero_point)
+            if quantizer.shift is not None:
+                quantizer.shift.zero_()  # factors of an earlier range
             owner, _, operand = name.rpartition(".")
             share = (high - low) / (widest[1] - widest[0]).clamp(min=1e-12)
             rows.append({"layer": owner, "operand": operand, "range_kept": float(share.mean())})

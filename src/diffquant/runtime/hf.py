@@ -33,6 +33,7 @@ from diffquant.runtime.engines import requested
 from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
 from diffquant.runtime.engines.openvino import install
 from diffquant.runtime.packing import (
+    SHIFT_BITS,
     belongs_to_quantizer,
     check_values,
     combined_digest,
@@ -260,6 +261,8 @@ class DiffquantQuantizer(DiffusersQuantizer):
             quantizer.scale = load.exact[f"{name}.scale"].to(quantizer.scale.device)
             stored = quantizer.zero_point
             quantizer.zero_point = torch.zeros_like(quantizer.scale) if quantizer.spec.symmetric else stored.float()
+            if quantizer.shift is not None:
+                quantizer.shift = unpack(quantizer.shift, load.shapes[f"{name}.shift"], SHIFT_BITS, False).to(torch.int8)
         for name, layer in quantized_layers(model):
             if layer.smooth is not None:
                 layer.smooth = load.exact[f"{name}.smooth"].to(layer.smooth.device)
@@ -301,7 +304,7 @@ class _Load:
     names: set[str]  # of all tensors in the files
     written: list[str]  # the digest that each file states
     expected: dict[str, Tensor] = field(default_factory=dict)  # meta tensors: shape and dtype of each
-    shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the weight of each layer
+    shapes: dict[str, torch.Size] = field(default_factory=dict)  # of each layer's weight, and of each shift
     exact: dict[str, Tensor] = field(default_factory=dict)  # float32 parameters of quantizers, as read
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -313,7 +316,7 @@ def register() -> None:
 
 
 def _make_packed(model: nn.Module) -> dict[str, torch.Size]:
-    """Replace weights and zero points of a prepared model by empty buffers as stored; the shapes of the weights."""
+    """Replace weights, zero points and shifts of a prepared model by empty buffers as stored; the shapes of weights and shifts."""
     shapes = {}
     for name, layer in quantized_layers(model):
         if (weight := layer.weight_quantizer) is not None:
@@ -321,7 +324,11 @@ def _make_packed(model: nn.Module) -> dict[str, torch.Size]:
             size = packed_size(layer.weight.numel(), weight.spec.bits)
             weight.codes = torch.empty(size, dtype=torch.uint8, device=layer.weight.device)
             layer.weight = None  # type: ignore[assignment]
-    for _, quantizer in quantizers(model):
+    for name, quantizer in quantizers(model):
+        if quantizer.shift is not None:
+            shapes[f"{name}.shift"] = quantizer.shift.shape
+            size = packed_size(quantizer.shift.numel(), SHIFT_BITS)
+            quantizer.shift = torch.empty(size, dtype=torch.uint8, device=quantizer.shift.device)
         stored = None if quantizer.spec.symmetric else quantizer.zero_point.to(torch.uint8)
         quantizer.zero_point = stored  # type: ignore[assignment]
     return shapes

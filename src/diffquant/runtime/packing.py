@@ -1,7 +1,7 @@
 """What a file holds of a frozen model, as pure functions: codes to bytes and back, the stored tensors, what their values may be.
 
-Tensors have the names and shapes of the module's `state_dict`, with two exceptions: the codes of a weight are packed, flat uint8,
-and zero points are uint8, or left out where symmetric quantization makes them zero.
+Tensors have the names and shapes of the module's `state_dict`, with three exceptions: the codes of a weight are packed, flat uint8,
+at their bits; shifts are packed at 3 bits; zero points are uint8, or left out where symmetric quantization makes them zero.
 
 Packing: a tensor's codes follow each other in one stream of bits, little-endian: the first code takes the lowest bits of the first
 byte. Signed codes are in two's complement. Nothing is padded but the last byte, with zeros: `count` codes take
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffquant.core.spec import MAX_BITS, MIN_BITS, CheckpointError, QuantSpec
 
+SHIFT_BITS = 3  # shifts are 0 to 7
 SLICE = 1 << 20  # codes handled at once, a multiple of 8: some 30 MB of intermediate values
 
 
@@ -97,13 +98,16 @@ def packed_state(state: Mapping[str, Tensor], specs: Mapping[str, QuantSpec]) ->
             raise CheckpointError(f"{name}.zero_point: outside the codes of {spec}; set it with scale_from_range")
         if not spec.symmetric:
             stored[f"{name}.zero_point"] = zero_point.to(torch.uint8)
-        if name.endswith(".weight_quantizer"):
-            if f"{name}.codes" not in stored:
-                raise CheckpointError(f"{name}: no integer codes; quantize first")
+        if name.endswith(".weight_quantizer") and f"{name}.codes" not in stored:
+            raise CheckpointError(f"{name}: no integer codes; quantize first")
+        for own, bits in (("codes", spec.bits), ("shift", SHIFT_BITS)):
+            integers = stored.get(f"{name}.{own}")
+            if integers is None:
+                continue
             try:
-                stored[f"{name}.codes"] = pack(stored[f"{name}.codes"], spec.bits)
+                stored[f"{name}.{own}"] = pack(_unsigned(integers) if own == "shift" else integers, bits)
             except CheckpointError as error:
-                raise CheckpointError(f"{name}: {error}") from error
+                raise CheckpointError(f"{name if own == 'codes' else f'{name}.shift'}: {error}") from error
     for name, tensor in stored.items():
         check_values(name, tensor, specs, stored)
     return stored
@@ -125,8 +129,6 @@ def check_values(name: str, tensor: Tensor, specs: Mapping[str, QuantSpec], othe
     owner, _, own = name.rpartition(".")
     if own in ("scale", "smooth") and tensor.min() <= 0:
         raise CheckpointError(f"tensor {name!r}: holds {float(tensor.min()):g}; must be positive")
-    if own == "shift" and tensor.min() < 0:
-        raise CheckpointError(f"tensor {name!r}: holds {int(tensor.min())}; must not be negative")
     if own == "zero_point" and tensor.max() > specs[owner].code_max:
         raise CheckpointError(f"tensor {name!r}: holds {int(tensor.max())}; the largest code is {specs[owner].code_max}")
     if own == "table" and not 0 <= int(tensor.min()) <= int(tensor.max()) < (sets := others[f"{owner}.scale"].shape[0]):
@@ -148,6 +150,12 @@ def combined_digest(digests: Mapping[str, str]) -> str:
 def kind_of(tensor: Tensor) -> str:
     """Dtype and shape, for messages and digests: ``uint8 [216]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _unsigned(shift: Tensor) -> Tensor:
+    if shift.numel() and shift.min() < 0:
+        raise CheckpointError(f"holds {int(shift.min())}; must not be negative")
+    return shift.to(torch.uint8)
 
 
 def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:

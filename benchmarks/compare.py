@@ -1,0 +1,136 @@
+"""Recipes and variants of them on a reference model, on the same noise, over bits and calibration seeds.
+
+    python benchmarks/compare.py --bits w4a6 --seeds 0 1 2 --arms brecq dmq "dmq LearnEquivalentScaling.weighting=uniform"
+    python benchmarks/compare.py --bits w4a6 --arms "dmq drop=PowerOfTwoScaling" "brecq layers.0.sets=1000"
+
+An arm is a recipe and what is changed in it: an option of a pass (PASS.option=value), a path as of --set, or drop=PASS. The first
+arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in --work, so a killed run goes on where it
+stopped, and arms whose first passes are the same share them.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import diffquant as dq
+from diffquant import zoo
+from diffquant.demo import progress_bars
+from diffquant.evaluation.compare import compare_to, final_error_ratio, run_reference
+from diffquant.evaluation.report import make_report
+from diffquant.runtime.checkpoint import file_size, float32_size
+
+STEPS = 50
+TRAJECTORIES = 96
+CONSOLE = Console(stderr=True)
+
+
+def recording(pipe: Any, work: Path, seed: int) -> dq.Trajectory:
+    return dq.record(pipe, dq.Calibration(samples=TRAJECTORIES, steps=STEPS, seed=seed), folder=work / f"recording-{seed}")
+
+
+def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
+    """The recipe that an arm describes."""
+    name, *changes = arm.split()
+    recipe = dq.load_recipe(f"{name}-{bits}")
+    places = {options["pass"]: index for index, options in enumerate(recipe.passes)}
+    dropped, given = set(), list(arguments.overrides)
+    for change in changes:
+        path, _, value = change.partition("=")
+        first, _, rest = path.partition(".")
+        if path == "drop":
+            dropped.add(value)
+        else:
+            given.append(f"passes.{places[first]}.{rest}={value}" if first in places else change)
+    recipe = dq.load_recipe(f"{name}-{bits}", given)
+    return recipe.model_copy(update={"passes": tuple(options for options in recipe.passes if options["pass"] not in dropped)})
+
+
+def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argparse.Namespace], dq.Recipe]) -> None:
+    """Every arm at every bits and seed, on the same noise; the JSON file and the report grow with every arm."""
+    pipe = zoo.load("glyph-ddim")
+    protocol = dq.SamplingProtocol(samples=arguments.samples, steps=STEPS, seed=1000, accumulation_samples=arguments.accumulation)
+    reference = None
+    found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"arms": {}}
+    comparisons = {}
+    for bits in arguments.bits:
+        for seed in arguments.seeds:
+            data = recording(pipe, arguments.work, seed)
+            for arm in arguments.arms:
+                label = f"{bits} {arm} seed {seed}"
+                folder = arguments.work / "checkpoints" / label.replace(" ", "_")
+                if not (folder / "model_index.json").exists():
+                    quantized = copy.deepcopy(pipe)
+                    begun = time.monotonic()
+                    report = dq.quantize(
+                        quantized, recipe_of(arm, bits, arguments), data, seed=seed, folder=arguments.work / f"passes-{seed}"
+                    )
+                    dq.save(quantized, folder, recipe_name=f"{arm} {bits}")
+                    report.write(folder / "quantization.json")
+                    print(f"{label}: quantized in {time.monotonic() - begun:.0f} s", flush=True)
+                if reference is None:
+                    reference = run_reference(pipe, protocol, features=zoo.load("glyph-classifier"), data=zoo.load_statistics())
+                with progress_bars(CONSOLE) as progress:
+                    comparisons[label] = compare_to(reference, dq.load(folder), name=label, progress=progress)
+                passes = json.loads((folder / "quantization.json").read_text())["passes"]
+                result = comparisons[label]
+                found["arms"][label] = {
+                    "final_error": asdict(result.final_error),
+                    "median": asdict(result.final_error_median),
+                    "fid": asdict(result.to_reference.fid),
+                    "floor": reference.floor.fid.value,
+                    "drift": result.drift[:: max(1, STEPS // 10)],
+                    "bytes": file_size(folder),
+                    "seconds": {row["pass"]: row["seconds"] for row in passes},
+                    "options": {row["pass"]: row["options"] for row in passes},
+                    "errors": [round(float(error), 5) for error in result.final_errors],
+                }
+                print(
+                    f"{label}: final error {result.final_error.value:.4f} [{result.final_error.low:.4f}, "
+                    f"{result.final_error.high:.4f}], median {result.final_error_median.value:.4f}, FID to full precision "
+                    f"{result.to_reference.fid.value:.3f} (floor {reference.floor.fid.value:.2f}), "
+                    f"last pass {passes[-1]['seconds']:.0f} s",
+                    flush=True,
+                )
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(found, indent=1))
+            base = comparisons[f"{bits} {arguments.arms[0]} seed {seed}"]
+            for arm in arguments.arms[1:]:
+                ratio = final_error_ratio(comparisons[f"{bits} {arm} seed {seed}"], base)
+                print(
+                    f"{bits} seed {seed}: {arm} / {arguments.arms[0]} = {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]",
+                    flush=True,
+                )
+    if reference is not None:
+        sizes = {reference.name: float32_size(pipe.unet)}
+        make_report(reference, list(comparisons.values()), sizes).write(arguments.out.with_suffix(""))
+
+
+def add_arguments(parser: argparse.ArgumentParser, work: Path, arms: list[str]) -> None:
+    """The options of a comparison."""
+    parser.add_argument("--out", type=Path, help="a JSON file that grows with every arm; the report lies beside it")
+    parser.add_argument("--work", type=Path, default=work)
+    parser.add_argument("--bits", nargs="+", default=["w4a6"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--arms", nargs="+", default=arms, help="the first is the baseline")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--accumulation", type=int, default=0)
+    parser.add_argument("--set", nargs="*", default=[], dest="overrides")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, Path("benchmarks/work/compare"), ["brecq", "dmq"])
+    arguments = parser.parse_args()
+    arguments.out = arguments.out or Path("benchmarks/results/compare.json")
+    compare(arguments, recipe_of)
+
+
+if __name__ == "__main__":
+    main()

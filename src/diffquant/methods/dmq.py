@@ -1,0 +1,295 @@
+"""DMQ: a learned vector per layer that moves range between inputs and weights, and power-of-two factors for extreme channels.
+
+`LearnEquivalentScaling` learns ``smooth`` of each layer alone, through quantizers whose ranges follow it; `PowerOfTwoScaling` gives
+every channel of a shortcut's input the step that most samples vote for, a shift of the integer weight.
+
+Source: Lee et al. 2025 (arXiv 2507.12933); settings of the released code.
+*Differs*: ``smooth`` stays above a floor (released: free, it can cross zero); timesteps' losses are averaged over the samples that
+a batch has (released: summed, so that often drawn timesteps look worse; ``accumulate: sum``); where samples do not agree a channel
+keeps the tensor's own step (printed formula: it would become the finest); power-of-two factors refine the calibrated range,
+whatever calibrated it. Linear and quadratic weighting have no formula in the material at hand; here they rise with the timestep.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffquant.calibration.fit import Run, UnitInputs, cosine, fit, observe_unit
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.affine import fake_quantize, scale_from_range
+from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
+from diffquant.core.quantizer import Quantizer, StepClock, spread
+from diffquant.core.spec import MAX_BITS, QuantSpec, SpecError
+from diffquant.core.surgery import Unit, quantized_layers, switched, units
+from diffquant.methods.passes import Figures, Pass, evaluating
+from diffquant.methods.units import Fitted, UnitPass, in_order, thinned
+
+Weighting = Literal["adaptive", "uniform", "linear", "quadratic"]
+
+
+@final
+class LearnEquivalentScaling(UnitPass):
+    """Learn ``smooth`` of every layer that has one and quantizes both operands, on full-precision inputs and outputs.
+
+    ``weighting`` of the samples by timestep: ``adaptive`` gives timesteps with small loss more weight, to the power ``alpha``, over
+    ``bins`` bins of the timestep axis, whose losses are averages with ``momentum``.
+    """
+
+    before_ranges: ClassVar[bool] = True
+
+    units: Literal["layer"] = "layer"
+    iterations: int = Field(default=6000, ge=1)
+    rate: float = Field(default=1e-3, gt=0)
+    weighting: Weighting = "adaptive"
+    accumulate: Literal["mean", "sum"] = "mean"
+    alpha: float = Field(default=20, ge=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    bins: int = Field(default=20, ge=1)
+    floor: float = Field(default=1e-2, gt=0)
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Learn the vectors; ranges have to be calibrated afterwards. Raises `SpecError` where no layer has one."""
+        if not any(map(has_both, (layer for _, layer in quantized_layers(model)))):
+            raise SpecError("LearnEquivalentScaling: no layer has smooth: true and quantizes both operands; add it to a rule")
+        clock = model.step_clock
+        assert isinstance(clock, StepClock)
+        weights = TimestepWeights(self, clock)
+
+        def fit_unit(unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> Fitted:
+            return self._fit_layer(unit, given, weights.fresh(), seed, run)
+
+        return self.walk(
+            model, data, generator, run, "equivalent scaling", None, fit_unit, lambda unit: has_both(unit.layers[0][1])
+        )
+
+    def _fit_layer(self, unit: Unit, data: UnitInputs, weights: TimestepWeights, seed: int, run: Run) -> Fitted:
+        layer = _layer(unit)
+        x, target, intervals = data.arguments[0], data.outputs[0], data.intervals
+        assert intervals is not None
+        smooth = torch.ones_like(layer.smooth)  # type: ignore[arg-type]
+        before = _relative_error(layer, smooth, x, target, self.batch_size)
+
+        def loss(iteration: int, generator: torch.Generator) -> Tensor:
+            picked = torch.randperm(len(x), generator=generator)[: self.batch_size]
+            errors = sample_errors(live_output(layer, smooth, x[picked]), target[picked], layer)
+            return (weights(errors.detach(), intervals[picked]) * errors).mean()
+
+        def keep_positive(iteration: int) -> None:
+            smooth.clamp_(min=self.floor)
+
+        curve = fit(
+            [(smooth, self.rate)],
+            loss,
+            iterations=self.iterations,
+            seed=seed,
+            run=run,
+            label=unit.name,
+            schedule=cosine,
+            after_step=keep_positive,
+            also_kept={"losses": weights.losses},
+        )
+        layer.smooth = smooth
+        return Fitted(before, _relative_error(layer, smooth, x, target, self.batch_size), thinned(curve))
+
+
+class TimestepWeights:
+    """How much the samples of each timestep count, with the running loss of each bin, ``[bins]``, that ``adaptive`` goes by."""
+
+    def __init__(self, options: LearnEquivalentScaling, clock: StepClock) -> None:
+        self.options, self.clock = options, clock
+        self.bins = spread(min(options.bins, clock.intervals), clock.intervals)  # of each interval
+        self.losses = torch.zeros(int(self.bins.max()) + 1)
+
+    def fresh(self) -> TimestepWeights:
+        """The same without losses."""
+        return TimestepWeights(self.options, self.clock)
+
+    def __call__(self, errors: Float[Tensor, " n"], intervals: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Weights of samples with these errors; the running losses take them in first."""
+        if self.options.weighting == "uniform" or len(self.losses) == 1:  # one bin's share of the loss is all of it
+            return torch.ones_like(errors)
+        if self.options.weighting != "adaptive":
+            timesteps = torch.tensor(self.clock.timesteps or (1.0,))[intervals] / max(self.clock.timesteps, default=1.0)
+            return timesteps.to(errors) ** (1 if self.options.weighting == "linear" else 2)
+        self._update(errors.cpu(), self.bins[intervals])
+        share = self.losses / self.losses.sum().clamp(min=1e-24)
+        return ((1 - share) ** self.options.alpha)[self.bins[intervals]].to(errors)
+
+    def _update(self, errors: Float[Tensor, " n"], bins: Int[Tensor, " n"]) -> None:
+        counts = torch.bincount(bins, minlength=len(self.losses))
+        sums = torch.zeros_like(self.losses).index_add_(0, bins, errors.float())
+        if self.options.accumulate == "sum":
+            self.losses.lerp_(sums, 1 - self.options.momentum)
+        else:
+            moved = torch.lerp(self.losses, sums / counts.clamp(min=1), 1 - self.options.momentum)
+            self.losses.copy_(torch.where(counts > 0, moved, self.losses))
+
+
+def has_both(layer: QuantizedLayer) -> bool:
+    """Whether equivalent scaling means anything for `layer`: it has the vector, and both operands are quantized."""
+    return layer.smooth is not None and layer.weight_quantizer is not None and layer.input_quantizer is not None
+
+
+def live_output(layer: QuantizedLayer, smooth: Float[Tensor, " in"], x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+    """The output of `layer` with both operands quantized over their present extremes, per split, differentiable in `smooth`."""
+    given, of_weight = layer.input_quantizer, layer.weight_quantizer
+    assert given is not None and of_weight is not None and layer.weight is not None
+    axis = 1 if isinstance(layer, QuantizedConv2d) else -1
+    weight = layer.weight.float() * smooth.view(1, -1, *[1] * (layer.weight.dim() - 2))
+    x = x.float() / smooth.view([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
+    sizes = given.splits or of_weight.splits or (len(smooth),)
+    x = torch.cat([_live(part, 1, given.spec) for part in x.split(sizes, dim=axis)], dim=axis)
+    weight = torch.cat([_live(part, of_weight.rows, of_weight.spec) for part in weight.split(sizes, dim=1)], dim=1)
+    if isinstance(layer, QuantizedConv2d):
+        output: Tensor = layer._conv_forward(x, weight, layer.bias)
+        return output
+    return functional.linear(x, weight, layer.bias)
+
+
+def _live(values: Tensor, rows: int, spec: QuantSpec) -> Tensor:
+    flat = values.reshape(rows, -1)
+    scale, zero_point = scale_from_range(flat.amin(dim=1), flat.amax(dim=1), spec)
+    shape = (-1, *[1] * (values.dim() - 1))
+    return fake_quantize(values, scale.view(shape), zero_point.view(shape), spec)
+
+
+def sample_errors(output: Tensor, target: Tensor, layer: QuantizedLayer) -> Float[Tensor, " n"]:
+    """Squared error of each sample: summed over channels, averaged over positions."""
+    channels = output.shape[1 if isinstance(layer, QuantizedConv2d) else -1]
+    return (output - target.float()).square().flatten(1).mean(dim=1) * channels
+
+
+def _relative_error(layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Tensor, batch_size: int) -> float:
+    error = signal = 0.0
+    with torch.no_grad():
+        for picked in torch.arange(len(x)).split(batch_size):
+            error += float((live_output(layer, smooth, x[picked]) - target[picked]).square().sum())
+            signal += float(target[picked].float().square().sum())
+    return math.sqrt(error / max(signal, 1e-24))
+
+
+@final
+class PowerOfTwoScaling(Pass):
+    """Give the input channels of every layer with ``shift`` a step of 2^-largest to 1 times the calibrated one.
+
+    ``vote``: each sample votes for the step with the least squared error of the channel; the most frequent choice is taken where at
+    least ``agreement`` of the samples made it, else the step stays as it is. ``total``: the least error over all samples. Each
+    parameter set has its own factors unless they are ``shared``. Layers whose shifted integer weight would not fit 8 bits keep one
+    step for all channels; the figures name them.
+    """
+
+    select: Literal["vote", "total"] = "vote"
+    agreement: float = Field(default=0.85, ge=0)
+    largest: int = Field(default=3, ge=1, le=7)
+    shared: bool = False
+    samples: int = Field(default=1024, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Choose the factors layer by layer, on inputs from the quantized layers before.
+
+        Raises `SpecError` where no layer has ``shift``, or one already has factors.
+        """
+        with_shift = [unit for unit in in_order(model, units(model), data, "layer") if _shift(unit) is not None]
+        if not with_shift:
+            raise SpecError(
+                "PowerOfTwoScaling: no layer has shift: true; add it to a rule, as in {match: '@shortcut', shift: true}"
+            )
+        indices = data.subset(min(self.samples, len(data)), generator)
+        rows: list[dict[str, object]] = []
+        task = run.progress.add_task("power-of-two scaling", total=len(with_shift))
+        with evaluating(model), switched(model, True), torch.no_grad():
+            for unit in with_shift:
+                layer = _layer(unit)
+                reason = self._refusal(layer)
+                row: dict[str, object] = {"layer": unit.name, "operand": "shift"}
+                if reason:
+                    row["off"] = reason
+                else:
+                    row |= self._choose(layer, observe_unit(model, layer, data, indices, self.batch_size))
+                rows.append(row)
+                run.progress.advance(task)
+        run.progress.remove_task(task)
+        return {"layers": rows, "samples": len(indices)}
+
+    def sample_forwards(self) -> float:
+        """About half the model for each of some ten layers."""
+        return 5.0 * self.samples
+
+    def _refusal(self, layer: QuantizedLayer) -> str:
+        if layer.weight_quantizer is None:
+            return "its weight stays in floating point"
+        spec = layer.weight_quantizer.spec
+        reach = -spec.code_min if spec.symmetric else spec.code_max + 1  # of codes, or of codes minus a zero point
+        if reach << self.largest > 1 << (MAX_BITS - 1):
+            return f"a weight of {spec.bits} bits shifted by {self.largest} does not fit 8 bits"
+        return ""
+
+    def _choose(self, layer: QuantizedLayer, data: UnitInputs) -> dict[str, object]:
+        quantizer, x, intervals = layer.input_quantizer, data.arguments[0].float(), data.intervals
+        assert quantizer is not None and quantizer.shift is not None and intervals is not None
+        if quantizer.shift.any():
+            raise SpecError("PowerOfTwoScaling: the layer has factors already; calibrate its ranges again first")
+        x = x.movedim(quantizer.axis, 1).flatten(2) if x.dim() > 2 else x[..., None]  # [n, channels, positions]
+        if layer.smooth is not None:
+            x = x / layer.smooth[:, None]
+        spread_of_channels = float(x.std(dim=(0, 2)).max() / x.std(dim=(0, 2)).median().clamp(min=1e-12))
+        row_of = torch.zeros_like(intervals) if quantizer.table is None else quantizer.table.cpu().long()[intervals.long()]
+        errors = self.errors(quantizer, x, row_of)
+        chosen, agreed = torch.full_like(quantizer.shift, self.largest), []
+        groups = [torch.arange(len(x))] if self.shared else [(row_of == row).nonzero()[:, 0] for row in row_of.unique()]
+        for group in groups:
+            exponents, agreement = self.decide(errors[group])
+            rows = slice(None) if self.shared else row_of[group[0]]
+            chosen[rows] = exponents.to(chosen)
+            agreed.append(float(agreement.mean()))
+        quantizer.scale = quantizer.scale / 2**self.largest
+        quantizer.shift = chosen
+        picked = chosen.long()[row_of]  # [n, channels]
+        return {
+            "channel_spread": spread_of_channels,
+            "refined": float((chosen < self.largest).float().mean()),
+            "agreement": sum(agreed) / len(agreed),
+            "error_before": float(errors[..., self.largest].sum().sqrt()),
+            "error_after": float(errors.gather(2, picked[..., None]).sum().sqrt()),
+        }
+
+    def errors(
+        self, quantizer: Quantizer, x: Float[Tensor, "n channels positions"], row_of: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n channels exponents"]:
+        """Mean squared error of each sample's channel under each of the steps, 2^-largest to 1 times the present one."""
+        sizes = torch.tensor(quantizer.splits or (x.shape[1],))
+        scale, zero_point = (
+            values[row_of].repeat_interleave(sizes.to(values.device), dim=1)[..., None]
+            for values in (quantizer.scale, quantizer.zero_point)
+        )
+        factors = [2.0 ** (exponent - self.largest) for exponent in range(self.largest + 1)]
+        found = [(fake_quantize(x, scale * factor, zero_point, quantizer.spec) - x).square().mean(dim=2) for factor in factors]
+        return torch.stack(found, dim=2)
+
+    def decide(self, errors: Float[Tensor, "n channels exponents"]) -> tuple[Int[Tensor, " channels"], Float[Tensor, " channels"]]:
+        """The exponent of each channel, and the share of samples that agree with it; ties go to the coarser step."""
+        coarsest_first = errors.flip(dims=(2,))
+        votes = functional.one_hot(coarsest_first.argmin(dim=2), errors.shape[2]).float().mean(dim=0)  # [channels, exponents]
+        chosen = coarsest_first.sum(dim=0).argmin(dim=1) if self.select == "total" else votes.argmax(dim=1)
+        agreement = votes.gather(1, chosen[:, None])[:, 0]
+        if self.select == "vote":
+            chosen = torch.where(agreement >= self.agreement, chosen, 0)
+        return self.largest - chosen, agreement
+
+
+def _layer(unit: Unit) -> QuantizedLayer:
+    ((_, layer),) = unit.layers
+    return layer
+
+
+def _shift(unit: Unit) -> Tensor | None:
+    quantizer = _layer(unit).input_quantizer
+    return None if quantizer is None else quantizer.shift

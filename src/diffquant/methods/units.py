@@ -1,0 +1,156 @@
+"""Passes that walk over a model's units: a block, or one layer, at a time, in the order the model runs them.
+
+A unit is fitted to the full-precision outputs it should give, on inputs that come through the quantized units before it, so that
+it can make up for their errors; or, where nothing is quantized yet, on its full-precision inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffquant.calibration.fit import Run, UnitInputs, load_tensors, lp_loss, observe_unit, output_tensors, save_tensors
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.quantizer import Quantizer
+from diffquant.core.surgery import Unit, device_of, full_precision, quantizers, switched, units
+from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What fitting a unit came to: its relative L2 error before and after, and the loss over the iterations in ten means."""
+
+    error_before: float
+    error_after: float
+    loss: list[float] = field(default_factory=list)
+
+
+class UnitPass(Pass):
+    """What they share: walking over the units in the order the model runs them, resumable unit by unit."""
+
+    units: Literal["block", "layer"] = "block"
+    iterations: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    samples: int = Field(default=512, ge=1)
+
+    def sample_forwards(self) -> float:
+        """Inputs and targets of about 20 units, half the model each, and three times the unit's own pass an iteration."""
+        return 20.0 * self.samples + 3.0 * self.iterations * self.batch_size
+
+    def walk(
+        self,
+        model: nn.Module,
+        data: Trajectory,
+        generator: torch.Generator,
+        run: Run,
+        label: str,
+        prefix: Callable[[Quantizer], bool] | None,
+        fit_unit: Callable[[Unit, UnitInputs, UnitInputs, int, Run], Fitted],
+        wanted_unit: Callable[[Unit], bool] = lambda unit: True,
+    ) -> Figures:
+        """Fit every unit that `wanted_unit` names.
+
+        `prefix` says which quantizers are on while inputs are recorded and the unit is fitted; None: none is, and none needs to be
+        calibrated.
+        """
+        indices = data.subset(min(self.samples, len(data)), generator)
+        rows: list[dict[str, object]] = []
+        with evaluating(model), full_precision(model) if prefix is None else switched(model, True):
+            for _, quantizer in quantizers(model):
+                quantizer.enabled = prefix is not None and prefix(quantizer)
+            ordered = [unit for unit in in_order(model, units(model), data, self.units) if wanted_unit(unit)]
+            task = run.progress.add_task(label, total=len(ordered))
+            for position, unit in enumerate(ordered):
+                seed = draw_seed(generator)
+                here = run.below(f"{position:04d}-{unit.name}")
+                done = None if here.folder is None else here.folder / "unit.safetensors"
+                if done is not None and done.exists():
+                    tensors, metadata = load_tensors(done)
+                    restore_quantizers(unit.module, tensors)
+                    fitted = Fitted(**json.loads(metadata["fitted"]))
+                else:
+                    with full_precision(model):
+                        wanted = observe_unit(model, unit.module, data, indices, self.batch_size)
+                    given = wanted if prefix is None else observe_unit(model, unit.module, data, indices, self.batch_size)
+                    fitted = fit_unit(unit, given, wanted, seed, here)
+                    if done is not None:
+                        save_tensors(done, quantizer_state(unit.module), {"fitted": json.dumps(asdict(fitted))})
+                rows.append({"layer": unit.name, "operand": "unit"} | asdict(fitted))
+                run.progress.advance(task)
+            run.progress.remove_task(task)
+        return {"layers": rows, "iterations": self.iterations, "samples": len(indices)}
+
+
+def in_order(model: nn.Module, found: list[Unit], data: Trajectory, kind: str) -> list[Unit]:
+    """The units in the order the model runs them, without those it does not run; `kind` ``layer`` makes a unit of every layer."""
+    if kind == "layer":
+        found = [Unit(name, layer, ((name, layer),)) for unit in found for name, layer in unit.layers]
+    seen: list[nn.Module] = []
+    handles = [unit.module.register_forward_pre_hook(lambda module, _: seen.append(module)) for unit in found]
+    try:
+        with torch.no_grad(), full_precision(model):
+            model(**data.batch(torch.arange(1), device_of(model))[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    position = {module: index for index, module in reversed(list(enumerate(seen)))}
+    return sorted((unit for unit in found if unit.module in position), key=lambda unit: position[unit.module])
+
+
+def call_unit(
+    unit: Unit, inputs: UnitInputs, picked: Tensor, other: UnitInputs | None = None, keep: Tensor | None = None
+) -> list[Tensor]:
+    """The unit's outputs for the picked samples, each at its interval; first input taken from `other` where `keep` is False."""
+    arguments, keywords = inputs.rows(picked)
+    if other is not None and keep is not None:
+        replacements, _ = other.rows(picked)
+        if arguments and isinstance(arguments[0], Tensor):
+            mask = keep.view(arguments[0].shape)
+            arguments[0] = torch.where(mask, arguments[0], replacements[0])
+    _set_intervals(unit.module, inputs, picked)
+    return output_tensors(unit.module(*arguments, **keywords))
+
+
+def _set_intervals(module: nn.Module, inputs: UnitInputs, picked: Tensor) -> None:
+    assert inputs.intervals is not None
+    for _, quantizer in quantizers(module):
+        if quantizer.clock is not None:
+            quantizer.clock.set_interval(inputs.intervals[picked])
+            return  # one clock serves the whole model
+
+
+def minibatch_error(
+    unit: Unit, given: UnitInputs, wanted: UnitInputs, batch_size: int, power: float, mix: float, generator: torch.Generator
+) -> Tensor:
+    """The unit's error to the `power` on samples drawn from `generator`, a share `mix` of input values in full precision."""
+    samples = len(wanted.outputs[0])
+    picked = torch.randperm(samples, generator=generator)[:batch_size]
+    keep = None
+    if mix > 0 and given.arguments and isinstance(given.arguments[0], Tensor):
+        shape, device = given.arguments[0][picked].shape, given.arguments[0].device
+        keep = (torch.rand(shape, generator=generator) >= mix).to(device)
+    output = call_unit(unit, given, picked, wanted if keep is not None else None, keep)
+    return lp_loss(output, [tensor[picked] for tensor in wanted.outputs], power)
+
+
+def thinned(curve: list[float]) -> list[float]:
+    """A loss curve as ten means."""
+    return [float(part.mean()) for part in torch.tensor(curve).tensor_split(min(10, len(curve)))]
+
+
+def unit_error(unit: Unit, given: UnitInputs, wanted: UnitInputs, batch_size: int) -> float:
+    """Relative L2 error of the unit's outputs over all recorded samples."""
+    error = signal = 0.0
+    with torch.no_grad():
+        for picked in torch.arange(len(wanted.outputs[0])).split(batch_size):
+            for value, target in zip(call_unit(unit, given, picked), wanted.outputs, strict=True):
+                error += float((value - target[picked]).square().sum())
+                signal += float(target[picked].square().sum())
+    return math.sqrt(error / max(signal, 1e-24))

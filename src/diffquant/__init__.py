@@ -15,6 +15,7 @@ from diffquant.evaluation.sampling import SamplingProtocol
 from diffquant.recipe import QuantizationReport, Recipe, load_recipe, quantize
 from diffquant.runtime import hf
 from diffquant.runtime.checkpoint import load, save, verify
+from diffquant.runtime.correction import attach, detach
 from diffquant.runtime.engines import engine, use_engine
 from diffquant.runtime.estimate import inspect
 from diffquant.runtime.export import export
@@ -33,6 +34,8 @@ __all__ = [
     "Recipe",
     "SamplingProtocol",
     "Trajectory",
+    "attach",
+    "detach",
     "engine",
     "evaluate",
     "export",

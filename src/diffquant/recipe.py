@@ -30,8 +30,10 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import LayerRule, RecipeError, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, freeze, plan, prepare
 from diffquant.methods.accuquant import AccuQuant
+from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate, Stored, give
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
+from diffquant.methods.qncd import EmbeddingSmoothing
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
 from diffquant.methods.smoothquant import SmoothQuant
@@ -44,6 +46,10 @@ PASSES: dict[str, type[Pass]] = {
     "SmoothQuant": SmoothQuant,
     "LearnEquivalentScaling": LearnEquivalentScaling,
     "PowerOfTwoScaling": PowerOfTwoScaling,
+    "EmbeddingSmoothing": EmbeddingSmoothing,
+    "RuntimeNoiseEstimate": RuntimeNoiseEstimate,
+    "FitProportional": FitProportional,
+    "FitCoefficients": FitCoefficients,
 }
 FLOAT_BITS = 32
 _NAME = re.compile(r"(?P<method>.+)-w(?P<weights>\d+)a(?P<activations>\d+)")
@@ -174,6 +180,8 @@ def quantize(
                 tensors, metadata = fit.load_tensors(done)
                 restore_quantizers(model, tensors)
                 report.passes.append(json.loads(metadata["row"]))
+                if "correction" in (figures := report.passes[-1]["figures"]):
+                    give(model, Stored.model_validate({"correction": figures["correction"]}).correction)
                 continue
             figures = step.apply(model, data, generator, run.below(name))
             row = {

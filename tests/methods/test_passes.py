@@ -17,6 +17,7 @@ from diffquant.core.surgery import enable, full_precision, plan, prepare, quanti
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.passes import Pass, quantizer_state
+from diffquant.methods.qncd import EmbeddingSmoothing
 from diffquant.methods.ranges import CalibrateRanges, search_range
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
 from diffquant.methods.smoothquant import SmoothQuant
@@ -39,6 +40,7 @@ EXAMPLES: dict[str, Pass] = {
     "SmoothQuant": SmoothQuant(samples=8, batch_size=4),
     "LearnEquivalentScaling": LearnEquivalentScaling(iterations=3, samples=8, batch_size=4),
     "PowerOfTwoScaling": PowerOfTwoScaling(samples=8, batch_size=4),
+    "EmbeddingSmoothing": EmbeddingSmoothing(samples=8, batch_size=4),
 }
 
 

@@ -130,11 +130,8 @@ class Rollout:
         if self._rows.shape[2] == 1:
             return 1.0
         _, output = self.data.batch(self._rows[k, trajectories].T.reshape(-1))
-        first, second = _leading_channels(output, step.model_output).double().chunk(2)
-        between, wanted = second - first, step.model_output.double() - first
-        weight = float((between * wanted).sum() / between.square().sum().clamp(min=1e-30))
-        weight = float(f"{weight:.5g}")  # users give a few digits; the rest is rounding
-        missed = float((wanted - weight * between).norm() / step.model_output.double().norm().clamp(min=1e-30))
+        first, second = leading_channels(output, step.model_output).chunk(2)
+        weight, missed = guidance_weight(first, second, step.model_output)
         if missed > (1e-5 if step.model_output.dtype in TOLERANCE else HALF_TOLERANCE):
             raise CalibrationError(
                 f"{self.where}: the guided prediction of step {k} is {missed:.2g} (relative) away from every weighted sum of its "
@@ -209,7 +206,7 @@ class Rollout:
         """The scheduler's own step from `state`, with `noise` in place of what it would draw, and the state it leaves."""
         scheduler = self.scheduler
         restore(scheduler, state)
-        with _noise_is(scheduler, noise) as draws:
+        with noise_is(scheduler, noise) as draws:
             scheduler.scale_model_input(sample, recorded.timestep)  # some schedulers insist on it before a step
             result = scheduler.step(model_output, recorded.timestep, sample, **recorded.options)
         self._drew = bool(draws)
@@ -243,7 +240,7 @@ class Chain:
         doubled = torch.cat([scaled] * halves) if halves > 1 else scaled
         beside = given[:, latent.shape[1] :]  # channels that are not the latent's, such as a mask
         arguments[rollout._input_name] = torch.cat([doubled, beside], dim=1) if beside.shape[1] else doubled
-        output = _leading_channels(predicted(rollout.model, rollout.model(**arguments)), self._recorded_step(i).model_output)
+        output = leading_channels(predicted(rollout.model, rollout.model(**arguments)), self._recorded_step(i).model_output)
         if halves == 1:
             return output
         first, second = output.chunk(2)
@@ -321,7 +318,7 @@ def with_history(state: State, tensors: Mapping[Key, Tensor]) -> State:
 
 
 @contextmanager
-def _noise_is(scheduler: Any, noise: Tensor | float) -> Iterator[list[tuple[int, ...]]]:
+def noise_is(scheduler: Any, noise: Tensor | float) -> Iterator[list[tuple[int, ...]]]:
     """While the block runs, the scheduler's own draws of noise return `noise`; the shapes drawn are listed."""
     module = sys.modules[type(scheduler).__module__]
     draws: list[tuple[int, ...]] = []
@@ -337,6 +334,14 @@ def _noise_is(scheduler: Any, noise: Tensor | float) -> Iterator[list[tuple[int,
         yield draws
 
 
-def _leading_channels(output: Tensor, like: Tensor) -> Tensor:
+def guidance_weight(first: Tensor, second: Tensor, guided: Tensor) -> tuple[float, float]:
+    """The w for which first + w (second - first) comes nearest to `guided`, and the relative distance that is left."""
+    between, wanted = (second - first).double(), (guided - first).double()
+    weight = float((between * wanted).sum() / between.square().sum().clamp(min=1e-30))
+    weight = float(f"{weight:.5g}")  # users give a few digits; the rest is rounding
+    return weight, float((wanted - weight * between).norm() / guided.double().norm().clamp(min=1e-30))
+
+
+def leading_channels(output: Tensor, like: Tensor) -> Tensor:
     """The channels of a model's output that are the prediction: models that also predict a variance append it."""
     return output[:, : like.shape[1]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.observe import Calibration, Pipeline, conditions, evaluation_mode, find_denoiser, observe
 from diffquant.core.spec import EvaluationError
+from diffquant.runtime.correction import attachment_of
 
 Generators = torch.Generator | list[torch.Generator] | None
 OnProgress = Callable[[str, int, int], None]  # what is being sampled, samples done, samples in all
@@ -51,7 +52,7 @@ class SamplingProtocol:
     """Everything that decides which samples are drawn.
 
     `sampler` "pipeline" is the pipeline's own scheduler; the others are built from its configuration, unless it is of that class
-    already (so a correction attached to the pipeline's scheduler counts wherever that scheduler is used). `eta` scales the noise
+    already; a correction that is attached to the pipeline goes with it. `eta` scales the noise
     that DDIM injects. None for `guidance_scale` is the pipeline's default. Prompts and class labels are cycled over the samples;
     None means those that calibration uses. The steps of the first `trajectory_samples` samples are compared, and the ends of all.
     How errors accumulate is measured on `accumulation_samples` trajectories, at about ten times their sampling; 0 leaves it out.
@@ -314,9 +315,11 @@ def scheduler_of(pipe: Pipeline, protocol: SamplingProtocol) -> Iterator[Any]:
     trained = scheduler.config.get("num_train_timesteps", protocol.steps)
     if protocol.steps > trained:
         raise EvaluationError(f"protocol.steps: is {protocol.steps}; {type(scheduler).__name__} has {trained} timesteps")
+    attachment = attachment_of(pipe)
     pipe.scheduler = scheduler
     try:
-        yield scheduler
+        with nullcontext() if attachment is None else attachment.moved_to(scheduler):
+            yield scheduler
     finally:
         pipe.scheduler = own
 

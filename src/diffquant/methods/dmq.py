@@ -12,7 +12,6 @@ whatever calibrated it. Linear and quadratic weighting have no formula in the ma
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal, final
 
 import torch
@@ -23,12 +22,13 @@ from torch.nn import functional
 
 from diffquant.calibration.fit import Run, UnitInputs, cosine, fit, observe_unit
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.affine import fake_quantize, scale_from_range
-from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
+from diffquant.core.affine import fake_quantize
+from diffquant.core.layers import QuantizedLayer
 from diffquant.core.quantizer import Quantizer, StepClock, spread
-from diffquant.core.spec import MAX_BITS, QuantSpec, SpecError
+from diffquant.core.spec import MAX_BITS, SpecError
 from diffquant.core.surgery import Unit, quantized_layers, switched, units
 from diffquant.methods.passes import Figures, Pass, evaluating
+from diffquant.methods.scaling import has_both, live_output, relative_error, sample_errors
 from diffquant.methods.units import Fitted, UnitPass, in_order, thinned
 
 Weighting = Literal["adaptive", "uniform", "linear", "quadratic"]
@@ -73,8 +73,9 @@ class LearnEquivalentScaling(UnitPass):
         layer = _layer(unit)
         x, target, intervals = data.arguments[0], data.outputs[0], data.intervals
         assert intervals is not None
-        smooth = torch.ones_like(layer.smooth)  # type: ignore[arg-type]
-        before = _relative_error(layer, smooth, x, target, self.batch_size)
+        assert layer.smooth is not None
+        smooth = layer.smooth.clone()
+        before = relative_error(layer, smooth, x, target, self.batch_size)
 
         def loss(iteration: int, generator: torch.Generator) -> Tensor:
             picked = torch.randperm(len(x), generator=generator)[: self.batch_size]
@@ -96,7 +97,7 @@ class LearnEquivalentScaling(UnitPass):
             also_kept={"losses": weights.losses},
         )
         layer.smooth = smooth
-        return Fitted(before, _relative_error(layer, smooth, x, target, self.batch_size), thinned(curve))
+        return Fitted(before, relative_error(layer, smooth, x, target, self.batch_size), thinned(curve))
 
 
 class TimestepWeights:
@@ -130,49 +131,6 @@ class TimestepWeights:
         else:
             moved = torch.lerp(self.losses, sums / counts.clamp(min=1), 1 - self.options.momentum)
             self.losses.copy_(torch.where(counts > 0, moved, self.losses))
-
-
-def has_both(layer: QuantizedLayer) -> bool:
-    """Whether equivalent scaling means anything for `layer`: it has the vector, and both operands are quantized."""
-    return layer.smooth is not None and layer.weight_quantizer is not None and layer.input_quantizer is not None
-
-
-def live_output(layer: QuantizedLayer, smooth: Float[Tensor, " in"], x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
-    """The output of `layer` with both operands quantized over their present extremes, per split, differentiable in `smooth`."""
-    given, of_weight = layer.input_quantizer, layer.weight_quantizer
-    assert given is not None and of_weight is not None and layer.weight is not None
-    axis = 1 if isinstance(layer, QuantizedConv2d) else -1
-    weight = layer.weight.float() * smooth.view(1, -1, *[1] * (layer.weight.dim() - 2))
-    x = x.float() / smooth.view([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
-    sizes = given.splits or of_weight.splits or (len(smooth),)
-    x = torch.cat([_live(part, 1, given.spec) for part in x.split(sizes, dim=axis)], dim=axis)
-    weight = torch.cat([_live(part, of_weight.rows, of_weight.spec) for part in weight.split(sizes, dim=1)], dim=1)
-    if isinstance(layer, QuantizedConv2d):
-        output: Tensor = layer._conv_forward(x, weight, layer.bias)
-        return output
-    return functional.linear(x, weight, layer.bias)
-
-
-def _live(values: Tensor, rows: int, spec: QuantSpec) -> Tensor:
-    flat = values.reshape(rows, -1)
-    scale, zero_point = scale_from_range(flat.amin(dim=1), flat.amax(dim=1), spec)
-    shape = (-1, *[1] * (values.dim() - 1))
-    return fake_quantize(values, scale.view(shape), zero_point.view(shape), spec)
-
-
-def sample_errors(output: Tensor, target: Tensor, layer: QuantizedLayer) -> Float[Tensor, " n"]:
-    """Squared error of each sample: summed over channels, averaged over positions."""
-    channels = output.shape[1 if isinstance(layer, QuantizedConv2d) else -1]
-    return (output - target.float()).square().flatten(1).mean(dim=1) * channels
-
-
-def _relative_error(layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Tensor, batch_size: int) -> float:
-    error = signal = 0.0
-    with torch.no_grad():
-        for picked in torch.arange(len(x)).split(batch_size):
-            error += float((live_output(layer, smooth, x[picked]) - target[picked]).square().sum())
-            signal += float(target[picked].float().square().sum())
-    return math.sqrt(error / max(signal, 1e-24))
 
 
 @final

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
 from diffquant.runtime import engines
+from diffquant.runtime.correction import attach
 from diffquant.runtime.hf import AGAIN, DiffquantQuantizer, Method, QuantizationConfig, describe, mark_quantized, written_digest
 
 DENOISER_FOLDERS = ("unet", "transformer")
@@ -69,7 +70,9 @@ def save(
 
 
 def load(folder: str | Path, *, engine: str | None = None, **arguments: Any) -> Any:
-    """The pipeline or model in `folder`, computing with `engine`; `arguments` go to its `from_pretrained`.
+    """The pipeline or model in `folder`, computing with `engine`, a pipeline's sampling-time correction attached.
+
+    `arguments` go to its `from_pretrained`.
 
     Raises `CheckpointError` where a quantized model in it is damaged, there is nothing to load, or the engine does not run here.
     """
@@ -79,7 +82,10 @@ def load(folder: str | Path, *, engine: str | None = None, **arguments: Any) -> 
             written_digest(file)
     with engines.engine(engine):
         if (folder / "model_index.json").is_file():
-            return DiffusionPipeline.from_pretrained(folder, **arguments)
+            pipe = DiffusionPipeline.from_pretrained(folder, **arguments)
+            if any(hasattr(model, "correction") for model in pipe.components.values()):
+                attach(pipe)
+            return pipe
         return _model_class(folder).from_pretrained(folder, **arguments)
 
 

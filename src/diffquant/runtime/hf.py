@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from diffquant.core.layers import AttentionProducts, present_spec
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, is_frozen, prepare, quantized_layers, quantizers
+from diffquant.methods.corrections import Correction, give
 from diffquant.runtime.engines import requested
 from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
 from diffquant.runtime.engines.openvino import install
@@ -79,6 +80,7 @@ class _Json(BaseModel):
     timesteps: list[float] = []
     layers: list[_LayerGroup] = []
     attentions: list[_AttentionGroup] = []
+    correction: Correction | None = None
 
 
 @dataclass(repr=False)
@@ -90,6 +92,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     attentions: dict[str, AttentionSpec] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
     recipe: str = ""
+    correction: Correction | None = None
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -111,6 +114,7 @@ class QuantizationConfig(QuantizationConfigMixin):
             attentions={name: group.spec for group in read.attentions for name in group.names},
             timesteps=tuple(read.timesteps),
             recipe=read.recipe,
+            correction=read.correction,
         )
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -123,7 +127,7 @@ class QuantizationConfig(QuantizationConfigMixin):
             "timesteps": list(self.timesteps),
             "layers": _grouped(self.layers),
             "attentions": _grouped(self.attentions),
-        }
+        } | ({} if self.correction is None else {"correction": self.correction.model_dump(mode="json")})
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As `to_dict`; diffusers prints it."""
@@ -154,7 +158,14 @@ def describe(model: nn.Module, recipe: str = "") -> QuantizationConfig:
         if isinstance(module, AttentionProducts)
     }
     timesteps = model.step_clock.timesteps  # type: ignore[union-attr]
-    return QuantizationConfig(layers=layers, attentions=attentions, timesteps=timesteps, recipe=recipe)  # type: ignore[arg-type]
+    correction = getattr(model, "correction", None)
+    return QuantizationConfig(
+        layers=layers,
+        attentions=attentions,
+        timesteps=timesteps,  # type: ignore[arg-type]
+        recipe=recipe,
+        correction=correction,
+    )
 
 
 def mark_quantized(model: nn.Module, config: QuantizationConfig) -> None:
@@ -274,6 +285,8 @@ class DiffquantQuantizer(DiffusersQuantizer):
                     if load.shapes[name].numel() > LARGE:
                         release_freed_memory()
         enable(model)
+        if self.quantization_config.correction is not None:
+            give(model, self.quantization_config.correction)
         if engine == "int8":
             lower(model)
         elif engine == "openvino":

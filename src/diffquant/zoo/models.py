@@ -23,13 +23,13 @@ from diffquant.core.spec import ZooError
 from diffquant.evaluation.compare import DataStatistics
 from diffquant.evaluation.metrics import confidence
 from diffquant.zoo.data import LETTERS, Letters
-from diffquant.zoo.train import classification_loss, denoising_loss, train
+from diffquant.zoo.train import classification_loss, denoising_loss, train, two_rounds
 
 PIPELINES = ("glyph-ddim",)
 NAMES = (*PIPELINES, "glyph-classifier")
 FEATURES = 64  # width of the classifier's penultimate layer, the feature space of FID and KID
 STATISTICS = "letters.safetensors"
-DEFAULT_STEPS = {"glyph-ddim": 4000, "glyph-classifier": 2000}
+DEFAULT_STEPS = {"glyph-ddim": 10000, "glyph-classifier": 2000}
 DATA_SAMPLES = 8192  # real letters whose features are shipped
 
 
@@ -164,7 +164,7 @@ def train_glyph_ddim(letters: Letters, out: Path, steps: int, seed: int, compile
         unet.compile()
     loss = denoising_loss(letters.split()[0].samples(), scheduler.alphas_cumprod, batch=32)
     with run(out / "training") as where:
-        train(unet, loss, steps=steps, peak_rate=1e-3, seed=seed, run=where)
+        train(unet, loss, steps=steps, peak_rate=1e-3, seed=seed, run=where, schedule=two_rounds)
     DDIMPipeline(unet=unet.to(memory_format=torch.contiguous_format), scheduler=scheduler).save_pretrained(out / "glyph-ddim")
 
 

@@ -1,7 +1,6 @@
 """Training of the reference models: what each minimises, on the project's one optimisation loop.
 
-The learning rate warms up, stays constant, and falls linearly to zero over the last fifth of the steps; a moving average of the
-weights is what is kept. A run that was killed and resumed is the same run.
+A moving average of the weights is what is kept. A run that was killed and resumed is the same run.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, fit
+from diffquant.calibration.fit import Run, Schedule, fit
 
 WARM_UP = 200  # steps
 DECAY_SHARE = 0.2  # of the steps, at the end
+FIRST_ROUND = 0.4  # of the steps, where there are two rounds
+SECOND_PEAK = 0.5  # of the peak rate
 EMA_DECAY = 0.999
 SNR_CAP = 5.0  # gamma of min-SNR weighting
 CURVE_STRIDE = 250  # steps over which the written loss curve is averaged
@@ -30,7 +31,24 @@ def warm_constant_decay(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / max(1.0, DECAY_SHARE * steps))
 
 
-def train(model: nn.Module, loss: StepLoss, *, steps: int, peak_rate: float, seed: int, run: Run) -> None:
+def two_rounds(step: int, steps: int) -> float:
+    """`warm_constant_decay` over the first round, then warm-up to half of the peak rate and a linear fall to zero."""
+    first = round(FIRST_ROUND * steps)
+    if step < first:
+        return warm_constant_decay(step, first)
+    return SECOND_PEAK * min((step - first + 1) / WARM_UP, (steps - step) / (steps - first))
+
+
+def train(
+    model: nn.Module,
+    loss: StepLoss,
+    *,
+    steps: int,
+    peak_rate: float,
+    seed: int,
+    run: Run,
+    schedule: Schedule = warm_constant_decay,
+) -> None:
     """Train `model` in place; it ends holding the moving average of its weights. `run.folder` keeps the state and ``losses.json``.
 
     Raises `CalibrationError` when the loss is not finite.
@@ -50,7 +68,7 @@ def train(model: nn.Module, loss: StepLoss, *, steps: int, peak_rate: float, see
         seed=seed,
         run=run,
         label="training",
-        schedule=warm_constant_decay,
+        schedule=schedule,
         after_step=move_average,
         optimizer_type=partial(torch.optim.AdamW, weight_decay=1e-4),
         clip_norm=1.0,

@@ -1,0 +1,311 @@
+"""Corrections of the predicted noise while sampling: what they are, as values, and how they are fitted to a recording.
+
+Applied they are by `runtime.correction`, on ``scheduler.step``. All of them work on the guided prediction as noise, whatever the
+model predicts. Fitted ones hold a row per recorded timestep; a timestep takes the row of its interval, as parameter sets do.
+
+Sources: run-time noise estimate, QNCD (Chu et al. 2024, arXiv 2403.19140); proportional part, mean and variance, PTQD (He et al.
+2023, arXiv 2305.10657); coefficients and input bias by timestep, TAC-Diffusion (Yao et al. 2024, arXiv 2407.03917).
+*Differs*: the run-time estimate is taken per image, with one zero-mean noise for all (released code: over the batch, with the
+noise as drawn; ``scope`` and ``zero_mean`` give that); PTQD's mean is that of the residual, as its formula says (code: of the whole
+error); TAC's three terms are means, values of the noise below ``smallest`` are left out of the relative one, and its input bias is
+one number for each channel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, final
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from diffquant.calibration.fit import Run
+from diffquant.calibration.rollout import Rollout
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.quantizer import StepClock
+from diffquant.core.spec import SpecError
+from diffquant.core.surgery import switched
+from diffquant.methods.passes import Figures, Pass, evaluating
+
+VARIANCE_PRESERVING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
+SIGMA_SPACE = ("EulerDiscreteScheduler",)
+ATTACHED = "attached_correction"  # attribute of a denoiser whose correction is applied
+
+Rows = tuple[tuple[float, ...], ...]  # [timesteps][channels]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@final
+class NoiseEstimate(_Value):
+    """Ask the quantized model for noise that is known, and subtract what it gets wrong on the mean.
+
+    Every ``interval`` steps (None: five times a run), first at half of that plus 2; ``hold`` keeps the estimate until the next one.
+    """
+
+    kind: Literal["noise-estimate"] = "noise-estimate"
+    interval: int | None = Field(default=None, ge=2)
+    hold: bool = True
+    scope: Literal["image", "batch"] = "image"
+    zero_mean: bool = True
+    seed: int = Field(default=0, ge=0)
+
+    def refreshes(self, steps: int) -> range:
+        """The steps of a run of `steps`, from 0, at which the noise is estimated; never the last."""
+        interval = self.interval or max(2, steps // 5)
+        return range(interval // 2 + 2, steps - 1, interval)
+
+
+@final
+class Proportional(_Value):
+    """PTQD: the prediction is ``(1 + slope) * noise + mean + residual``; by timestep and channel."""
+
+    kind: Literal["proportional"] = "proportional"
+    timesteps: tuple[float, ...]
+    slope: Rows
+    mean: Rows
+    deviation: Rows
+
+
+@final
+class Coefficients(_Value):
+    """TAC: ``factor`` times the prediction; ``bias`` is subtracted from the latent before each timestep.
+
+    A bias holds for the scheduler and number of steps it was fitted on; without one ``scheduler`` is empty.
+    """
+
+    kind: Literal["coefficients"] = "coefficients"
+    timesteps: tuple[float, ...]
+    factor: Rows
+    bias: Rows | None = None
+    scheduler: str = ""
+
+
+Correction = Annotated[NoiseEstimate | Proportional | Coefficients, Field(discriminator="kind")]
+
+
+class Stored(_Value):
+    """A correction as it stands in JSON."""
+
+    correction: Correction
+
+
+# ---- noise and levels
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises `SpecError`, naming it, for a scheduler whose latents are not understood here."""
+    name = type(scheduler).__name__
+    if name not in VARIANCE_PRESERVING + SIGMA_SPACE:
+        allowed = ", ".join(VARIANCE_PRESERVING + SIGMA_SPACE)
+        raise SpecError(f"correction: {name} is not supported; sample with one of {allowed}, or without the correction")
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction", "sample") or (name in SIGMA_SPACE and kind != "epsilon"):
+        raise SpecError(f"correction: {name} with prediction_type {kind!r} is not supported")
+
+
+def signal_level(scheduler: Any, timestep: float) -> float:
+    """The cumulative product of alphas at `timestep`, between 0 (noise) and 1."""
+    return float(scheduler.alphas_cumprod[int(timestep)])
+
+
+def as_noise(scheduler: Any, output: Tensor, sample: Tensor, timestep: float) -> Tensor:
+    """The noise that a prediction means, ``[n, channels, ...]``, for a latent `sample` at `timestep`."""
+    level, kind = signal_level(scheduler, timestep), scheduler.config.prediction_type
+    if kind == "v_prediction":
+        output = level**0.5 * output + (1 - level) ** 0.5 * sample
+    elif kind == "sample":
+        output = (sample - level**0.5 * output) / (1 - level) ** 0.5
+    return output
+
+
+def from_noise(scheduler: Any, noise: Tensor, sample: Tensor, timestep: float) -> Tensor:
+    """The prediction that means `noise`: the inverse of `as_noise`."""
+    level, kind = signal_level(scheduler, timestep), scheduler.config.prediction_type
+    if kind == "v_prediction":
+        noise = (noise - (1 - level) ** 0.5 * sample) / level**0.5
+    elif kind == "sample":
+        noise = (sample - (1 - level) ** 0.5 * noise) / level**0.5
+    return noise
+
+
+def row_at(timesteps: tuple[float, ...], timestep: float) -> int:
+    """The row of `timestep`: that of the interval it lies in."""
+    clock = StepClock(timesteps)
+    clock.set_timestep(timestep)
+    assert isinstance(clock.interval, int)
+    return clock.interval
+
+
+# ---- passes
+
+
+@final
+class RuntimeNoiseEstimate(Pass):
+    """Have the sampler estimate the mean error of the quantized model while it runs, without full precision."""
+
+    interval: int | None = Field(default=None, ge=2)
+    hold: bool = True
+    scope: Literal["image", "batch"] = "image"
+    zero_mean: bool = True
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Nothing is fitted."""
+        return _kept(model, NoiseEstimate(**self.model_dump()))
+
+    def sample_forwards(self) -> float:
+        """None."""
+        return 0.0
+
+
+class _Fitted(Pass):
+    samples: int = Field(default=64, ge=2)
+    batch_size: int = Field(default=32, ge=1)
+
+    def sample_forwards(self) -> float:
+        """A call for each step of every trajectory: a recording of 50 steps is assumed."""
+        return 50.0 * self.samples
+
+
+@final
+class FitProportional(_Fitted):
+    """PTQD: at each timestep the slope of the error on the noise (not below 0), and mean and deviation of the rest, by channel."""
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Fit on recorded latents with all quantizers on. Raises `CalibrationError` where the recording cannot be replayed."""
+        rollout = checked(model, data)
+        slopes: list[list[float]] = []
+        means: list[list[float]] = []
+        deviations: list[list[float]] = []
+        task = run.progress.add_task("correlated noise", total=rollout.steps)
+        with evaluating(model), switched(model, True), torch.no_grad():
+            for k in range(rollout.steps):
+                noise, given = predictions(rollout, k, min(self.samples, rollout.trajectories), self.batch_size)
+                error, centred = given - noise, noise - noise.mean(dim=1, keepdim=True)
+                slope = ((error * centred).mean(dim=1) / centred.square().mean(dim=1).clamp(min=1e-12)).clamp(min=0)
+                rest = error - slope[:, None] * noise
+                for values, into in ((slope, slopes), (rest.mean(dim=1), means), (rest.std(dim=1), deviations)):
+                    into.append(values.tolist())
+                run.progress.advance(task)
+        run.progress.remove_task(task)
+        timesteps, of_timestep = steps_by_timestep(rollout)
+        fitted = Proportional(
+            timesteps=timesteps, slope=of_timestep(slopes), mean=of_timestep(means), deviation=of_timestep(deviations)
+        )
+        return _kept(model, fitted)
+
+
+@final
+class FitCoefficients(_Fitted):
+    """TAC: at each timestep the factor that brings the prediction nearest to the noise, and the latent's bias, by channel.
+
+    ``relative`` and ``ridge`` weigh the relative error and the distance of the factor from 1 against the error itself.
+    """
+
+    relative: float = Field(default=0.5, ge=0, le=1)
+    ridge: float = Field(default=0.1, ge=0)
+    smallest: float = Field(default=0.1, gt=0)
+    input_bias: bool = True
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Fit on recorded latents with all quantizers on. Raises `CalibrationError` where the recording cannot be replayed."""
+        rollout = checked(model, data)
+        factors: list[list[float]] = []
+        task = run.progress.add_task("coefficients", total=rollout.steps)
+        with evaluating(model), switched(model, True), torch.no_grad():
+            for k in range(rollout.steps):
+                noise, given = predictions(rollout, k, min(self.samples, rollout.trajectories), self.batch_size)
+                factors.append(self.factor(noise, given).tolist())
+                run.progress.advance(task)
+            bias = self._biases(rollout, factors) if self.input_bias else None
+        run.progress.remove_task(task)
+        scheduler = f"{type(rollout.scheduler).__name__}, {rollout.steps} steps" if bias else ""
+        timesteps, of_timestep = steps_by_timestep(rollout)
+        biases = of_timestep(bias) if bias else None
+        return _kept(model, Coefficients(timesteps=timesteps, factor=of_timestep(factors), bias=biases, scheduler=scheduler))
+
+    def factor(self, noise: Float[Tensor, "channels n"], given: Float[Tensor, "channels n"]) -> Float[Tensor, " channels"]:
+        """The minimum of (1 - relative) mean (K g - e)^2 + relative mean ((K g - e) / e)^2 + ridge (K - 1)^2, for each channel."""
+        ratio = torch.where(noise.abs() >= self.smallest, given / noise, 1.0)
+        over = (1 - self.relative) * (given * noise).mean(dim=1) + self.relative * ratio.mean(dim=1) + self.ridge
+        under = (1 - self.relative) * given.square().mean(dim=1) + self.relative * ratio.square().mean(dim=1) + self.ridge
+        return over / under
+
+    def _biases(self, rollout: Rollout, factors: list[list[float]]) -> list[list[float]]:
+        """By step, how far the latents of the corrected quantized model lie from the recorded ones, on the mean."""
+        trajectories = torch.arange(min(self.samples, rollout.trajectories))
+        chain = rollout.chain(trajectories, range(rollout.steps))
+        latent, state, found = chain.recorded(0), chain.state, []
+        for k in range(rollout.steps):
+            difference = by_channel(latent - chain.recorded(k)).mean(dim=1)
+            found.append(difference.tolist())
+            latent = latent - _shaped(difference, latent)
+            timestep = float(rollout.data.step(trajectories[:1], k).timestep)
+            noise = as_noise(rollout.scheduler, chain.predict(latent, k, state), latent, timestep) * _shaped(factors[k], latent)
+            latent, state = chain.step(from_noise(rollout.scheduler, noise, latent, timestep), latent, k, state)
+        return found
+
+
+def checked(model: nn.Module, data: Trajectory) -> Rollout:
+    """A rollout that was verified, of a scheduler that is supported."""
+    rollout = Rollout(model, data)
+    check_scheduler(rollout.scheduler)
+    rollout.verify()
+    return rollout
+
+
+def predictions(rollout: Rollout, k: int, samples: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The recorded and the quantized model's noise at step `k` on recorded latents, each ``[channels, n]``."""
+    noises: list[Tensor] = []
+    given: list[Tensor] = []
+    for picked in torch.arange(samples).split(batch_size):
+        chain, step = rollout.chain(picked, range(k, k + 1)), rollout.data.step(picked, k)
+        latent, timestep = chain.recorded(0), float(step.timestep)
+        output = chain.predict(latent, 0, chain.state)
+        for values, into in ((step.model_output.to(latent), noises), (output, given)):
+            into.append(by_channel(as_noise(rollout.scheduler, values, latent, timestep).float()))
+    return torch.cat(noises, dim=1), torch.cat(given, dim=1)
+
+
+def by_channel(values: Float[Tensor, "n channels ..."]) -> Float[Tensor, "channels m"]:
+    """All values of each channel."""
+    return values.transpose(0, 1).flatten(1)
+
+
+def steps_by_timestep(rollout: Rollout) -> tuple[tuple[float, ...], Callable[[list[list[float]]], Rows]]:
+    """The recorded timesteps, noisy first, and what picks a row for each from rows by step (PNDM takes one timestep twice)."""
+    first = torch.zeros(1, dtype=torch.long)
+    steps = {float(rollout.data.step(first, k).timestep): k for k in range(rollout.steps)}
+    timesteps = tuple(sorted(steps, reverse=True))
+    return timesteps, lambda rows: tuple(tuple(rows[steps[timestep]]) for timestep in timesteps)
+
+
+def give(model: nn.Module, correction: NoiseEstimate | Proportional | Coefficients) -> None:
+    """Give `model` a correction, which is saved with it; it warns when it is called and nothing applies the correction."""
+    if not hasattr(model, "correction"):
+        model.register_forward_pre_hook(_warn_unless_attached)
+    model.correction = correction  # type: ignore[assignment]
+    model.correction_warned = False  # type: ignore[assignment]
+
+
+def _warn_unless_attached(model: nn.Module, arguments: Any) -> None:
+    if getattr(model, ATTACHED, None) is None and not model.correction_warned:
+        model.correction_warned = True  # type: ignore[assignment]
+        warnings.warn(
+            f"{type(model).__name__}: has a sampling-time correction that nothing applies; call diffquant.attach(pipe)",
+            stacklevel=2,
+        )
+
+
+def _kept(model: nn.Module, correction: NoiseEstimate | Proportional | Coefficients) -> Figures:
+    give(model, correction)
+    return {"correction": correction.model_dump(mode="json")}
+
+
+def _shaped(values: Any, like: Tensor) -> Tensor:
+    return torch.as_tensor(values, device=like.device, dtype=like.dtype).view(1, -1, *[1] * (like.dim() - 2))

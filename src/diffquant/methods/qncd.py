@@ -1,0 +1,148 @@
+"""QNCD's smoothing: the channels that the time embedding raises are divided down before the convolution that follows it.
+
+In a residual block ``conv2(SiLU(h))`` follows ``h = norm(h + embedding)`` or ``h = norm(h) (1 + scale) + shift``, where the
+embedding, or scale and shift, is projected from the timestep. How far that raises a channel is read from the projection alone,
+averaged over the recorded timesteps and conditions, and becomes ``smooth`` of the convolution.
+
+Source: Chu et al. 2024 (arXiv 2403.19140); released code.
+*Differs*: magnitudes are floored at 1 (paper: no floor known; channels that the embedding hardly touches would be divided by nearly
+nothing and become the largest), ``form`` gives the others; what makes a layer's own output worse is not used (``guard``); classes
+and texts enter by the mean over recorded calls. Vectors of several methods on one layer multiply.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffquant.calibration.fit import Run, observe_unit
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.quantizer import StepClock
+from diffquant.core.spec import SpecError
+from diffquant.core.surgery import device_of, full_precision
+from diffquant.methods.passes import Figures, Pass, evaluating
+from diffquant.methods.scaling import has_both, relative_error
+
+SMALLEST = 1e-2  # of a norm's weight, and of the vector where nothing else floors it
+Form = Literal["floored", "unfloored", "released"]
+
+
+@final
+class EmbeddingSmoothing(Pass):
+    """Multiply ``smooth`` of every residual block's second convolution by what the embedding raises its channels by.
+
+    ``form``: ``floored`` at 1; ``unfloored``, as printed; ``released``, the code's: without the magnitude, and normalising the
+    scale as if it were added. With ``guard`` a layer whose own output error would grow keeps its vector.
+    """
+
+    before_ranges: ClassVar[bool] = True
+
+    form: Form = "floored"
+    guard: bool = True
+    samples: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Set the vectors; ranges have to be calibrated afterwards. Raises `SpecError` where no layer is of that kind."""
+        blocks = {name: block for name, block in residual_blocks(model).items() if has_both(block.conv2)}
+        if not blocks:
+            raise SpecError(
+                "EmbeddingSmoothing: no residual block with a time embedding has smooth: true and both operands quantized on conv2"
+            )
+        indices = data.subset(min(self.samples, len(data)), generator)
+        rows: list[dict[str, object]] = []
+        task = run.progress.add_task("embedding smoothing", total=len(blocks))
+        with evaluating(model), torch.no_grad(), full_precision(model):
+            embeddings = projected_embeddings(model, blocks, data, indices.split(self.batch_size))
+            for name, block in blocks.items():
+                layer, found = block.conv2, smoothing(block, embeddings[name], self.form)
+                row: dict[str, object] = {"layer": f"{name}.conv2", "operand": "smooth", "largest": float(found.max())}
+                row["least"], row["used"] = float(found.min()), bool((found != 1).any())
+                if self.guard and row["used"]:
+                    seen = observe_unit(model, layer, data, indices, self.batch_size)
+                    x, target = seen.arguments[0], seen.outputs[0]
+                    row["error_before"], row["error_after"] = before, after = tuple(
+                        relative_error(layer, smooth, x, target, self.batch_size, searched=True)
+                        for smooth in (layer.smooth, layer.smooth * found)
+                    )
+                    row["used"] = after < before
+                if row["used"]:
+                    layer.smooth = layer.smooth * found
+                rows.append(row)
+                run.progress.advance(task)
+        run.progress.remove_task(task)
+        return {"layers": rows, "samples": len(indices)}
+
+    def sample_forwards(self) -> float:
+        """Once for the embeddings, and half the model for each of some ten blocks."""
+        return (6.0 if self.guard else 1.0) * self.samples
+
+
+def residual_blocks(model: nn.Module) -> dict[str, Any]:
+    """Residual blocks of `model` that a projected time embedding enters before a norm or after it, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(module, "time_embedding_norm", None) in ("default", "scale_shift")
+        and isinstance(getattr(module, "time_emb_proj", None), nn.Linear)
+        and isinstance(getattr(module, "norm2", None), nn.GroupNorm)
+        and isinstance(getattr(module, "conv2", None), nn.Conv2d)
+    }
+
+
+def projected_embeddings(
+    model: nn.Module, blocks: dict[str, Any], data: Trajectory, batches: tuple[Tensor, ...]
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """What each block's projection put out over recorded calls: pairs of ``[n, channels]`` and the interval of each sample."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in blocks}
+    clock = model.step_clock
+    assert isinstance(clock, StepClock)
+
+    def watch(name: str, block: Any) -> Any:
+        def see(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            found[name].append((output.float(), torch.as_tensor(clock.interval).expand(len(output))))
+
+        return block.time_emb_proj.register_forward_hook(see)
+
+    handles = [watch(name, block) for name, block in blocks.items()]
+    try:
+        for picked in batches:
+            model(**data.batch(picked, device_of(model))[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def smoothing(block: Any, embeddings: list[tuple[Tensor, Tensor]], form: Form) -> Float[Tensor, " channels"]:
+    """The vector of one block: a mean over timesteps of means over the samples of each."""
+    values, intervals = torch.cat([values for values, _ in embeddings]), torch.cat([where for _, where in embeddings])
+    if block.time_embedding_norm == "scale_shift":
+        values = values.chunk(2, dim=1)[0]  # the shift raises nothing in proportion
+    if form != "released" and block.time_embedding_norm == "scale_shift":
+        raised = _mean_over_time((1 + values).abs(), intervals)
+        return raised.clamp(min=SMALLEST if form == "unfloored" else 1.0)
+    norm: nn.GroupNorm = block.norm2
+    normalised, weight = group_normalised(values, norm), norm.weight.float()
+    if form == "released":
+        return (weight * _mean_over_time(normalised, intervals).clamp(min=1.0)).clamp(min=SMALLEST)
+    raised = _mean_over_time(normalised.abs(), intervals)
+    if form == "unfloored":
+        return (weight.abs() * raised).clamp(min=SMALLEST)
+    return weight.abs().clamp(min=SMALLEST) * raised.clamp(min=1.0)
+
+
+def group_normalised(embeddings: Float[Tensor, "n channels"], norm: nn.GroupNorm) -> Float[Tensor, "n channels"]:
+    """An embedding as the norm after it would see it if it were all there is: by its groups and eps, without its weight."""
+    groups = embeddings.unflatten(1, (norm.num_groups, -1))
+    variance, mean = torch.var_mean(groups, dim=2, keepdim=True, correction=0)
+    normalised: Tensor = ((groups - mean) / (variance + norm.eps).sqrt()).flatten(1)
+    return normalised
+
+
+def _mean_over_time(values: Float[Tensor, "n channels"], intervals: Tensor) -> Float[Tensor, " channels"]:
+    return torch.stack([values[intervals == interval].mean(dim=0) for interval in intervals.unique()]).mean(dim=0)

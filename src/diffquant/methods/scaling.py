@@ -1,0 +1,82 @@
+"""What the methods that choose ``smooth`` share: a layer's output under a vector, quantized over ranges that follow it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from diffquant.core.affine import fake_quantize, scale_from_range
+from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
+from diffquant.core.spec import QuantSpec
+from diffquant.methods.ranges import search_range
+
+
+def has_both(layer: QuantizedLayer) -> bool:
+    """Whether equivalent scaling means anything for `layer`: it has the vector, and both operands are quantized."""
+    return layer.smooth is not None and layer.weight_quantizer is not None and layer.input_quantizer is not None
+
+
+def live_output(layer: QuantizedLayer, smooth: Float[Tensor, " in"], x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+    """The output of `layer` with both operands quantized over their present extremes, per split, differentiable in `smooth`."""
+    return _multiply(layer, _live_input(layer, smooth, x), _live_weight(layer, smooth, searched=False))
+
+
+def relative_error(
+    layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Tensor, batch_size: int, searched: bool = False
+) -> float:
+    """Relative L2 error of `live_output` over all samples, a batch at a time; with ``searched`` weight ranges, as in ``mse``."""
+    error = signal = 0.0
+    with torch.no_grad():
+        weight = _live_weight(layer, smooth, searched)
+        for picked in torch.arange(len(x)).split(batch_size):
+            output = _multiply(layer, _live_input(layer, smooth, x[picked]), weight)
+            error += float((output - target[picked]).square().sum())
+            signal += float(target[picked].float().square().sum())
+    return math.sqrt(error / max(signal, 1e-24))
+
+
+def sample_errors(output: Tensor, target: Tensor, layer: QuantizedLayer) -> Float[Tensor, " n"]:
+    """Squared error of each sample: summed over channels, averaged over positions."""
+    channels = output.shape[1 if isinstance(layer, QuantizedConv2d) else -1]
+    return (output - target.float()).square().flatten(1).mean(dim=1) * channels
+
+
+def _multiply(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
+    if isinstance(layer, QuantizedConv2d):
+        output: Tensor = layer._conv_forward(x, weight, layer.bias)
+        return output
+    return functional.linear(x, weight, layer.bias)
+
+
+def _live_input(layer: QuantizedLayer, smooth: Tensor, x: Tensor) -> Tensor:
+    quantizer, axis = layer.input_quantizer, 1 if isinstance(layer, QuantizedConv2d) else x.dim() - 1
+    assert quantizer is not None
+    x = x.float() / smooth.view([-1 if dim == axis else 1 for dim in range(x.dim())])
+    return torch.cat([_live(part, 1, quantizer.spec) for part in x.split(_sizes(layer), dim=axis)], dim=axis)
+
+
+def _live_weight(layer: QuantizedLayer, smooth: Tensor, searched: bool) -> Tensor:
+    quantizer = layer.weight_quantizer
+    assert quantizer is not None and layer.weight is not None
+    weight = layer.weight.float() * smooth.view(1, -1, *[1] * (layer.weight.dim() - 2))
+    parts = weight.split(_sizes(layer), dim=1)
+    return torch.cat([_live(part, quantizer.rows, quantizer.spec, searched) for part in parts], dim=1)
+
+
+def _sizes(layer: QuantizedLayer) -> tuple[int, ...]:
+    assert layer.input_quantizer is not None and layer.weight_quantizer is not None and layer.smooth is not None
+    return layer.input_quantizer.splits or layer.weight_quantizer.splits or (len(layer.smooth),)
+
+
+def _live(values: Tensor, rows: int, spec: QuantSpec, searched: bool = False) -> Tensor:
+    flat = values.reshape(rows, -1)
+    low, high = flat.amin(dim=1), flat.amax(dim=1)
+    if searched:
+        low, high = search_range(flat, torch.ones_like(flat), spec, (low, high))
+    scale, zero_point = scale_from_range(low, high, spec)
+    shape = (-1, *[1] * (values.dim() - 1))
+    return fake_quantize(values, scale.view(shape), zero_point.view(shape), spec)

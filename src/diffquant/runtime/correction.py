@@ -1,0 +1,326 @@
+"""Corrections while sampling: a model's correction, applied where its pipeline calls ``scheduler.step``.
+
+A checkpoint keeps its correction in the denoiser's config. The hooks of a loaded denoiser do not see the scheduler, and pipelines
+may rebuild theirs, so `attach` makes the connection once the pipeline stands; `load` does it by itself. A denoiser that is sampled
+without its correction warns once.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from diffquant.calibration.observe import Pipeline, find_denoiser, predicted
+from diffquant.calibration.rollout import guidance_weight, leading_channels, restore, snapshot
+from diffquant.core.spec import SpecError
+from diffquant.methods.corrections import (
+    ATTACHED,
+    SIGMA_SPACE,
+    Coefficients,
+    NoiseEstimate,
+    Proportional,
+    as_noise,
+    check_scheduler,
+    from_noise,
+    row_at,
+    signal_level,
+)
+
+LARGEST_MISS = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative, of a guided prediction put together again; else 5e-2
+
+
+def attach(pipe: Pipeline, correction: NoiseEstimate | Proportional | Coefficients | None = None) -> Attachment:
+    """Correct what `pipe` samples from now on, by `correction` or its denoiser's own; one that was attached before is replaced.
+
+    Raises `SpecError` where the denoiser has none, or for a scheduler that is not supported, by name.
+    """
+    _, denoiser = find_denoiser(pipe)
+    correction = correction or getattr(denoiser, "correction", None)
+    if correction is None:
+        raise SpecError(f"{type(denoiser).__name__}: has no correction; a pass such as RuntimeNoiseEstimate gives it one")
+    detach(pipe)
+    return Attachment(denoiser, pipe.scheduler, correction)
+
+
+def detach(pipe: Pipeline) -> None:
+    """Sample without a correction again."""
+    found = attachment_of(pipe)
+    if found is not None:
+        found.detach()
+
+
+def attachment_of(pipe: Pipeline) -> Attachment | None:
+    """What `attach` made for this pipeline's denoiser, if anything."""
+    return getattr(find_denoiser(pipe)[1], ATTACHED, None)
+
+
+class Attachment:
+    """A correction at work: it stands in for ``step`` and ``set_timesteps`` of one scheduler, and watches the denoiser.
+
+    ``extra_calls`` counts the denoiser calls that the correction has added.
+    """
+
+    def __init__(self, denoiser: nn.Module, scheduler: Any, correction: NoiseEstimate | Proportional | Coefficients) -> None:
+        check_scheduler(scheduler)
+        self.denoiser, self.correction, self.extra_calls = denoiser, correction, 0
+        self._estimating = False
+        self._handle = denoiser.register_forward_hook(self._see, with_kwargs=True)
+        self._take(scheduler)
+        setattr(denoiser, ATTACHED, self)
+
+    def detach(self) -> None:
+        """Put everything back."""
+        self._give_back()
+        self._handle.remove()
+        setattr(self.denoiser, ATTACHED, None)
+
+    @contextmanager
+    def moved_to(self, scheduler: Any) -> Iterator[None]:
+        """Work on another scheduler while the block runs."""
+        before = self.scheduler
+        if scheduler is before:
+            yield
+            return
+        check_scheduler(scheduler)
+        self._give_back()
+        self._take(scheduler)
+        try:
+            yield
+        finally:
+            self._give_back()
+            self._take(before)
+
+    def _take(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self._original = {name: getattr(scheduler, name) for name in ("step", "set_timesteps")}
+        scheduler.step = functools.wraps(self._original["step"])(_Standin(self._step))
+        scheduler.set_timesteps = functools.wraps(self._original["set_timesteps"])(_Standin(self._begin))
+        self._reset()
+
+    def _give_back(self) -> None:
+        for name in self._original:
+            vars(self.scheduler).pop(name, None)
+
+    def _begin(self, *arguments: Any, **keywords: Any) -> Any:
+        """A run begins: nothing of the last one counts."""
+        result = self._original["set_timesteps"](*arguments, **keywords)
+        self._reset()
+        return result
+
+    def _reset(self) -> None:
+        self._number = 0
+        self._held: Tensor | None = None
+        self._call: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
+
+    def _see(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        if not self._estimating:
+            self._call = arguments, keywords, predicted(module, output)
+
+    def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        """The scheduler's step on the corrected prediction."""
+        self._number += 1
+        if isinstance(self.correction, NoiseEstimate):
+            held = self._refreshed(self.correction, model_output, timestep, sample, arguments, keywords)
+            if held is not None:
+                model_output = self._changed(model_output, sample, float(timestep), lambda noise: noise - held)
+            return self._original["step"](model_output, timestep, sample, *arguments, **keywords)
+        if isinstance(self.correction, Proportional):
+            return self._proportional(self.correction, model_output, timestep, sample, arguments, keywords)
+        return self._coefficients(self.correction, model_output, timestep, sample, arguments, keywords)
+
+    def _changed(self, model_output: Tensor, sample: Tensor, timestep: float, change: Any) -> Tensor:
+        """The prediction with its noise changed; channels beyond the latent's (a variance) stay."""
+        leading = leading_channels(model_output, sample)
+        noise = change(as_noise(self.scheduler, leading, sample, timestep))
+        changed = from_noise(self.scheduler, noise, sample, timestep).to(model_output.dtype)
+        return torch.cat([changed, model_output[:, sample.shape[1] :]], dim=1)
+
+    # ---- QNCD
+
+    def _refreshed(
+        self, correction: NoiseEstimate, output: Tensor, timestep: Any, sample: Tensor, arguments: tuple[Any, ...], keywords: Any
+    ) -> Tensor | None:
+        """The estimate that counts at this step, if any."""
+        if self._number - 1 in correction.refreshes(len(self.scheduler.timesteps)):
+            self._held = self._estimate(correction, output, timestep, sample, arguments, keywords)
+        elif not correction.hold:
+            self._held = None
+        return self._held
+
+    def _estimate(
+        self,
+        correction: NoiseEstimate,
+        output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        arguments: tuple[Any, ...],
+        keywords: Any,
+    ) -> Tensor:
+        """What the model gets wrong on the mean when the step's result is noised back to `timestep` with known noise."""
+        state = snapshot(self.scheduler)
+        with _generators_kept(keywords.get("generator"), sample.device):
+            result = self._original["step"](output, timestep, sample, *arguments, **keywords)
+        after = result.prev_sample if hasattr(result, "prev_sample") else result[0]
+        restore(self.scheduler, state)
+        generator = torch.Generator().manual_seed(correction.seed * 100_003 + self._number)
+        known = torch.randn(sample.shape[1:], generator=generator)[None].to(sample)  # one for all images: none depends on its place
+        if correction.zero_mean:
+            known = known - known.mean()
+        noised = self._noised(after, known, timestep)
+        wrong = as_noise(self.scheduler, self._predict(noised, timestep, output), noised, float(timestep)) - known
+        self.extra_calls += 1
+        return wrong.mean(dim=tuple(range(0 if correction.scope == "batch" else 1, wrong.dim())), keepdim=True)
+
+    def _noised(self, after: Tensor, noise: Tensor, timestep: Any) -> Tensor:
+        """`after`, a latent at the next timestep, with as much noise more as belongs to `timestep`."""
+        following = self.scheduler.timesteps[self._number]
+        if type(self.scheduler).__name__ in SIGMA_SPACE:
+            here, there = (self.scheduler.sigmas[self.scheduler.index_for_timestep(t)] for t in (timestep, following))
+            return after + noise * float((here**2 - there**2).clamp(min=0).sqrt())
+        ratio = signal_level(self.scheduler, float(timestep)) / signal_level(self.scheduler, float(following))
+        noised: Tensor = after * ratio**0.5 + noise * (1 - ratio) ** 0.5
+        return noised
+
+    def _predict(self, latent: Tensor, timestep: Any, model_output: Tensor) -> Tensor:
+        """What would reach the scheduler for another latent: the last call of the denoiser again, its halves combined as they were.
+
+        Raises `SpecError` where the last call does not give `model_output`.
+        """
+        if self._call is None:
+            raise SpecError("correction: scheduler.step came before any call of the denoiser; attach it to this pipeline")
+        arguments, keywords, output = self._call
+        output, wanted = leading_channels(output, latent), leading_channels(model_output, latent)
+        combine = _combination(output, wanted)
+        name = next(iter(keywords)) if not arguments else None
+        given = arguments[0] if name is None else keywords[name]
+        scaled = self.scheduler.scale_model_input(latent, timestep).to(given.dtype)
+        doubled = torch.cat([scaled] * (len(given) // len(scaled)))
+        doubled = torch.cat([doubled, given[:, latent.shape[1] :]], dim=1)
+        self._estimating = True
+        try:
+            with torch.no_grad():
+                if name is None:
+                    again = self.denoiser(doubled, *arguments[1:], **keywords)
+                else:
+                    again = self.denoiser(**(keywords | {name: doubled}))
+        finally:
+            self._estimating = False
+        combined: Tensor = combine(leading_channels(predicted(self.denoiser, again), latent))
+        return combined
+
+    # ---- PTQD and TAC
+
+    def _proportional(
+        self, correction: Proportional, output: Tensor, timestep: Any, sample: Tensor, arguments: tuple[Any, ...], keywords: Any
+    ) -> Any:
+        row = row_at(correction.timesteps, float(timestep))
+        slope, mean, deviation = (_shaped(rows[row], sample) for rows in (correction.slope, correction.mean, correction.deviation))
+        corrected = self._changed(output, sample, float(timestep), lambda noise: (noise - mean) / (1 + slope))
+        factor = self._noise_left(float(timestep), deviation / (1 + slope), float(keywords.get("eta", 0.0)))
+        with _drawn_noise_scaled(self.scheduler, factor):
+            return self._original["step"](corrected, timestep, sample, *arguments, **keywords)
+
+    def _noise_left(self, timestep: float, deviation: Tensor, eta: float) -> Tensor | None:
+        """By what the sampler's own noise is multiplied so that with the residual's it has the variance it should."""
+        scheduler, kind = self.scheduler, type(self.scheduler).__name__
+        if kind not in ("DDIMScheduler", "DDPMScheduler") or (kind == "DDIMScheduler" and eta == 0):
+            return None
+        level = signal_level(scheduler, timestep)
+        before = int(timestep) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        if kind == "DDIMScheduler":
+            reached = signal_level(scheduler, before) if before >= 0 else float(scheduler.final_alpha_cumprod)
+            variance = eta**2 * float(scheduler._get_variance(int(timestep), before))
+            weight = max(1 - reached - variance, 0) ** 0.5 - (reached * (1 - level) / level) ** 0.5
+        else:
+            before = int(scheduler.previous_timestep(int(timestep)))
+            reached = signal_level(scheduler, before) if before >= 0 else 1.0
+            alpha = level / reached
+            variance = (1 - reached) / (1 - level) * (1 - alpha)
+            weight = (1 - alpha) / (alpha * (1 - level)) ** 0.5
+        return None if variance <= 0 else (1 - weight**2 * deviation**2 / variance).clamp(min=0).sqrt()
+
+    def _coefficients(
+        self, correction: Coefficients, output: Tensor, timestep: Any, sample: Tensor, arguments: tuple[Any, ...], keywords: Any
+    ) -> Any:
+        here = f"{type(self.scheduler).__name__}, {self.scheduler.num_inference_steps} steps"
+        if correction.bias is not None and here != correction.scheduler:
+            raise SpecError(
+                f"correction: its input bias was fitted on {correction.scheduler}; this is {here}; fit it with input_bias: false"
+            )
+        factor = _shaped(correction.factor[row_at(correction.timesteps, float(timestep))], sample)
+        corrected = self._changed(output, sample, float(timestep), lambda noise: noise * factor)
+        result = self._original["step"](corrected, timestep, sample, *arguments, **keywords)
+        if correction.bias is None or self._number >= len(self.scheduler.timesteps):
+            return result
+        following = float(self.scheduler.timesteps[self._number])
+        bias = _shaped(correction.bias[row_at(correction.timesteps, following)], sample)
+        if isinstance(result, tuple):
+            return (result[0] - bias, *result[1:])
+        result.prev_sample = result.prev_sample - bias
+        return result
+
+
+class _Standin:
+    """A bound method in place of a scheduler's; unlike a closure it follows its object through `copy.deepcopy`."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.method(*arguments, **keywords)
+
+
+def _combination(output: Tensor, wanted: Tensor) -> Any:
+    """How a pipeline made `wanted` of the denoiser's `output`: took it, or weighed its halves (and may have doubled that)."""
+    largest = LARGEST_MISS.get(wanted.dtype, 5e-2)
+    if output.shape == wanted.shape and float((output - wanted).norm()) <= largest * float(wanted.norm()):
+        return lambda again: again
+    if len(output) % 2 == 0 and len(wanted) in (len(output), len(output) // 2):
+        first, second = output.chunk(2)
+        weight, missed = guidance_weight(first, second, wanted[: len(first)])
+        if missed <= largest:
+            copies = len(wanted) // len(first)
+
+            def combine(again: Tensor) -> Tensor:
+                first, second = again.chunk(2)
+                return torch.cat([first + weight * (second - first)] * copies)
+
+            return combine
+    raise SpecError(
+        "correction: what reached the scheduler is no weighted sum of the halves of the denoiser's last call; "
+        "sample without guidance_rescale and the like, or without the correction"
+    )
+
+
+@contextmanager
+def _drawn_noise_scaled(scheduler: Any, factor: Tensor | None) -> Iterator[None]:
+    """While the block runs, noise that the scheduler draws is multiplied by `factor`; its mean step stays what it is."""
+    module = sys.modules[type(scheduler).__module__]
+    if factor is None or not hasattr(module, "randn_tensor"):
+        yield
+        return
+    original = module.randn_tensor
+    with mock.patch.object(module, "randn_tensor", lambda *given, **more: original(*given, **more) * factor):
+        yield
+
+
+@contextmanager
+def _generators_kept(generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> Iterator[None]:
+    """Whatever the block draws, the generators (or torch's own) are as before afterwards."""
+    given = generator if isinstance(generator, list) else [generator] if generator is not None else []
+    states = [each.get_state() for each in given]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    for each, state in zip(given, states, strict=True):
+        each.set_state(state)
+
+
+def _shaped(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, *[1] * (like.dim() - 2))

@@ -186,15 +186,14 @@ def zoo_list() -> None:
 
 @zoo_app.command(name="train")
 def zoo_train(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(models.NAMES)}.")],
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(models.TRAINABLE)}.")],
     out: Annotated[Path, typer.Option(help="Folder of the trained model and of the training state; a killed run goes on.")],
     steps: Annotated[int | None, typer.Option(help="Training steps (default: those of the shipped model).")] = None,
     seed: Seed = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="Train glyph-ddim compiled: faster, needs a C++ compiler.")] = False,
 ) -> None:
     """Train a reference model on letters rendered from the installed fonts."""
-    models.check_name(name)
-    letters = render_letters()
+    letters = render_letters(size=models.picture_size(name))
     console.print(f"{len(letters.labels)} letters of {len(letters.names)} fonts, sha256 {letters.digest()[:16]}")
     console.print_json(data=models.train_model(name, letters, out, steps, seed, compiled))
 

@@ -26,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
@@ -147,6 +147,11 @@ def ssim(reference: UInt8[Tensor, "n c h w"], other: UInt8[Tensor, "n c h w"]) -
 def confidence(logits: Float[Tensor, "n classes"]) -> Float[Tensor, " n"]:
     """Largest class probability of each sample; the mean over samples is how legible a classifier finds them."""
     return logits.double().softmax(dim=1).amax(dim=1)
+
+
+def accuracy(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> float:
+    """Share of samples whose most likely class is the one in `labels`."""
+    return float((logits.argmax(dim=1) == labels).double().mean())
 
 
 def bootstrap_mean(values: Float[Tensor, " n"], generator: torch.Generator, resamples: int = RESAMPLES) -> Interval:

@@ -2,7 +2,8 @@
 
 The fonts come from Debian's font packages (``zoo/README.md`` lists them) and are needed for training only. A font is kept when it
 really has the 26 letters: one glyph each, 26 different pictures, and shapes that resemble the median shape of the letter, which
-drops symbol fonts, boxes for missing glyphs, and faces that nobody can read.
+drops symbol fonts, boxes for missing glyphs, and faces that nobody can read. What a font says of its style
+is kept with it (`prompts.style_of`).
 """
 
 from __future__ import annotations
@@ -15,37 +16,49 @@ from pathlib import Path
 import numpy as np
 import torch
 from fontTools.ttLib import TTFont, TTLibError
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 from torch import Tensor
 
 from diffquant.core.spec import ZooError
+from diffquant.zoo.prompts import LETTERS, style_of
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SIZE = 32  # pixels, height and width of a picture
-INK_BOX = 24  # pixels, the longer side of a letter
+INK_SHARE = 0.75  # of that, the longer side of a letter
 RENDER_SIZE = 160  # points at which a letter is drawn before it is scaled down
 MIN_AGREEMENT = 14  # of 26 letters must be nearest to the median shape of the right letter
 HELD_OUT_EVERY = 10  # every tenth font is kept for validation
 FONT_DIRECTORIES = (Path("/usr/share/fonts"), Path("/usr/share/texmf/fonts"), Path("/usr/local/share/fonts"))
 
 
+def to_samples(pictures: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Grey values 0 to 255 as float32 in [-1, 1]."""
+    return pictures.float().div(127.5).sub(1.0)
+
+
+def rgb_samples(pictures: UInt8[Tensor, "n h w"]) -> Float[Tensor, "n 3 h w"]:
+    """Grey pictures as samples of three equal channels, channels last in memory."""
+    return to_samples(pictures)[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class Letters:
     """Pictures of capital letters, and where they come from.
 
-    ``pictures`` are grey values, 0 (ink) to 255 (paper); ``labels`` index `LETTERS`; ``fonts`` index ``names``.
+    ``pictures`` are grey values, 0 (ink) to 255 (paper); ``labels`` index `LETTERS`; ``fonts`` index ``names`` and ``styles``, the
+    words that the fonts' metadata support.
     """
 
-    pictures: UInt8[Tensor, "n 32 32"]
+    pictures: UInt8[Tensor, "n size size"]
     labels: Int[Tensor, " n"]
     fonts: Int[Tensor, " n"]
     names: tuple[str, ...]
+    styles: tuple[str, ...] = ()
 
     def samples(self) -> Tensor:
-        """The pictures as the model sees them: float32 in [-1, 1], ``[n, 1, 32, 32]``."""
-        return self.pictures.float().div(127.5).sub(1.0)[:, None]
+        """The pictures as the model sees them: float32 in [-1, 1], ``[n, 1, size, size]``."""
+        return to_samples(self.pictures)[:, None]
 
     def split(self) -> tuple[Letters, Letters]:
         """Letters of nine tenths of the fonts, and those of the held-out tenth."""
@@ -59,11 +72,20 @@ class Letters:
         return sha.hexdigest()
 
     def _subset(self, keep: Tensor) -> Letters:
-        return Letters(self.pictures[keep], self.labels[keep], self.fonts[keep], self.names)
+        return Letters(self.pictures[keep], self.labels[keep], self.fonts[keep], self.names, self.styles)
 
 
-def render_letter(font: ImageFont.FreeTypeFont, letter: str) -> np.ndarray | None:
-    """One letter, centred, its longer side `INK_BOX` pixels: uint8 ``[32, 32]``; None where the font draws nothing."""
+@dataclass(frozen=True)
+class Face:
+    """The 26 letters of a font file, uint8 ``[26, 32, 32]``, and the words of its style."""
+
+    path: Path
+    style: str
+    letters: np.ndarray
+
+
+def render_letter(font: ImageFont.FreeTypeFont, letter: str, size: int = SIZE) -> np.ndarray | None:
+    """One letter, centred, its longer side `INK_SHARE` of `size`: uint8 ``[size, size]``; None where the font draws nothing."""
     left, top, right, bottom = font.getbbox(letter)
     width, height = int(right - left), int(bottom - top)
     if width < 4 or height < 4 or max(width, height) > 20 * RENDER_SIZE:
@@ -74,71 +96,89 @@ def render_letter(font: ImageFont.FreeTypeFont, letter: str) -> np.ndarray | Non
     if inked is None:
         return None
     ink = ink.crop(inked)
-    scale = INK_BOX / max(ink.size)
+    scale = INK_SHARE * size / max(ink.size)
     ink = ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.LANCZOS)
-    picture = Image.new("L", (SIZE, SIZE), 255)
-    picture.paste(ink, ((SIZE - ink.width) // 2, (SIZE - ink.height) // 2))
+    picture = Image.new("L", (size, size), 255)
+    picture.paste(ink, ((size - ink.width) // 2, (size - ink.height) // 2))
     return np.asarray(picture)
 
 
-def render_font(path: Path) -> np.ndarray | None:
-    """The 26 letters of a font, uint8 ``[26, 32, 32]``; None where the font cannot be used.
+def draw_letters(path: Path, size: int = SIZE) -> np.ndarray:
+    """The 26 letters of a font file, uint8 ``[26, size, size]``. Raises `ValueError` where it draws nothing for one of them."""
+    font = ImageFont.truetype(str(path), RENDER_SIZE)
+    pictures = [picture for letter in LETTERS if (picture := render_letter(font, letter, size)) is not None]
+    if len(pictures) < len(LETTERS):
+        raise ValueError(f"{path}: draws {len(pictures)} of {len(LETTERS)} letters")
+    return np.stack(pictures)
+
+
+def render_font(path: Path) -> Face | None:
+    """The letters and the style of a font; None where the font cannot be used.
 
     A font is refused when it is unreadable, lacks a letter, maps two letters to one picture, or draws (nearly) blank or black ones.
     """
     try:
         with path.open("rb") as file, TTFont(file, fontNumber=0, lazy=True) as tables:
-            coverage = tables.getBestCmap() or {}
+            coverage, style = tables.getBestCmap() or {}, style_of(tables)
         if any(ord(letter) not in coverage for letter in LETTERS):
             return None
-        font = ImageFont.truetype(str(path), RENDER_SIZE)
-        drawn = [render_letter(font, letter) for letter in LETTERS]
+        letters = draw_letters(path)
     except (OSError, TTLibError, KeyError, ValueError, AssertionError):
         return None  # a damaged or bitmap-only font: one of many, not worth stopping for
-    pictures = [picture for picture in drawn if picture is not None]
-    if len(pictures) < len(LETTERS) or len({picture.tobytes() for picture in pictures}) < len(LETTERS):
+    if len({picture.tobytes() for picture in letters}) < len(LETTERS):
         return None
-    letters = np.stack(pictures)
     ink_share = 1.0 - letters.mean(axis=(1, 2)) / 255.0
-    return letters if ink_share.min() > 0.02 and ink_share.max() < 0.5 else None
+    return Face(path, style, letters) if ink_share.min() > 0.02 and ink_share.max() < 0.5 else None
 
 
-def render_letters(directories: tuple[Path, ...] = FONT_DIRECTORIES) -> Letters:
-    """Render the capital letters of every usable font below `directories`; fonts with equal letters count once.
+def usable_fonts(directories: tuple[Path, ...]) -> list[Face]:
+    """Every usable font below `directories`; fonts with equal letters count once.
 
-    Raises `ZooError` when fewer than 50 fonts are usable.
+    Raises `ZooError` when there are fewer than 50.
     """
     files = sorted(path for root in directories for path in root.rglob("*") if path.suffix.lower() in {".ttf", ".otf", ".ttc"})
-    by_picture: dict[bytes, tuple[str, np.ndarray]] = {}
+    by_picture: dict[bytes, Face] = {}
     for path in track(files, description="rendering fonts"):
-        letters = render_font(path)
-        if letters is not None:
-            by_picture.setdefault(hashlib.sha256(letters.tobytes()).digest(), (path.name, letters))
+        face = render_font(path)
+        if face is not None:
+            by_picture.setdefault(hashlib.sha256(face.letters.tobytes()).digest(), face)
     fonts = _legible(list(by_picture.values()))
     if len(fonts) < 50:
         raise ZooError(
             f"fonts: {len(fonts)} usable fonts below {', '.join(map(str, directories))}; at least 50 are needed; "
             "install the font packages that src/diffquant/zoo/README.md lists"
         )
+    return fonts
+
+
+def render_letters(directories: tuple[Path, ...] = FONT_DIRECTORIES, size: int = SIZE) -> Letters:
+    """Render the capital letters of every usable font below `directories`.
+
+    Which fonts are usable is decided at 32x32 whatever the `size`, so that all sizes hold out the same fonts.
+    Raises `ZooError` when fewer than 50 fonts are usable.
+    """
+    fonts = usable_fonts(directories)
+    letters = [face.letters if size == SIZE else draw_letters(face.path, size) for face in fonts]
     return Letters(
-        pictures=torch.from_numpy(np.concatenate([letters for _, letters in fonts])),
+        pictures=torch.from_numpy(np.concatenate(letters)),
         labels=torch.arange(len(LETTERS)).repeat(len(fonts)),
         fonts=torch.arange(len(fonts)).repeat_interleave(len(LETTERS)),
-        names=tuple(name for name, _ in fonts),
+        names=tuple(face.path.name for face in fonts),
+        styles=tuple(face.style for face in fonts),
     )
 
 
-def _legible(fonts: list[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
+def _legible(fonts: list[Face]) -> list[Face]:
     """The fonts whose letters are mostly nearest to the median shape of the right letter."""
     if not fonts:
         return []
-    pictures = np.stack([letters for _, letters in fonts]).astype(np.float32)  # [fonts, 26, 32, 32]
-    median = np.median(pictures, axis=0).reshape(len(LETTERS), -1)  # [26, 1024]
+    median = np.median(np.stack([face.letters for face in fonts]), axis=0).reshape(len(LETTERS), -1)  # [26, size * size]
     kept = []
-    for (name, letters), flat in zip(fonts, pictures.reshape(len(fonts), len(LETTERS), -1), strict=True):
+    for face in fonts:
+        flat = face.letters.reshape(len(LETTERS), -1).astype(np.float32)
         distance = ((flat[:, None] - median[None]) ** 2).sum(axis=-1)  # [26 letters, 26 medians]
         if (distance.argmin(axis=1) == np.arange(len(LETTERS))).sum() >= MIN_AGREEMENT:
-            kept.append((name, letters))
+            kept.append(face)
     return kept
 
 

@@ -8,28 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from jaxtyping import Float, UInt8
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from jaxtyping import Float, Int, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import run
 from diffquant.core.spec import ZooError
 from diffquant.evaluation.compare import DataStatistics
-from diffquant.evaluation.metrics import confidence
-from diffquant.zoo.data import LETTERS, Letters
+from diffquant.evaluation.metrics import accuracy, confidence
+from diffquant.zoo import latent
+from diffquant.zoo.data import SIZE, Letters, to_samples
+from diffquant.zoo.prompts import LETTERS
 from diffquant.zoo.train import classification_loss, denoising_loss, train, two_rounds
 
-PIPELINES = ("glyph-ddim",)
+PIPELINES = ("glyph-ddim", "glyph-sd", "glyph-dit")
 NAMES = (*PIPELINES, "glyph-classifier")
+TRAINABLE = (*NAMES, "glyph-vae")  # the autoencoder comes inside of the pipelines
 FEATURES = 64  # width of the classifier's penultimate layer, the feature space of FID and KID
 STATISTICS = "letters.safetensors"
-DEFAULT_STEPS = {"glyph-ddim": 10000, "glyph-classifier": 2000}
+DEFAULT_STEPS = {"glyph-ddim": 10000, "glyph-classifier": 2000, "glyph-vae": 2500, "glyph-sd": 6500, "glyph-dit": 3000}
 DATA_SAMPLES = 8192  # real letters whose features are shipped
 
 
@@ -83,24 +88,30 @@ class GlyphFeatures:
         self.classifier, self.sha256 = classifier.eval(), sha256
 
     @torch.no_grad()
-    def features(self, pictures: UInt8[Tensor, "n 1 32 32"]) -> Float[Tensor, "n d"]:
-        """Penultimate features of grey pictures."""
+    def features(self, pictures: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Penultimate features of pictures, grey or RGB, 32x32 or a multiple of it."""
         return self.classifier.penultimate(_samples(pictures))
 
     @torch.no_grad()
-    def confidence(self, pictures: UInt8[Tensor, "n 1 32 32"]) -> Float[Tensor, " n"] | None:
+    def confidence(self, pictures: UInt8[Tensor, "n c h w"]) -> Float[Tensor, " n"] | None:
         """Probability of the letter that the classifier finds most likely."""
         return confidence(self.classifier(_samples(pictures)))
 
+    @torch.no_grad()
+    def accuracy(self, pictures: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> float:
+        """Share of pictures of the letter that was asked for: ``prompts.labels_of(prompts)``, or the class labels."""
+        return accuracy(self.classifier(_samples(pictures)), labels)
 
-def _samples(pictures: UInt8[Tensor, "n 1 32 32"]) -> Float[Tensor, "n 1 32 32"]:
-    return pictures.float().div(127.5).sub(1.0)
+
+def _samples(pictures: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 1 32 32"]:
+    """What the classifier sees: the mean over channels and over the pixels that fall into one of 32x32."""
+    return nn.functional.adaptive_avg_pool2d(to_samples(pictures).mean(dim=1, keepdim=True), SIZE)
 
 
-def check_name(name: str) -> None:
-    """Raises `ZooError` unless `name` is a reference model's."""
-    if name not in NAMES:
-        raise ZooError(f"zoo: {name!r} is unknown; allowed are {', '.join(NAMES)}")
+def check_name(name: str, allowed: tuple[str, ...] = NAMES) -> None:
+    """Raises `ZooError` unless `name` is one of `allowed`."""
+    if name not in allowed:
+        raise ZooError(f"zoo: {name!r} is unknown; allowed are {', '.join(allowed)}")
 
 
 def folder() -> Path:
@@ -118,7 +129,7 @@ def path(name: str) -> Path:
 
 
 def load(name: str) -> Any:
-    """A reference model: ``glyph-ddim`` as a `DDIMPipeline`, ``glyph-classifier`` as `GlyphFeatures`.
+    """A reference model: ``glyph-classifier`` as `GlyphFeatures`, the others as stock pipelines in float32.
 
     Raises `ZooError` for an unknown name, and when the weights are not those that `hashes.json` fixes.
     """
@@ -128,7 +139,7 @@ def load(name: str) -> Any:
         classifier = GlyphClassifier()
         classifier.load_state_dict(load_file(found / "model.safetensors"))
         return GlyphFeatures(classifier, file_hash(found / "model.safetensors"))
-    pipe = DDIMPipeline.from_pretrained(found)
+    pipe = DiffusionPipeline.from_pretrained(found, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -185,16 +196,31 @@ def train_glyph_classifier(letters: Letters, out: Path, steps: int, seed: int) -
         features = torch.cat([classifier.penultimate(part) for part in training.samples()[picked].split(512)])
         save_file({"features": features.half()}, target / STATISTICS)
         logits = torch.cat([classifier(part) for part in held_out.samples().split(512)])
-    accuracy = float((logits.argmax(1) == held_out.labels).float().mean())
-    return {"held_out_accuracy": accuracy, "held_out_confidence": float(confidence(logits).mean())}
+    return {"held_out_accuracy": accuracy(logits, held_out.labels), "held_out_confidence": float(confidence(logits).mean())}
+
+
+def picture_size(name: str) -> int:
+    """Height and width of the letters that `name` is trained on. Raises `ZooError` for an unknown name."""
+    check_name(name, TRAINABLE)
+    return latent.PICTURE_SIZE if name in ("glyph-vae", "glyph-sd", "glyph-dit") else SIZE
 
 
 def train_model(name: str, letters: Letters, out: Path, steps: int | None, seed: int, compiled: bool = False) -> dict[str, Any]:
-    """Train the reference model `name` into `out`; return what is worth knowing of it. Raises `ZooError` for an unknown name."""
-    check_name(name)
+    """Train the reference model `name` into `out`; return what is worth knowing of it.
+
+    The autoencoder that ``glyph-sd`` and ``glyph-dit`` need is trained first where `out` has none.
+    Raises `ZooError` for an unknown name.
+    """
+    check_name(name, TRAINABLE)
     steps = DEFAULT_STEPS[name] if steps is None else steps
     figures: dict[str, Any] = {"model": name, "steps": steps, "seed": seed, "letters_sha256": letters.digest()}
-    if name == "glyph-ddim":
-        train_glyph_ddim(letters, out, steps, seed, compiled)
-        return figures
-    return figures | train_glyph_classifier(letters, out, steps, seed)
+    if name in ("glyph-sd", "glyph-dit") and not (out / "glyph-vae").is_dir():
+        figures["glyph-vae"] = train_model("glyph-vae", letters, out, None, seed)
+    trainers: dict[str, Callable[[Letters, Path, int, int], dict[str, float] | None]] = {
+        "glyph-ddim": partial(train_glyph_ddim, compiled=compiled),
+        "glyph-classifier": train_glyph_classifier,
+        "glyph-vae": latent.train_glyph_vae,
+        "glyph-sd": latent.train_glyph_sd,
+        "glyph-dit": latent.train_glyph_dit,
+    }
+    return figures | (trainers[name](letters, out, steps, seed) or {})

@@ -21,6 +21,10 @@ QUICK["dmq"] = (
     *(f"passes.{index}.{option}" for index in (0, 2) for option in ("samples=4", "iterations=1")),
     *("passes.1.samples=16", "passes.1.candidates=4", "passes.3.samples=16"),
 )
+QUICK["qncd"] = (
+    *("passes.0.samples=4", "passes.1.samples=8", "passes.1.candidates=4"),
+    *(f"passes.{index}.{option}" for index in (2, 3) for option in ("samples=4", "iterations=1")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,7 @@ def test_a_recipe_that_does_not_start_with_ranges_is_refused(tmp_path):
         load_recipe(str(path))
 
 
+@pytest.mark.filterwarnings("ignore:UNet2DModel. has a sampling-time correction:UserWarning")
 @pytest.mark.parametrize("name", shipped())
 def test_quantize_ends_frozen_and_says_what_it_did(name, pipe, data):
     model = copy.deepcopy(pipe.unet)

@@ -30,7 +30,7 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import LayerRule, RecipeError, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, freeze, plan, prepare
 from diffquant.methods.accuquant import AccuQuant
-from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate, Stored, give
+from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate, Stored, give, warn_unless_attached
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
 from diffquant.methods.qncd import EmbeddingSmoothing
@@ -196,6 +196,8 @@ def quantize(
                 shutil.rmtree(done.with_suffix(""), ignore_errors=True)  # what the pass kept while it was not finished
     enable(model)
     freeze(model)
+    if hasattr(model, "correction"):
+        model.register_forward_pre_hook(warn_unless_attached)
     model.recipe_name = recipe.full_name  # type: ignore[assignment]
     return report
 

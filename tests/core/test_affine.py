@@ -18,6 +18,7 @@ from diffquant.core.affine import (
     quantize_rounded,
     round_down,
     round_straight_through,
+    scale_around,
     scale_from_range,
 )
 from diffquant.core.spec import QuantSpec, SpecError
@@ -191,3 +192,13 @@ def test_the_gradient_of_the_scale_is_that_of_lsq(symmetric: bool) -> None:
 def test_dequantize_is_code_less_zero_point_times_scale() -> None:
     codes = torch.tensor([0.0, 3.0, 15.0])
     assert dequantize(codes, torch.tensor(0.25), torch.tensor(4.0)).tolist() == [-1.0, -0.25, 2.75]
+
+
+def test_scale_around_a_zero_point_covers_both_sides():
+    spec = QuantSpec(bits=4)
+    low, high, zero_point = torch.tensor([-1.0, -3.0, 0.0]), torch.tensor([12.0, 3.0, 6.0]), torch.tensor(3.0)
+    scale = scale_around(low, high, zero_point, spec)
+    assert scale.tolist() == [1.0, 1.0, 0.5]  # above: 12 / 12; below: 3 / 3; above: 6 / 12
+    for value in (low, high):
+        assert torch.equal(fake_quantize(value, scale, zero_point, spec), value)
+    assert scale_around(low, high, torch.tensor(0.0), spec).tolist() == pytest.approx([0.8, 0.2, 0.4])  # no codes below zero

@@ -15,6 +15,7 @@ from diffquant.core.affine import fake_quantize
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import enable, full_precision, plan, prepare, quantized_layers, quantizers
 from diffquant.methods.accuquant import AccuQuant
+from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.passes import Pass, quantizer_state
 from diffquant.methods.qncd import EmbeddingSmoothing
@@ -41,6 +42,9 @@ EXAMPLES: dict[str, Pass] = {
     "LearnEquivalentScaling": LearnEquivalentScaling(iterations=3, samples=8, batch_size=4),
     "PowerOfTwoScaling": PowerOfTwoScaling(samples=8, batch_size=4),
     "EmbeddingSmoothing": EmbeddingSmoothing(samples=8, batch_size=4),
+    "RuntimeNoiseEstimate": RuntimeNoiseEstimate(),
+    "FitProportional": FitProportional(samples=4, batch_size=4),
+    "FitCoefficients": FitCoefficients(samples=4, batch_size=4),
 }
 
 
@@ -256,3 +260,22 @@ def test_one_set_equals_static(pipe, data):
 
 def _hooks(model: nn.Module) -> list[tuple[int, int]]:
     return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+
+
+def test_sets_share_a_zero_point_where_a_rule_says_so(pipe, data):
+    """Calibrated or learned, the sets differ in their scales only."""
+    shared = LayerRule(match="@all", weight_bits=4, input_bits=8, sets=4, shared_zero_point=True)
+    model = quantizable(pipe, data, rules=(shared, LayerRule(match="@attention", input_bits=8, sets=4, shared_zero_point=True)))
+
+    def check() -> int:
+        several = 0
+        for _, quantizer in quantizers(model):
+            assert (quantizer.zero_point == quantizer.zero_point[:1]).all() or quantizer.clock is None
+            several += len(quantizer.scale.unique()) > 1 and quantizer.clock is not None
+        return several
+
+    assert check() >= 10
+    before = [quantizer.zero_point.clone() for _, quantizer in quantizers(model)]
+    apply(LearnScales(iterations=3, samples=8, batch_size=4, rate=0.05), model, data)
+    assert check() >= 10
+    assert any(not torch.equal(old, new.zero_point) for old, (_, new) in zip(before, quantizers(model), strict=True))

@@ -72,6 +72,14 @@ def scale_from_range(low: Float[Tensor, "*p"], high: Float[Tensor, "*p"], spec: 
     return scale, zero_point
 
 
+def scale_around(low: Float[Tensor, "..."], high: Float[Tensor, "..."], zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """The smallest scale with which codes around a given `zero_point` cover [low, high], on sides of zero that have codes."""
+    below, above = zero_point - spec.code_min, spec.code_max - zero_point
+    under = torch.where(below > 0, -low.float() / below.clamp(min=1), 0.0)
+    over = torch.where(above > 0, high.float() / above.clamp(min=1), 0.0)
+    return torch.maximum(under, over).clamp(min=SMALLEST_SCALE)
+
+
 def quantize(x: Float[Tensor, "*shape"], scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Float[Tensor, "*shape"]:
     """Codes of `x` as float32 integers in [code_min, code_max]; differentiable by straight-through rounding."""
     if not torch.is_grad_enabled():  # the same values with one allocation, which is what sampling spends its time on

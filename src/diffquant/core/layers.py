@@ -74,6 +74,7 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
     if spec.input is not None:
         channels = in_channels if spec.shift else 0
         input_quantizer = Quantizer(spec.input, spec.sets, spec.splits, axis, clock, channels)
+        input_quantizer.shared_zero_point = spec.shared_zero_point
     device = weight.device
     layer.__class__ = QUANTIZABLE[type(layer)]
     layer.weight_quantizer = weight_quantizer.to(device) if weight_quantizer is not None else None  # type: ignore[assignment]
@@ -136,7 +137,10 @@ class AttentionProducts(nn.Module):
         self.spec = spec
         for name in ("query", "key", "value", "softmax"):
             operand = getattr(spec, name)
-            setattr(self, name, None if operand is None else Quantizer(operand, spec.sets, axis=-1, clock=clock))
+            quantizer = None if operand is None else Quantizer(operand, spec.sets, axis=-1, clock=clock)
+            if quantizer is not None:
+                quantizer.shared_zero_point = spec.shared_zero_point
+            setattr(self, name, quantizer)
 
     @property
     def live(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffquant.core.affine import dequantize, fake_quantize, quantize, quantize_rounded
+from diffquant.core.affine import dequantize, fake_quantize, quantize, quantize_rounded, scale_around, scale_from_range
 from diffquant.core.spec import QuantSpec, SpecError
 
 
@@ -78,6 +78,7 @@ class Quantizer(nn.Module):
     ``scale``, ``zero_point``: float32 ``[rows, parts]``, nan until calibrated. ``table``: uint8 or int16 ``[intervals]``, the row
     of each interval. ``shift``: int8 ``[rows, channels]``, the exponent by which a channel's step exceeds ``scale``. ``codes``: the
     integer weight once its rounding is decided. ``rounding``: logits of the rounding while it is learned (AdaRound).
+    ``shared_zero_point``: the parameter sets have one zero point (of each part), as some integer kernels need.
     Off (``enabled`` False) it returns its input untouched; an ``observer``, while one is set, is shown every input.
     """
 
@@ -100,6 +101,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.spec, self.splits, self.axis, self.clock, self.enabled = spec, tuple(splits), axis, clock, False
         self.observer: Callable[[Tensor], None] | None = None
+        self.shared_zero_point = False
         parts = max(1, len(splits))
         self.register_buffer("scale", torch.full((rows, parts), torch.nan))
         self.register_buffer("zero_point", torch.zeros(rows, parts))
@@ -109,6 +111,16 @@ class Quantizer(nn.Module):
         self.register_buffer("shift", torch.zeros(rows, shift_channels, dtype=torch.int8) if shift_channels else None)
         self.register_buffer("codes", None)
         self.register_buffer("rounding", None)
+
+    def set_ranges(self, low: Float[Tensor, "rows parts"], high: Float[Tensor, "rows parts"]) -> None:
+        """Set scales and zero points to cover [low, high], where the zero point is shared in steps as wide as that takes."""
+        if not self.shared_zero_point or self.spec.symmetric:
+            scale, zero_point = scale_from_range(low, high, self.spec)
+        else:
+            _, zero_point = scale_from_range(low.amin(0, keepdim=True), high.amax(0, keepdim=True), self.spec)
+            scale, zero_point = scale_around(low, high, zero_point, self.spec), zero_point.expand_as(low)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
 
     @property
     def rows(self) -> int:

@@ -75,13 +75,14 @@ class LayerSpec(_Value):
 
     ``splits`` are the sizes of consecutive parts of the input channels with quantizers of their own (concatenated skips); their sum
     is the number of input channels. ``smooth`` and ``shift`` allocate the layer's equivalent-scaling and power-of-two buffers.
-    ``sets`` is the number of parameter sets of the input quantizer.
+    ``sets`` is the number of parameter sets of the input quantizer; with ``shared_zero_point`` they differ in their scales only.
     """
 
     weight: QuantSpec | None = None
     input: QuantSpec | None = None
     splits: tuple[int, ...] = ()
     sets: int = Field(default=1, ge=1)
+    shared_zero_point: bool = False
     smooth: bool = False
     shift: bool = False
 
@@ -94,6 +95,7 @@ class AttentionSpec(_Value):
     value: QuantSpec | None = None
     softmax: QuantSpec | None = None
     sets: int = Field(default=1, ge=1)
+    shared_zero_point: bool = False
 
 
 class LayerRule(_Value):
@@ -101,8 +103,9 @@ class LayerRule(_Value):
 
     ``match`` is a shell pattern on module names (it has to match a layer), or a structural selector that may match none:
     ``@all``, ``@conv``, ``@linear``, ``@first`` and ``@last`` layer, ``@embedding`` (time and class embedding, and the projections
-    of it inside blocks), ``@skip`` (layers that read a concatenated skip), ``@shortcut`` (1x1 convolutions of residual shortcuts),
-    ``@resample`` (up- and down-sampling convolutions), ``@attention`` (attention products).
+    of it inside blocks), ``@modulated`` (the convolution after that projection in a residual block), ``@skip`` (layers that read a
+    concatenated skip), ``@shortcut`` (1x1 convolutions of residual shortcuts), ``@resample`` (up- and down-sampling convolutions),
+    ``@attention`` (attention products).
     ``weight_bits`` and ``input_bits`` may be ``float``. ``reason`` is printed where a layer stays in floating point.
     """
 
@@ -115,6 +118,7 @@ class LayerRule(_Value):
     softmax_bits: RuleBits | None = None
     split_skips: bool | None = None
     sets: int | None = None
+    shared_zero_point: bool | None = None
     smooth: bool | None = None
     shift: bool | None = None
     reason: str | None = None

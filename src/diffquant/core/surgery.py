@@ -41,7 +41,7 @@ BLOCKS = (
     "Attention",
 )
 SELECTORS = (
-    "@all", "@conv", "@linear", "@first", "@last", "@embedding", "@skip", "@shortcut", "@resample", "@attention",
+    "@all", "@conv", "@linear", "@first", "@last", "@embedding", "@modulated", "@skip", "@shortcut", "@resample", "@attention",
 )  # fmt: skip
 
 
@@ -232,6 +232,7 @@ class _Structure:
             "@first": name == self.first,
             "@last": name == self.last,
             "@embedding": kind in EMBEDDING_PARENTS or kind.startswith("AdaLayerNorm") or own == "time_emb_proj",
+            "@modulated": own == "conv2" and isinstance(getattr(parent, "time_emb_proj", None), nn.Linear),
             "@skip": name in self.skips,
             "@shortcut": own == "conv_shortcut",
             "@resample": kind.startswith(("Upsample", "Downsample")),
@@ -305,6 +306,7 @@ def _plan_layer(name: str, module: nn.Module, structure: _Structure, rules: Sequ
         input=_spec(fields.get("input_bits"), fields.get("input_symmetric", False), "tensor"),
         splits=structure.skips.get(name, ()) if fields.get("split_skips") else (),
         sets=int(str(fields.get("sets", 1))),
+        shared_zero_point=bool(fields.get("shared_zero_point", False)),
         smooth=bool(fields.get("smooth", False)) and getattr(module, "groups", 1) == 1,
         shift=bool(fields.get("shift", False)),
     )
@@ -318,6 +320,7 @@ def _plan_attention(name: str, module: nn.Module, structure: _Structure, rules: 
     operand = _spec(fields.get("input_bits"), fields.get("input_symmetric", False), "tensor")
     softmax = _spec(fields.get("softmax_bits", fields.get("input_bits")), False, "tensor")
     sets = int(str(fields.get("sets", 1)))
-    spec = AttentionSpec(query=operand, key=operand, value=operand, softmax=softmax, sets=sets)
+    shared = bool(fields.get("shared_zero_point", False))
+    spec = AttentionSpec(query=operand, key=operand, value=operand, softmax=softmax, sets=sets, shared_zero_point=shared)
     empty = operand is None and softmax is None
     return PlannedLayer(name, "attention products", (), None if empty else spec, f"{reason} (floating point)" if empty else reason)

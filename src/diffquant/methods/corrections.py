@@ -286,15 +286,13 @@ def steps_by_timestep(rollout: Rollout) -> tuple[tuple[float, ...], Callable[[li
 
 
 def give(model: nn.Module, correction: NoiseEstimate | Proportional | Coefficients) -> None:
-    """Give `model` a correction, which is saved with it; it warns when it is called and nothing applies the correction."""
-    if not hasattr(model, "correction"):
-        model.register_forward_pre_hook(_warn_unless_attached)
+    """Give `model` a correction, which is saved with it."""
     model.correction = correction  # type: ignore[assignment]
-    model.correction_warned = False  # type: ignore[assignment]
 
 
-def _warn_unless_attached(model: nn.Module, arguments: Any) -> None:
-    if getattr(model, ATTACHED, None) is None and not model.correction_warned:
+def warn_unless_attached(model: nn.Module, arguments: Any) -> None:
+    """Forward pre-hook of a finished model: warns once when it is called and nothing applies its correction."""
+    if getattr(model, ATTACHED, None) is None and not hasattr(model, "correction_warned"):
         model.correction_warned = True  # type: ignore[assignment]
         warnings.warn(
             f"{type(model).__name__}: has a sampling-time correction that nothing applies; call diffquant.attach(pipe)",

@@ -106,9 +106,7 @@ class CalibrateRanges(Pass):
                 flat = (low.flatten(), high.flatten())
                 low, high = self._range(values.flatten(0, 1), counts.flatten(0, 1), quantizer.spec, self.activations, flat)
                 low, high = low.view(quantizer.scale.shape), high.view(quantizer.scale.shape)
-            scale, zero_point = scale_from_range(low, high, quantizer.spec)
-            quantizer.scale.copy_(scale)
-            quantizer.zero_point.copy_(zero_point)
+            quantizer.set_ranges(low, high)
             if quantizer.shift is not None:
                 quantizer.shift.zero_()  # factors of an earlier range
             owner, _, operand = name.rpartition(".")

@@ -33,7 +33,8 @@ class LearnedSteps:
     def of(cls, quantizer: Quantizer, rate: float, zero_points: bool) -> LearnedSteps:
         """`rate` is relative: to the step, and for the zero point to the range. A symmetric quantizer's zero point stays."""
         moves = zero_points and not quantizer.spec.symmetric
-        return cls(quantizer, quantizer.scale.detach().log(), quantizer.zero_point.detach().clone() if moves else None, rate)
+        zero_point = quantizer.zero_point.detach()[: 1 if quantizer.shared_zero_point else None].clone() if moves else None
+        return cls(quantizer, quantizer.scale.detach().log(), zero_point, rate)
 
     def parameters(self) -> list[tuple[Tensor, float]]:
         """Leaves and their peak rates, as `fit` takes them."""
@@ -45,14 +46,16 @@ class LearnedSteps:
         self.quantizer.scale = self.log_scale.detach().exp().requires_grad_(True)
         if self.zero_point is not None:
             spec = self.quantizer.spec
-            self.quantizer.zero_point = self.zero_point.detach().round().clamp(spec.code_min, spec.code_max).requires_grad_(True)
+            rounded = self.zero_point.detach().round().clamp(spec.code_min, spec.code_max)
+            self.quantizer.zero_point = rounded.expand_as(self.log_scale).clone().requires_grad_(True)
 
     def collect(self) -> None:
         """Take over the gradients: d/d log s = s d/ds."""
         scale, zero_point = self.quantizer.scale, self.quantizer.zero_point
         self.log_scale.grad = torch.zeros_like(scale) if scale.grad is None else scale.grad * scale.detach()
         if self.zero_point is not None:
-            self.zero_point.grad = torch.zeros_like(zero_point) if zero_point.grad is None else zero_point.grad
+            gradient = torch.zeros_like(zero_point) if zero_point.grad is None else zero_point.grad
+            self.zero_point.grad = gradient.sum(dim=0, keepdim=True) if len(self.zero_point) < len(zero_point) else gradient
 
     def gradient(self) -> Tensor:
         """The collected gradients as one vector."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from diffquant.core.layers import AttentionProducts, present_spec
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, is_frozen, prepare, quantized_layers, quantizers
-from diffquant.methods.corrections import Correction, give
+from diffquant.methods.corrections import Correction, give, warn_unless_attached
 from diffquant.runtime.engines import requested
 from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
 from diffquant.runtime.engines.openvino import install
@@ -287,6 +287,7 @@ class DiffquantQuantizer(DiffusersQuantizer):
         enable(model)
         if self.quantization_config.correction is not None:
             give(model, self.quantization_config.correction)
+            model.register_forward_pre_hook(warn_unless_attached)
         if engine == "int8":
             lower(model)
         elif engine == "openvino":

@@ -21,6 +21,10 @@ QUICK["dmq"] = (
     *(f"passes.{index}.{option}" for index in (0, 2) for option in ("samples=4", "iterations=1")),
     *("passes.1.samples=16", "passes.1.candidates=4", "passes.3.samples=16"),
 )
+QUICK["adp-dm"] = (
+    *(*RANGES, "passes.1.samples=4", "passes.1.iterations=1"),
+    *(f"passes.2.{option}" for option in ("images=8", "rounds=4", "updates=1", "batch_size=2")),
+)
 QUICK["qncd"] = (
     *("passes.0.samples=4", "passes.1.samples=8", "passes.1.candidates=4"),
     *(f"passes.{index}.{option}" for index in (2, 3) for option in ("samples=4", "iterations=1")),

@@ -30,6 +30,7 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import LayerRule, RecipeError, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, freeze, plan, prepare
 from diffquant.methods.accuquant import AccuQuant
+from diffquant.methods.adp_dm import SearchParameterSets
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate, Stored, give, warn_unless_attached
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
@@ -47,6 +48,7 @@ PASSES: dict[str, type[Pass]] = {
     "LearnEquivalentScaling": LearnEquivalentScaling,
     "PowerOfTwoScaling": PowerOfTwoScaling,
     "EmbeddingSmoothing": EmbeddingSmoothing,
+    "SearchParameterSets": SearchParameterSets,
     "RuntimeNoiseEstimate": RuntimeNoiseEstimate,
     "FitProportional": FitProportional,
     "FitCoefficients": FitCoefficients,

@@ -15,6 +15,7 @@ from diffquant.core.affine import fake_quantize
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import enable, full_precision, plan, prepare, quantized_layers, quantizers
 from diffquant.methods.accuquant import AccuQuant
+from diffquant.methods.adp_dm import SearchParameterSets
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.passes import Pass, quantizer_state
@@ -29,6 +30,7 @@ RULES = (
     LayerRule(match="@all", weight_bits=4, input_bits=8),
     LayerRule(match="@attention", input_bits=8),
     LayerRule(match="@skip", split_skips=True),
+    LayerRule(match="@last", sets=2),
     LayerRule(match="@conv", smooth=True),
     LayerRule(match="@shortcut", shift=True),
 )
@@ -42,6 +44,7 @@ EXAMPLES: dict[str, Pass] = {
     "LearnEquivalentScaling": LearnEquivalentScaling(iterations=3, samples=8, batch_size=4),
     "PowerOfTwoScaling": PowerOfTwoScaling(samples=8, batch_size=4),
     "EmbeddingSmoothing": EmbeddingSmoothing(samples=8, batch_size=4),
+    "SearchParameterSets": SearchParameterSets(images=8, rounds=4, updates=1, batch_size=2),
     "RuntimeNoiseEstimate": RuntimeNoiseEstimate(),
     "FitProportional": FitProportional(samples=4, batch_size=4),
     "FitCoefficients": FitCoefficients(samples=4, batch_size=4),

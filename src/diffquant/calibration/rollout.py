@@ -93,11 +93,7 @@ class Rollout:
                 )
 
     def _build_scheduler(self) -> Any:
-        described = self.data.manifest["scheduler"]
-        kind = getattr(diffusers, described["class"], None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            raise CalibrationError(f"{self.where}: the scheduler is not one of diffusers'; its steps cannot be replayed")
-        scheduler: Any = kind.from_config(described["config"])  # type: ignore[attr-defined]
+        scheduler = build_scheduler(self.data)
         scheduler.set_timesteps(self.data.manifest["calibration"]["steps"])
         first = torch.zeros(1, dtype=torch.long)
         recorded = [float(self.data.step(first, k).timestep) for k in range(self.steps)]
@@ -276,6 +272,17 @@ class Chain:
             state = self.rollout._state_before(self.trajectories, self.steps[i])
             mean, _ = self.rollout._step(step.model_output, step.sample, step, state)
         return step.prev_sample - mean
+
+
+def build_scheduler(data: Trajectory) -> Any:
+    """The scheduler of a recording, from its configuration. Raises `CalibrationError` where it is not one of diffusers'."""
+    described = data.manifest["scheduler"]
+    kind = getattr(diffusers, described["class"], None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        where = f"{data.manifest['pipeline']} with {described['class']}"
+        raise CalibrationError(f"{where}: the scheduler is not one of diffusers'; its steps cannot be replayed")
+    scheduler: Any = kind.from_config(described["config"])  # type: ignore[attr-defined]
+    return scheduler
 
 
 def snapshot(scheduler: Any) -> State:

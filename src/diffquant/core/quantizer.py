@@ -22,7 +22,7 @@ class StepClock:
     """The present interval of the model's own timestep axis, shared by all quantizers of a model.
 
     ``timesteps`` are the recorded ones, noisy (large) first; interval i belongs to ``timesteps[i]`` and reaches to the midpoints of
-    its neighbours, the outermost intervals without end. Without timesteps there is one interval.
+    its neighbours (``edges``, ascending), the outermost intervals without end. Without timesteps there is one interval.
     """
 
     def __init__(self, timesteps: Sequence[float] = ()) -> None:
@@ -34,7 +34,7 @@ class StepClock:
         """Cut the axis anew around `timesteps` (any order, floats allowed); the present interval becomes 0."""
         self.timesteps = tuple(sorted({float(timestep) for timestep in timesteps}, reverse=True))
         ascending = torch.tensor(self.timesteps[::-1], dtype=torch.float64)
-        self._edges = (ascending[1:] + ascending[:-1]) / 2  # [intervals - 1], float64 so that integers stay exact
+        self.edges = (ascending[1:] + ascending[:-1]) / 2  # [intervals - 1], float64 so that integers stay exact
         self.set_interval(0)
 
     @property
@@ -45,7 +45,7 @@ class StepClock:
     def set_timestep(self, timestep: Tensor | float) -> None:
         """Set the interval from a timestep (scalar, or one per sample; inside `torch.compile` the same for all samples)."""
         values = torch.as_tensor(timestep).detach().to("cpu", torch.float64).reshape(-1)
-        ascending = torch.bucketize(values, self._edges)
+        ascending = torch.bucketize(values, self.edges)
         index = self.intervals - 1 - ascending
         if torch.compiler.is_compiling():
             self.position.copy_(index[:1])

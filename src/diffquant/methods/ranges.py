@@ -11,7 +11,7 @@ up and hardly down; measured by the same error, it can only be lower.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal, final
 
 import torch
@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run
+from diffquant.calibration.selection import Timesteps, pick
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize, scale_from_range
 from diffquant.core.layers import smoothed_weight
@@ -38,7 +39,7 @@ class CalibrateRanges(Pass):
     """Set every range by ``minmax``, ``ema`` (moving average of the batches' extremes), ``percentile`` or ``mse``.
 
     ``mse`` minimises the mean of |x - quantized x| to the power `power` over ranges shrunk in `candidates` steps. ``samples`` is
-    the number of recorded calls that are looked at, spread evenly over the timesteps.
+    the number of recorded calls that are looked at, spread over the ``timesteps`` evenly or, as in PTQ4DM, normally.
     """
 
     weights: Method = "mse"
@@ -49,6 +50,7 @@ class CalibrateRanges(Pass):
     candidates: int = Field(default=80, ge=2)
     percentile: float = Field(default=99.9, gt=50, le=100)
     momentum: float = Field(default=0.95, ge=0, lt=1)
+    timesteps: Timesteps = "uniform"
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Calibrate all quantizers of `model`. Raises `CalibrationError` naming a quantizer that saw no or non-finite values."""
@@ -59,7 +61,7 @@ class CalibrateRanges(Pass):
                     weight = smoothed_weight(layer).detach().float()
                     error = self._calibrate_weight(layer.weight_quantizer, weight)
                     rows.append({"layer": name, "operand": "weight", "relative_error": error})
-            rows += self._calibrate_activations(model, data, generator, run)
+            rows += self.calibrate_activations(model, data, generator, run)
         return {"layers": rows, "samples": self.samples}
 
     def sample_forwards(self) -> float:
@@ -79,13 +81,15 @@ class CalibrateRanges(Pass):
         error = fake_quantize(weight, scale, zero_point, quantizer.spec) - weight
         return float(error.norm() / weight.norm().clamp(min=1e-12))
 
-    def _calibrate_activations(
-        self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run
+    def calibrate_activations(
+        self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run, only: Collection[str] | None = None
     ) -> list[dict[str, object]]:
-        watched = [(name, quantizer) for name, quantizer in quantizers(model) if quantizer.clock is not None]
+        """Calibrate the quantizers of activations, or those named `only`; a row of figures for each."""
+        named = [(name, quantizer) for name, quantizer in quantizers(model) if quantizer.clock is not None]
+        watched = [(name, quantizer) for name, quantizer in named if only is None or name in only]
         if not watched:
             return []
-        indices = data.subset(min(self.samples, len(data)), generator)
+        indices = pick(data, self.samples, generator, self.timesteps)
         indices = indices[data.timestep_of()[indices].argsort(descending=True, stable=True)]
         momentum = self.momentum if self.activations == "ema" else None
         ranges = {name: _Extremes(quantizer, momentum) for name, quantizer in watched}

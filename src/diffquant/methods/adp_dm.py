@@ -1,0 +1,418 @@
+"""ADP-DM: which timesteps of a layer share which quantization function, found by gradient; and which timesteps to calibrate on.
+
+Every input quantizer has G parameter sets. While searching, its output at timestep t is the mixture of all G quantized inputs by
+softmax(logits[t]); logits, steps and zero points are learned together on the error of the model's output plus the entropy of the
+mixtures, network weights fixed. Then each timestep takes the set with the largest logit, for good. Calibration latents are added
+where the search is undecided (entropy) or was seldom: ``score(t) = H_t + bonus / (N_t + 1)``.
+
+Source: Wang et al. 2024 (arXiv 2305.18723). The released code is another method (groups of channels, never hardened) and is not
+followed. *Differs*: the target is the full-precision output and the inputs are recorded latents (paper: the noise itself, on noised
+images; ``target`` and ``inputs`` give that); the entropy is a mean over layers, so that its weight does not depend on their number;
+rates of steps are relative; sets start from clusters of the timesteps' ranges, which the paper leaves open.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffquant.calibration.fit import Run, fit
+from diffquant.calibration.observe import predicted
+from diffquant.calibration.rollout import build_scheduler
+from diffquant.calibration.selection import normal_shares
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.spec import SpecError
+from diffquant.core.surgery import device_of, full_precision, quantizers, switched
+from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating
+from diffquant.methods.ranges import CalibrateRanges
+from diffquant.methods.steps import LearnedSteps
+
+Selection = Literal["searched", "uniform", "normal", "released"]
+RELEASED_FIRST = 0.3  # the released rule leaves out this share of the steps, from the clean end
+
+
+@final
+class SearchParameterSets(Pass):
+    """Learn the G parameter sets of every activation quantizer that a rule gave ``sets``, and the table of their intervals.
+
+    ``images`` distinct latents are added over ``rounds``, each followed by ``updates`` steps on what there is so far; where only
+    ``inputs: noised`` latents are used they are noised to any timestep. An interval that no latent was taken at gets the set
+    whose range is nearest. Sets start from the clusters' mean ranges, or from a search as `CalibrateRanges` does it (``mse``) over
+    what falls into the clusters; ``learn_ranges: false`` leaves them there.
+    """
+
+    images: int = Field(default=512, ge=1)
+    rounds: int = Field(default=128, ge=1)
+    updates: int = Field(default=4, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    selection: Selection = "searched"
+    bonus: float = Field(default=1.5, ge=0)
+    entropy: float = Field(default=0.8, ge=0)
+    inputs: Literal["trajectory", "noised"] = "trajectory"
+    target: Literal["full_precision", "noise"] = "full_precision"
+    rate: float = Field(default=0.05, gt=0)
+    range_rate: float = Field(default=1e-3, gt=0)
+    ranges: Literal["clusters", "mse"] = "mse"
+    learn_ranges: bool = True
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Search with all quantizers on. Raises `SpecError` where ranges were not calibrated or no quantizer has several sets."""
+        if self.target == "noise" and self.inputs != "noised":
+            raise SpecError("SearchParameterSets: target: noise needs inputs: noised; recorded latents have no known noise")
+        seed = draw_seed(generator)
+        with evaluating(model), switched(model, True):
+            searched = {name: one for name, one in quantizers(model) if one.clock is not None and one.rows > 1}
+            if not searched:
+                raise SpecError("SearchParameterSets: no quantizer has several parameter sets; add sets: 8 to a rule")
+            with torch.no_grad():
+                nearest = self._initialise(model, searched, data, generator, run)
+            search = _Search(self, model, data, searched)
+            curve = self._fit(search, seed, run)
+            return search.harden(nearest) | {"loss": curve[:: max(1, len(curve) // 50)]}
+
+    def sample_forwards(self) -> float:
+        """The observed ranges, and three passes an update, each with G quantizations in place of one (counted as twice)."""
+        return self.images + 6.0 * self.rounds * self.updates * self.batch_size
+
+    def _initialise(
+        self, model: nn.Module, searched: dict[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run
+    ) -> dict[str, Tensor]:
+        """Give every quantizer clusters of its intervals' ranges as sets; the set of each interval."""
+        ranges = interval_ranges(model, searched, data, run)
+        nearest = {}
+        for name, quantizer in searched.items():
+            nearest[name], low, high = clustered(*ranges[name], quantizer.rows)
+            quantizer.set_ranges(low, high)
+            quantizer.table = nearest[name].to(quantizer.table)
+        if self.ranges == "mse":
+            samples = max(self.images, len(data.timesteps))
+            calibration = CalibrateRanges(samples=samples, batch_size=self.batch_size)
+            calibration.calibrate_activations(model, data, generator, run, only=searched)
+        return nearest
+
+    def _fit(self, search: _Search, seed: int, run: Run) -> list[float]:
+        learned = [(logits, self.rate) for logits in search.logits.values()]
+        if self.learn_ranges:
+            learned += [pair for one in search.steps for pair in one.parameters()]
+        return fit(
+            learned,
+            search.loss,
+            iterations=self.rounds * self.updates,
+            seed=seed,
+            run=run,
+            label="parameter sets",
+            also_kept={"pool": search.pool, "counts": search.counts},
+        )
+
+
+class _Search:
+    """The state of a search: logits, learned steps, the latents chosen so far and how often each interval was."""
+
+    def __init__(self, options: SearchParameterSets, model: nn.Module, data: Trajectory, searched: dict[str, Quantizer]) -> None:
+        self.options, self.model, self.data, self.searched = options, model, data, searched
+        clock = model.step_clock
+        assert isinstance(clock, StepClock)
+        self.clock = clock
+        self.logits = {name: torch.zeros(clock.intervals, one.rows, device=one.scale.device) for name, one in searched.items()}
+        self.steps = [LearnedSteps.of(one, options.range_rate, zero_points=True) for one in searched.values()]
+        self.pool = torch.full((min(options.images, len(data)),), -1)  # recorded samples, in the order they were chosen
+        self.counts = torch.zeros(clock.intervals, dtype=torch.long)
+        interval = torch.tensor([clock.timesteps.index(timestep) for timestep in data.timestep_of().tolist()])
+        self.interval_of_sample = interval
+        self.start_entropy = math.log(max(one.rows for one in searched.values()))
+
+    # ---- calibration timesteps
+
+    def choose(self, generator: torch.Generator) -> int:
+        """The interval at which the next latents are taken."""
+        entropy = self.interval_entropy()
+        left = torch.bincount(self.interval_of_sample, minlength=len(self.counts)) - torch.bincount(
+            self.interval_of_sample[self.pool[self.pool >= 0]], minlength=len(self.counts)
+        )
+        if self.options.selection == "normal":
+            share = normal_shares(list(self.clock.timesteps)) * (left > 0)
+            return int(torch.multinomial(share, 1, generator=generator))
+        if self.options.selection == "uniform":
+            score = -self.counts.float() + torch.rand(len(self.counts), generator=generator) / 2
+        elif self.options.selection == "released":
+            score = entropy - 2.0 * self.counts
+            score[len(score) - int(RELEASED_FIRST * len(score)) :] = -torch.inf
+        else:
+            score = entropy + self.options.bonus / (self.counts + 1)
+        return int(score.masked_fill(left <= 0, -torch.inf).argmax())
+
+    def interval_entropy(self) -> Float[Tensor, " intervals"]:
+        """Entropy of each interval's mixture, a mean over quantizers, in nats."""
+        with torch.no_grad():
+            return torch.stack([entropies(logits).cpu() for logits in self.logits.values()]).mean(dim=0)
+
+    def grow(self, round_: int, generator: torch.Generator) -> None:
+        """Add this round's share of the latents, at intervals chosen one after the other."""
+        begin, end = (len(self.pool) * edge // self.options.rounds for edge in (round_, round_ + 1))
+        if end == begin:
+            return
+        interval = self.choose(generator)
+        self.counts[interval] += 1
+        used = torch.zeros(len(self.data), dtype=torch.bool)
+        used[self.pool[:begin]] = True
+        free = ((self.interval_of_sample == interval) & ~used).nonzero()[:, 0]
+        taken = free[torch.randperm(len(free), generator=generator)[: end - begin]]
+        self.pool[begin : begin + len(taken)] = taken
+        rest = (~used).nonzero()[:, 0]  # an interval with fewer latents than the round adds: the rest from anywhere
+        more = rest[torch.randperm(len(rest), generator=generator)]
+        more = more[~torch.isin(more, taken)][: end - begin - len(taken)]
+        self.pool[begin + len(taken) : end] = more
+
+    # ---- the loss
+
+    def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
+        """The objective on a batch of the pool, with the gradients of steps put where the optimizer expects them."""
+        if iteration % self.options.updates == 0:
+            self.grow(iteration // self.options.updates, generator)
+        pool = self.pool[self.pool >= 0]
+        picked = pool[torch.randint(len(pool), (self.options.batch_size,), generator=generator)]
+        arguments, target = self.batch(picked, generator)
+        if self.options.learn_ranges:
+            for one in self.steps:
+                one.place()
+        with self.mixed():
+            output = predicted(self.model, self.model(**arguments))
+        interval = torch.as_tensor(self.clock.interval).expand(len(picked))
+        error = (output.float() - target.float()).square().sum() / len(picked)
+        undecided = torch.stack([entropies(logits)[interval.to(logits.device)].mean() for logits in self.logits.values()]).mean()
+        total = error + self.options.entropy * undecided
+        total.backward()
+        if self.options.learn_ranges:
+            for one in self.steps:
+                one.collect()
+        return total.detach()
+
+    def batch(self, picked: Int[Tensor, " n"], generator: torch.Generator) -> tuple[dict[str, Any], Tensor]:
+        """Arguments of a call, and what its output should be."""
+        arguments, target = self.data.batch(picked, device_of(self.model))
+        if self.options.inputs == "trajectory":
+            return arguments, target
+        name, _ = self.model.timestep_argument  # type: ignore[misc]
+        first = next(key for key, value in arguments.items() if isinstance(value, Tensor) and key != name)
+        interval = torch.randint(self.clock.intervals, (len(picked),), generator=generator)
+        timesteps = torch.tensor(self.clock.timesteps)[interval].to(arguments[name])
+        levels = build_scheduler(self.data).alphas_cumprod[timesteps.long().cpu()].to(arguments[first])
+        levels = levels.view(-1, *[1] * (arguments[first].dim() - 1))
+        noise = torch.randn(arguments[first].shape, generator=generator).to(arguments[first])
+        arguments |= {first: levels.sqrt() * arguments[first] + (1 - levels).sqrt() * noise, name: timesteps}
+        if self.options.target == "noise":
+            return arguments, noise
+        with torch.no_grad(), full_precision(self.model):
+            return arguments, predicted(self.model, self.model(**arguments))
+
+    @contextmanager
+    def mixed(self) -> Iterator[None]:
+        """Searched quantizers put out their mixtures while the block runs."""
+        for name, quantizer in self.searched.items():
+            quantizer.forward = functools.partial(mixture, quantizer, self.logits[name])  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for quantizer in self.searched.values():
+                del quantizer.forward
+
+    # ---- the end
+
+    def harden(self, nearest: dict[str, Tensor]) -> Figures:
+        """Each interval takes one set; figures of the search, with the loss of mixtures and of what takes their place."""
+        if self.options.learn_ranges:
+            for one in self.steps:
+                one.finish()
+        entropy = {name: entropies(logits) for name, logits in self.logits.items()}
+        largest = {name: logits.softmax(dim=1).amax(dim=1) for name, logits in self.logits.items()}
+        pool = self.pool[self.pool >= 0]
+        with self.mixed():
+            before = self._errors(pool)
+        trained = self.counts > 0 if self.options.inputs == "trajectory" else torch.ones_like(self.counts, dtype=torch.bool)
+        trained[self.interval_of_sample[pool]] = True
+        rows = []
+        for name, quantizer in self.searched.items():
+            table = torch.where(trained, self.logits[name].argmax(dim=1).cpu(), nearest[name])
+            quantizer.table = table.to(quantizer.table)
+            owner, _, operand = name.rpartition(".")
+            rows.append(
+                {
+                    "layer": owner,
+                    "operand": operand,
+                    "sets_used": len(table.unique()),
+                    "moved": float((table != nearest[name]).float().mean()),
+                    "entropy": float(entropy[name][trained.to(entropy[name].device)].mean()),
+                    "largest_share": float(largest[name][trained.to(entropy[name].device)].mean()),
+                }
+            )
+        after = self._errors(pool)
+        return {
+            "layers": rows,
+            "images": len(pool),
+            "entropy_at_start": self.start_entropy,
+            "entropy_at_end": float(self.interval_entropy()[trained].mean()),
+            "mixture_error": float(before.mean()),
+            "hardened_error": float(after.mean()),
+            "hardening_gap": float(after.mean() / before.mean().clamp(min=1e-24) - 1),
+            "intervals_chosen": self.counts.tolist(),
+        }
+
+    def _errors(self, pool: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Squared error of the output for every latent of the pool, against full precision."""
+        found = []
+        with torch.no_grad():
+            for picked in pool.split(self.options.batch_size):
+                arguments, target = self.data.batch(picked, device_of(self.model))
+                output = predicted(self.model, self.model(**arguments))
+                found.append((output.float() - target.float()).square().flatten(1).sum(dim=1).cpu())
+        return torch.cat(found)
+
+
+# ---- ranges of intervals, and clusters of them
+
+
+def interval_ranges(
+    model: nn.Module, searched: dict[str, Quantizer], data: Trajectory, run: Run, per_interval: int = 8, batch_size: int = 32
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Smallest and largest input of each quantizer at each interval in full precision, ``[intervals, parts]`` each."""
+    clock = model.step_clock
+    assert isinstance(clock, StepClock)
+    shapes = {name: (clock.intervals, one.scale.shape[1]) for name, one in searched.items()}
+    found = {name: (torch.full(shape, torch.inf), torch.full(shape, -torch.inf)) for name, shape in shapes.items()}
+
+    def watch(name: str, quantizer: Quantizer) -> Any:
+        low, high = found[name]
+
+        def see(x: Tensor) -> None:
+            intervals = torch.as_tensor(clock.interval).expand(len(x))
+            for part, values in enumerate(x.split(quantizer.splits or (x.shape[quantizer.axis],), dim=quantizer.axis)):
+                flat = values.flatten(1).float()
+                low[:, part].scatter_reduce_(0, intervals, flat.amin(dim=1).cpu(), "amin")
+                high[:, part].scatter_reduce_(0, intervals, flat.amax(dim=1).cpu(), "amax")
+
+        return see
+
+    count = min(per_interval * clock.intervals, len(data))
+    batches = data.subset(count, torch.Generator().manual_seed(0)).split(batch_size)
+    task = run.progress.add_task("ranges of timesteps", total=len(batches))
+    try:
+        for name, quantizer in searched.items():
+            quantizer.observer = watch(name, quantizer)
+        with full_precision(model):
+            for picked in batches:
+                model(**data.batch(picked, device_of(model))[0])
+                run.progress.advance(task)
+    finally:
+        for quantizer in searched.values():
+            quantizer.observer = None
+        run.progress.remove_task(task)
+    return found
+
+
+def clustered(
+    low: Float[Tensor, "intervals parts"], high: Float[Tensor, "intervals parts"], count: int
+) -> tuple[Int[Tensor, " intervals"], Float[Tensor, "count parts"], Float[Tensor, "count parts"]]:
+    """k-means of the intervals' ranges into `count` sets: the set of each interval, and the sets' mean ranges.
+
+    It starts from quantiles of the width, so it draws nothing; a set that loses its last interval takes the one that fits worst.
+    """
+    points = torch.cat([low, high], dim=1)
+    order = (high - low).sum(dim=1).argsort(stable=True)
+    assigned = torch.empty(len(points), dtype=torch.long)
+    assigned[order] = torch.arange(len(points)) * count // len(points)
+    for _ in range(100):
+        centres = torch.stack([points[assigned == index].mean(dim=0) for index in range(count)])
+        distance = torch.cdist(points, centres)
+        moved = distance.argmin(dim=1)
+        for index in range(count):
+            if not (moved == index).any():
+                alone = torch.bincount(moved, minlength=count)[moved] == 1
+                worst = distance.gather(1, moved[:, None])[:, 0].masked_fill(alone, -1.0).argmax()
+                moved[worst] = index
+        if torch.equal(moved, assigned):
+            break
+        assigned = moved
+    centres = torch.stack([points[assigned == index].mean(dim=0) for index in range(count)])
+    low, high = centres.chunk(2, dim=1)
+    return assigned, low, high
+
+
+# ---- mixtures
+
+
+def entropies(logits: Float[Tensor, "intervals sets"]) -> Float[Tensor, " intervals"]:
+    """Entropy of the softmax of each row, in nats."""
+    shares = logits.log_softmax(dim=1)
+    return -(shares.exp() * shares).sum(dim=1)
+
+
+def mixture(quantizer: Quantizer, logits: Float[Tensor, "intervals sets"], x: Tensor) -> Tensor:
+    """`x` quantized with every parameter set, weighed by the softmax of the present intervals' logits."""
+    assert quantizer.clock is not None
+    if quantizer.shift is not None and quantizer.shift.any():
+        raise SpecError("SearchParameterSets: a quantizer has power-of-two factors; search before PowerOfTwoScaling")
+    interval = torch.as_tensor(quantizer.clock.interval, device=logits.device).expand(len(x))
+    shares = logits[interval].softmax(dim=1)
+    code_min, code_max = quantizer.spec.code_min, quantizer.spec.code_max
+    sizes = quantizer.splits or (x.shape[quantizer.axis],)
+    parts = [
+        _mixed(values.float(), shares, quantizer.scale[:, part], quantizer.zero_point[:, part], code_min, code_max)
+        for part, values in enumerate(x.split(sizes, dim=quantizer.axis))
+    ]
+    return torch.cat(parts, dim=quantizer.axis).to(x.dtype)
+
+
+class _Mixture(torch.autograd.Function):
+    """sum_g shares[:, g] * dequantize(quantize(x; scale[g], zero_point[g])), in the memory of one: the sets are gone through again.
+
+    Gradients are those of `core.affine`: rounding passes them straight through, clamping stops them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shares: Tensor, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int) -> Tensor:
+        ctx.save_for_backward(x, shares, scale, zero_point)
+        ctx.codes = code_min, code_max
+        total = torch.zeros_like(x)
+        for share, step, zero in zip(_columns(shares, x), scale, zero_point, strict=True):
+            total += share * (((x / step).round_().add_(zero).clamp_(code_min, code_max) - zero) * step)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, shares, scale, zero_point = ctx.saved_tensors
+        code_min, code_max = ctx.codes
+        to_x, to_shares = torch.zeros_like(x), []
+        to_scale, to_zero = torch.zeros_like(scale), torch.zeros_like(zero_point)
+        for index, share in enumerate(_columns(shares, x)):
+            step, zero = scale[index], zero_point[index]
+            ratio = x / step
+            unclamped = ratio.round() + zero
+            code = unclamped.clamp(code_min, code_max)
+            inside = code == unclamped
+            quantized = code - zero
+            to_shares.append((gradient * quantized * step).flatten(1).sum(dim=1))
+            weighted = gradient * share
+            to_x += weighted * inside
+            to_scale[index] = (weighted * torch.where(inside, quantized - ratio, quantized)).sum()
+            to_zero[index] = -(weighted * ~inside).sum() * step
+        return to_x, torch.stack(to_shares, dim=1), to_scale, to_zero, None, None
+
+
+def _mixed(*operands: Any) -> Tensor:
+    output: Tensor = _Mixture.apply(*operands)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _columns(shares: Float[Tensor, "n sets"], x: Tensor) -> Iterator[Tensor]:
+    """The share of each set, shaped to broadcast against `x`."""
+    for column in shares.unbind(dim=1):
+        yield column.view(-1, *[1] * (x.dim() - 1))

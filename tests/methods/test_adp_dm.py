@@ -1,0 +1,240 @@
+"""ADP-DM against hand-computed mixtures, entropies and choices; and what a search does to a model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from diffquant.calibration import fit
+from diffquant.calibration.observe import Calibration
+from diffquant.calibration.record import record
+from diffquant.calibration.selection import normal_shares, pick
+from diffquant.core.affine import fake_quantize
+from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.spec import LayerRule, QuantSpec, SpecError
+from diffquant.core.surgery import plan, prepare, quantizers
+from diffquant.methods.adp_dm import SearchParameterSets, _Search, clustered, entropies, mixture
+from diffquant.methods.ranges import CalibrateRanges
+from tests import pipelines
+
+SPEC = QuantSpec(bits=6)
+QUICK = {"images": 16, "rounds": 8, "updates": 1, "batch_size": 4}
+
+
+def quantizer(scales: list[float], intervals: int = 4, splits: tuple[int, ...] = ()) -> Quantizer:
+    made = Quantizer(SPEC, len(scales), splits, clock=StepClock(tuple(float(i) for i in range(intervals))))
+    made.scale.copy_(torch.tensor(scales)[:, None].expand_as(made.scale))
+    made.zero_point.fill_(20)
+    made.enabled = True
+    return made
+
+
+def test_a_mixture_by_hand():
+    """0.9 is 1.0 in steps of 0.5 and 0.8 in steps of 0.4; three quarters and one quarter of them are 0.95."""
+    one = quantizer([0.5, 0.4])
+    logits = torch.tensor([[math.log(3), 0.0]]).expand(4, 2)
+    assert torch.allclose(mixture(one, logits, torch.tensor([[0.9]])), torch.tensor([[0.95]]))
+
+
+def test_one_hot_shares_are_the_table_and_equal_sets_the_plain_quantizer():
+    one, x = quantizer([0.1, 0.3, 0.05], splits=(2, 4)), torch.randn(5, 6, 3)
+    one.clock.set_interval(torch.tensor([0, 1, 2, 3, 1]))
+    table = torch.tensor([2, 0, 1, 1])
+    one.table = table.to(torch.uint8)
+    logits = torch.nn.functional.one_hot(table, 3) * 1000.0
+    assert torch.equal(mixture(one, logits, x), one(x))
+    same = quantizer([0.1, 0.1])
+    assert torch.allclose(mixture(same, torch.randn(4, 2), x), same(x), atol=1e-6)
+
+
+def test_gradients_are_those_of_the_formulas():
+    """The hand-written backward pass against autograd through `fake_quantize`."""
+    one, x = quantizer([0.02, 0.11, 0.3]), torch.randn(6, 4, 3)
+    one.clock.set_interval(torch.tensor([0, 1, 2, 3, 1, 0]))
+    weights = torch.randn_like(x)
+    found = []
+    for by_hand in (True, False):
+        scale, zero_point, logits, value = (
+            tensor.clone().requires_grad_(True) for tensor in (one.scale, one.zero_point, torch.randn(4, 3), x)
+        )
+        if not by_hand:
+            logits = found[0][0].clone().requires_grad_(True)
+        own = quantizer([1.0, 1.0, 1.0])
+        own.clock, own.scale, own.zero_point = one.clock, scale, zero_point
+        if by_hand:
+            output = mixture(own, logits, value)
+        else:
+            shares = logits[one.clock.interval].softmax(dim=1)[..., None, None]
+            output = sum(shares[:, g] * fake_quantize(value, scale[g], zero_point[g], SPEC) for g in range(3))
+        (output * weights).sum().backward()
+        found.append([logits.detach(), logits.grad, value.grad, scale.grad, zero_point.grad])
+    for ours, theirs in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) and ours.abs().sum() > 0
+
+
+def test_entropy_by_hand():
+    logits = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]], requires_grad=True)
+    found = entropies(logits)
+    assert torch.allclose(found, torch.tensor([0.562335, math.log(2)]), atol=1e-6)
+    found.sum().backward()
+    assert torch.allclose(logits.grad, torch.tensor([[-0.205990, 0.205990], [0.0, 0.0]]), atol=1e-6)
+
+
+def search_over(entropy: list[float], selection: str = "searched", bonus: float = 1.5) -> _Search:
+    """A search whose mixtures have these entropies; enough latents everywhere."""
+    made = object.__new__(_Search)
+    made.options = SearchParameterSets(selection=selection, bonus=bonus)
+    made.clock = StepClock(tuple(float(i) for i in range(len(entropy))))
+    made.counts, made.pool = torch.zeros(len(entropy), dtype=torch.long), torch.empty(0, dtype=torch.long)
+    made.interval_of_sample = torch.arange(len(entropy)).repeat_interleave(50)
+    made.interval_entropy = lambda: torch.tensor(entropy)
+    return made
+
+
+def choices(made: _Search, count: int) -> list[int]:
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(count):
+        found.append(made.choose(generator))
+        made.counts[found[-1]] += 1
+    return found
+
+
+def test_intervals_are_chosen_by_entropy_and_seldomness():
+    assert choices(search_over([2.0, 1.0, 1.9]), 4) == [0, 2, 0, 2]
+    assert sorted(choices(search_over([1.0] * 6), 6)) == list(range(6))
+    assert choices(search_over([1.0, 1.2, 0.9], bonus=0.0), 3) == [1, 1, 1]
+    assert choices(search_over([1.0] * 10, "released"), 7) == [0, 1, 2, 3, 4, 5, 6]
+    assert sorted(choices(search_over([2.0, 0.1, 0.1, 0.1], "uniform"), 8)) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_normally_distributed_timesteps(data):
+    shares = normal_shares([float(i) for i in range(1000)])
+    assert float(shares.sum()) == pytest.approx(1.0, abs=1e-4)
+    assert int(shares[1:-1].argmax()) == 598  # noisy first: the mean is at 0.4 of the axis
+    assert float(shares[-1]) == pytest.approx(float(torch.distributions.Normal(0, 1).cdf(torch.tensor(-1.0))), abs=2e-3)
+    generator = torch.Generator().manual_seed(0)
+    assert sorted(pick(data, 16, generator, "normal").tolist()) == list(range(16))
+    CalibrateRanges(timesteps="normal")
+
+
+def test_clusters_group_by_range():
+    low = -torch.tensor([1.0, 9, 1.1, 9.1, 4, 0.9])[:, None]
+    table, found_low, found_high = clustered(low, -low, 3)
+    assert table[0] == table[2] == table[5] and table[1] == table[3] and len(table.unique()) == 3
+    assert torch.allclose(found_low[table[0]], torch.tensor([-1.0])) and torch.allclose(found_high[table[4]], torch.tensor([4.0]))
+    table, _, _ = clustered(torch.zeros(5, 1), torch.ones(5, 1), 4)  # all alike: no set is left without an interval
+    assert len(table.unique()) == 4
+
+
+# ---- whole searches
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipelines.micro()
+
+
+@pytest.fixture(scope="module")
+def data(pipe):
+    return record(pipe, Calibration(samples=4, steps=4, batch_size=4), progress=False)
+
+
+def prepared(pipe, data, sets: int) -> nn.Module:
+    model = copy.deepcopy(pipe.unet)
+    rules = [LayerRule(match="@all", input_bits=4, sets=sets), LayerRule(match="@attention", input_bits=4, sets=sets)]
+    prepare(model, plan(model, rules), data.timesteps)
+    with fit.run(show=False) as run:
+        CalibrateRanges(candidates=4, samples=16).apply(model, data, torch.Generator().manual_seed(0), run)
+    return model
+
+
+def searched(model, data, **options) -> dict:
+    with fit.run(show=False) as run:
+        return SearchParameterSets(**(QUICK | options)).apply(model, data, torch.Generator().manual_seed(0), run)
+
+
+def test_every_quantizer_gets_a_gradient_and_entropy_falls(pipe, data, monkeypatch):
+    model, seen = prepared(pipe, data, 2), []
+    loss = _Search.loss
+
+    def spied(self, iteration, generator):
+        value = loss(self, iteration, generator)
+        seen.append({name: float(logits.grad.abs().sum()) for name, logits in self.logits.items()})
+        return value
+
+    monkeypatch.setattr(_Search, "loss", spied)
+    figures = searched(model, data, rounds=16, updates=2, entropy=5.0)
+    assert len(seen[0]) == sum(one.clock is not None for _, one in quantizers(model))
+    assert all(any(step[name] > 0 for step in seen) for name in seen[0])
+    assert figures["entropy_at_end"] < 0.8 * figures["entropy_at_start"] == pytest.approx(0.8 * math.log(2))
+    assert sum(figures["intervals_chosen"]) == 16 and figures["hardening_gap"] < 0.5
+    assert all(one.table.max() < 2 and not hasattr(one, "mixture") for _, one in quantizers(model))
+
+
+def test_timesteps_of_equal_scale_share_a_set():
+    """Inputs of four scales over eight timesteps: the search finds them, and one step for all is worse."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.step_clock = StepClock(tuple(float(i) for i in range(8)))
+    one = quantizer([1.0] * 4, 8)
+    one.clock = model.step_clock
+    scales = torch.tensor([1.0, 4, 16, 64, 64, 16, 4, 1])
+    table, low, high = clustered(-3 * scales[:, None], 3 * scales[:, None], 4)
+    one.set_ranges(low, high)
+    one.table = table.to(torch.uint8)
+    assert len({(int(table[i]), int(table[7 - i])) for i in range(4)}) == 4 and all(table[i] == table[7 - i] for i in range(4))
+    x = torch.randn(8, 500) * scales[:, None]
+    one.clock.set_interval(torch.arange(8))
+    static = fake_quantize(x, one.scale[table[3]], one.zero_point[table[3]], SPEC)
+    assert ((one(x) - x) / scales[:, None]).norm() < 0.1 * ((static - x) / scales[:, None]).norm()
+
+
+def test_resumed_searches_are_equal(pipe, data, tmp_path, monkeypatch):
+    whole = prepared(pipe, data, 2)
+    searched(whole, data)
+    broken, resumed = prepared(pipe, data, 2), prepared(pipe, data, 2)
+    loss, calls = _Search.loss, SimpleNamespace(count=0)
+
+    def failing(self, iteration, generator):
+        calls.count += 1
+        if calls.count == 6:
+            raise KeyboardInterrupt
+        return loss(self, iteration, generator)
+
+    original = fit.fit
+    monkeypatch.setattr("diffquant.methods.adp_dm.fit", lambda *given, **more: original(*given, **more, save_every=2))
+    with fit.run(tmp_path, show=False) as run:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(_Search, "loss", failing)
+            SearchParameterSets(**QUICK).apply(broken, data, torch.Generator().manual_seed(0), run)
+        SearchParameterSets(**QUICK).apply(resumed, data, torch.Generator().manual_seed(0), run)
+    for (name, ours), (_, theirs) in zip(quantizers(whole), quantizers(resumed), strict=True):
+        assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.table, theirs.table), name
+
+
+@pytest.mark.parametrize("target", ["full_precision", "noise"])
+def test_noised_inputs(pipe, data, target):
+    figures = searched(prepared(pipe, data, 2), data, inputs="noised", target=target, rounds=4)
+    assert figures["images"] == 16
+
+
+def test_intervals_without_a_latent_keep_the_nearest_set(pipe, data):
+    """Four sets for four intervals are one each; only the interval that was trained may take another."""
+    model = prepared(pipe, data, 4)
+    figures = searched(model, data, rounds=1, images=1)
+    (trained,) = [interval for interval, count in enumerate(figures["intervals_chosen"]) if count]
+    for _, one in quantizers(model):
+        rest = [int(row) for interval, row in enumerate(one.table) if interval != trained]
+        assert len(set(rest)) == 3
+
+
+def test_refused(pipe, data):
+    with pytest.raises(SpecError, match="no quantizer has several parameter sets; add sets: 8 to a rule"):
+        searched(prepared(pipe, data, 1), data)
+    with pytest.raises(SpecError, match="target: noise needs inputs: noised"):
+        searched(prepared(pipe, data, 2), data, target="noise")

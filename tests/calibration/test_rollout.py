@@ -27,7 +27,19 @@ from tests import pipelines
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SMALL = Calibration(samples=3, batch_size=2, steps=4, seed=1)
-PIPELINES = ("ddim", "ddpm", "ldm", "dit", "stable_diffusion")
+PIPELINES = (
+    "ddim",
+    "ddpm",
+    "ldm",
+    "dit",
+    "stable_diffusion",
+    "stable_diffusion_2",
+    "stable_diffusion_xl",
+    "pixart",
+    "stable_diffusion_3",
+    "flux",
+    "cogvideox",
+)
 SCHEDULERS = (
     PNDMScheduler,
     DPMSolverMultistepScheduler,
@@ -62,7 +74,7 @@ def worst(rollout: Rollout, length: int = 3) -> float:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_stock_pipeline_is_replayed_as_recorded(name, tmp_path):
-    pipe = getattr(pipelines, name)(*((tmp_path,) if name == "stable_diffusion" else ()))
+    pipe = pipelines.build(name, tmp_path)
     rollout = Rollout(find_denoiser(pipe)[1], record(pipe, SMALL, progress=False))
     rollout.verify()
     assert worst(rollout) < 1e-4
@@ -125,6 +137,25 @@ def test_eta_reaches_the_replayed_step():
     for eta, equal in ((1.0, True), (0.0, False)):
         mean = scheduler.step(step.model_output, step.timestep, step.sample, eta=eta, variance_noise=torch.zeros(1)).prev_sample
         assert torch.allclose(step.prev_sample - mean, chain._noise(0), atol=1e-6) == equal
+
+
+def test_the_timetable_is_the_one_that_the_pipeline_asked_for(tmp_path):
+    """Flux shifts its sigmas by the number of image tokens; `set_timesteps` is told so, the configuration is not."""
+    pipe = pipelines.flux(tmp_path)
+    data = record(pipe, SMALL, progress=False)
+    assert data.timetable["sigmas"] == [1.0, 0.75, 0.5, 0.25] and 0.4 < data.timetable["mu"] < 0.5
+    assert data.timesteps == [float(timestep / 1000) for timestep in Rollout(pipe.transformer, data).scheduler.timesteps]
+
+
+def test_true_guidance_of_a_distilled_model_is_refused(tmp_path):
+    def run(pipe, generator, batch):
+        prompts = {"prompt": ["a"] * batch, "negative_prompt": ["b"] * batch, "true_cfg_scale": 2.0}
+        pipe(**prompts, num_inference_steps=4, generator=generator, output_type="latent")
+
+    pipe = pipelines.flux(tmp_path)
+    data = record(pipe, SMALL, run=run, progress=False)
+    with pytest.raises(CalibrationError, match=r"FluxPipeline with FlowMatchEulerDiscreteScheduler: 8 calls .* for 4 steps"):
+        Rollout(pipe.transformer, data)
 
 
 def test_a_scheduler_that_steps_otherwise_is_not_taken_for_noise():

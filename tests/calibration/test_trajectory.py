@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import json
 import types
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, PNDMScheduler
@@ -21,6 +23,8 @@ from diffquant.calibration.trajectory import Trajectory, model_hash
 from diffquant.core.spec import CalibrationError
 from tests import pipelines
 
+# diffusers 0.42.1 hands a torch tensor to numpy.array in set_timesteps of Euler and DPM-Solver++
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SMALL = Calibration(samples=3, batch_size=2, steps=3, seed=1)
 PIPELINES = ("ddim", "ddpm", "ldm", "dit", "stable_diffusion")
 GUIDED = ("dit", "stable_diffusion")
@@ -212,6 +216,9 @@ def test_dicts_constants_and_shared_tensors_come_back():
                 scale=0.5,
                 return_dict=False,
                 sizes={"height": 8},
+                rotary=(torch.arange(6.0).view(3, 2), torch.ones(3, 2)),
+                images=[None, torch.ones(batch, 2)],
+                window=(1, (2.5, [3])),
             )[0]
             sample = pipe.scheduler.step(noise, 100, sample).prev_sample
 
@@ -225,7 +232,43 @@ def test_dicts_constants_and_shared_tensors_come_back():
     assert arguments["positions"].tolist() == [0, 1, 2, 3, 4]
     assert arguments["added"]["text"]["embedding"].tolist() == [[2.0, 3.0], [0.0, 1.0], [0.0, 1.0]]
     assert arguments["added"]["text"]["pooled"] is None and arguments["added"]["empty"] == {}
+    assert type(arguments["rotary"]) is tuple and torch.equal(arguments["rotary"][0], torch.arange(6.0).view(3, 2))
+    assert arguments["images"][0] is None and arguments["images"][1].tolist() == [[1.0, 1.0]] * 3
+    assert arguments["window"] == (1, (2.5, [3]))
     assert arguments["scale"] == 0.5 and arguments["sizes"] == {"height": 8} and "return_dict" not in arguments
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", "pixart", "stable_diffusion_3", "flux", "cogvideox"])
+def test_recorded_arguments_are_those_of_the_pipeline(name, tmp_path):
+    pipe = pipelines.build(name, tmp_path)
+    seen = []
+    _, denoiser = find_denoiser(pipe)
+    names = list(inspect.signature(denoiser.forward).parameters)
+
+    def keep(module, positional, keywords, output):
+        seen.append((dict(zip(names, positional, strict=False)) | keywords, output[0]))
+
+    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
+    trajectory = record(pipe, dataclasses.replace(SMALL, samples=2, steps=2), progress=False)
+    handle.remove()
+    timestep = trajectory.manifest["denoiser"]["timestep"]
+    for (arguments, output), (given, expected) in zip(trajectory.calls(), seen, strict=True):
+        del given["return_dict"]
+        given[timestep] = given[timestep].expand(len(output))  # recorded for every row
+        assert same(arguments, given)
+        assert torch.equal(output, expected)
+    assert trajectory.timesteps == sorted({float(t) for t in trajectory.timestep_of()}, reverse=True)
+
+
+def same(found, expected) -> bool:
+    """Equal in structure, types, dtypes and values."""
+    if isinstance(expected, torch.Tensor):
+        return isinstance(found, torch.Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list | tuple):
+        return type(found) is type(expected) and all(map(same, found, expected)) and len(found) == len(expected)
+    return type(found) is type(expected) and found == expected
 
 
 # Hash and resumption
@@ -366,7 +409,7 @@ def test_truncated_missing_and_wrong_files_are_refused(ddim, tmp_path):
 
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(CalibrationError, match="format_version is 99; 2 is supported"):
+    with pytest.raises(CalibrationError, match="format_version is 99; 3 is supported"):
         Trajectory.open(tmp_path)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(CalibrationError, match="not a recording's manifest"):
@@ -424,6 +467,44 @@ def test_a_pipeline_without_a_denoiser_is_refused_with_its_components():
         CalibrationError, match=r"LDMPipeline: has no denoiser named unet or transformer; .* vqvae, unet, scheduler"
     ):
         find_denoiser(pipe)
+
+
+def test_several_denoisers_are_refused(ddim):
+    ddim.transformer_2 = nn.Linear(1, 1)
+    with pytest.raises(CalibrationError, match=r"^DDIMPipeline: has several denoisers, unet and transformer_2; pipelines with one"):
+        find_denoiser(ddim)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"hint": object()}, r"call 0 of batch 0 of Denoiser: argument hint is a object; only tensors, plain values, and dicts"),
+        ({"hint": [torch.ones(2), {1}]}, r"argument hint\.\[1\] is a set; only tensors"),
+        ({"hint": {"a.b": torch.ones(2)}}, r"argument hint has the key 'a\.b'; strings without dots or brackets"),
+        ({"hint": {"(0)": torch.ones(2)}}, r"argument hint has the key '\(0\)'"),
+        (
+            {"tokens": torch.ones(2, 2, 3), "positions": torch.ones(2, 3)},
+            r"argument positions has 2 rows, the number of samples and of tokens; change calibration\.batch_size",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_recorded_are_refused_by_name(ddim, extra, message):
+    class Denoiser(nn.Module):
+        def forward(self, sample, timestep, **kwargs):
+            return (sample,)
+
+    def run(pipe, generator, batch):
+        pipe.unet(torch.ones(batch, 3, 8, 8), 1, **extra)
+
+    ddim.unet = Denoiser()
+    with pytest.raises(CalibrationError, match=message):
+        record(ddim, SMALL, run=run, progress=False)
+
+
+def test_a_sequentially_offloaded_model_is_refused(ddim):
+    accelerate.cpu_offload(ddim.unet, torch.device("cpu"))
+    with pytest.raises(CalibrationError, match=r"^UNet2DModel: parameter \S+ is on the meta device.* remove_all_hooks"):
+        record(ddim, SMALL, progress=False)
 
 
 @pytest.mark.parametrize(

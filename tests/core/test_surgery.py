@@ -4,9 +4,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from diffquant.core import surgery
@@ -14,6 +17,7 @@ from diffquant.core.affine import scale_from_range
 from diffquant.core.layers import QuantizedConv2d, QuantizedLinear, smoothed_weight
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import AttentionSpec, LayerRule, LayerSpec, SpecError
+from tests import pipelines
 
 W4A8 = LayerRule(match="@all", weight_bits=4, input_bits=8)
 ATTENTION_A8 = LayerRule(match="@attention", input_bits=8)
@@ -98,7 +102,35 @@ def transformer() -> tuple[nn.Module, tuple[Any, ...]]:
     return model.eval(), (torch.randn(2, 4, 8, 8), torch.tensor([321, 321]), torch.tensor([3, 10]))
 
 
-DENOISERS = {"UNet2DModel": unet, "UNet2DConditionModel": conditional_unet, "DiTTransformer2DModel": transformer}
+def pixart() -> tuple[nn.Module, tuple[Any, ...]]:
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[1, 4:] = 0
+    added = {"resolution": None, "aspect_ratio": None}
+    arguments = (torch.randn(2, 4, 32, 32), torch.randn(2, 6, 16), torch.tensor([321, 321]), added, None, None, mask)
+    return pipelines.pixart_transformer(), arguments
+
+
+def stable_diffusion_3() -> tuple[nn.Module, tuple[Any, ...]]:
+    arguments = (torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.randn(2, 32), torch.tensor([321.5, 321.5]))
+    return pipelines.stable_diffusion_3_transformer(), arguments
+
+
+def flux() -> tuple[nn.Module, tuple[Any, ...]]:
+    """Positions have no axis of samples, and the timestep is a share of 1000."""
+    text = (torch.randn(2, 5, 16), torch.randn(2, 16))
+    positions = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    arguments = (torch.randn(2, 16, 16), *text, torch.tensor([0.321, 0.321]), positions, torch.zeros(5, 3), torch.ones(2))
+    return pipelines.flux_transformer(), arguments
+
+
+DENOISERS = {
+    "UNet2DModel": unet,
+    "UNet2DConditionModel": conditional_unet,
+    "DiTTransformer2DModel": transformer,
+    "PixArtTransformer2DModel": pixart,
+    "SD3Transformer2DModel": stable_diffusion_3,
+    "FluxTransformer2DModel": flux,
+}
 Made = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
 
 
@@ -152,6 +184,9 @@ def test_later_rules_win_field_by_field() -> None:
         (unet, "conv_in", "conv_out"),
         (conditional_unet, "conv_in", "conv_out"),
         (transformer, "pos_embed.proj", "proj_out_2"),
+        (pixart, "pos_embed.proj", "proj_out"),
+        (stable_diffusion_3, "pos_embed.proj", "proj_out"),
+        (flux, "x_embedder", "proj_out"),
         (lambda: (Denoiser(), ()), "conv_in", "out"),
     ],
 )
@@ -159,6 +194,47 @@ def test_first_and_last(make: Made, first: str, last: str) -> None:
     rows = surgery.plan(make()[0], [W4A8, *EDGES_W8])
     eight = [row.name for row in rows if isinstance(row.spec, LayerSpec) and row.spec.weight and row.spec.weight.bits == 8]
     assert eight == [first, last]
+
+
+TEXT_AND_TIME = {f"time_text_embed.{part}_embedder.linear_{index}" for part in ("timestep", "text") for index in (1, 2)} | {
+    "context_embedder",
+    "norm_out.linear",
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "embedding", "attention"),
+    [
+        (
+            pixart,
+            {f"adaln_single.emb.timestep_embedder.linear_{index}" for index in (1, 2)}
+            | {"adaln_single.linear", "caption_projection.linear_1", "caption_projection.linear_2"},
+            {"transformer_blocks.0.attn1", "transformer_blocks.0.attn2"},
+        ),
+        (
+            stable_diffusion_3,
+            TEXT_AND_TIME
+            | {f"transformer_blocks.{block}.{norm}.linear" for block in (0, 1) for norm in ("norm1", "norm1_context")},
+            {"transformer_blocks.0.attn", "transformer_blocks.0.attn2", "transformer_blocks.1.attn"},
+        ),
+        (
+            flux,
+            TEXT_AND_TIME
+            | {f"time_text_embed.guidance_embedder.linear_{index}" for index in (1, 2)}
+            | {f"transformer_blocks.0.{norm}.linear" for norm in ("norm1", "norm1_context")}
+            | {"single_transformer_blocks.0.norm.linear"},
+            {"transformer_blocks.0.attn", "single_transformer_blocks.0.attn"},
+        ),
+    ],
+)
+def test_structural_selectors_on_transformers_with_text(make: Made, embedding: set[str], attention: set[str]) -> None:
+    model, _ = make()
+    assert selected(model, "@embedding") == embedding
+    assert selected(model, "@attention") == attention
+    assert not any(selected(model, selector) for selector in ("@skip", "@shortcut", "@resample"))
+    surgery.prepare(model, surgery.plan(model, [W4A8]))
+    blocks = {name for name in dict(model.named_modules()) if name.rpartition(".")[0].endswith("transformer_blocks")}
+    assert blocks == {unit.name for unit in surgery.units(model) if len(unit.layers) > 1}
 
 
 def selected(model: nn.Module, selector: str) -> set[str]:
@@ -254,8 +330,8 @@ def test_attention_products_take_input_and_softmax_bits() -> None:
 def test_every_layer_with_weights_has_a_row(make: Made) -> None:
     model, _ = make()
     rows = by_name(surgery.plan(model, [W4A8]))
-    matrices = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.dim() >= 2}
-    assert matrices - set(rows) == set()
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+    assert {name for name in matrices if name.removesuffix(".weight") not in rows} == set()
     assert all(row.reason for row in rows.values())
 
 
@@ -318,6 +394,42 @@ def test_every_attention_is_intercepted(make: Made) -> None:
         quantizer.observer = lambda x, name=name: seen.add(name)  # type: ignore[misc]
     model(*arguments)
     assert seen == {name for name, _ in surgery.quantizers(model)} and seen
+
+
+@torch.no_grad()
+def test_products_computed_apart_are_those_of_the_model(make: Made) -> None:
+    """Masks, joint streams and rotary positions included: observed, the products are computed one by one and not quantized."""
+    model, arguments = make()
+    expected = model(*arguments).sample
+    surgery.prepare(model, surgery.plan(model, [ATTENTION_A8]))
+    for _, quantizer in surgery.quantizers(model):
+        quantizer.observer = lambda x: None
+    found = model(*arguments).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # sums in another order
+
+
+def test_attention_that_cannot_be_intercepted_stays_and_says_why() -> None:
+    model, _ = conditional_unet()
+    model.set_attn_processor(AttnProcessor())
+    reason = "AttnProcessor computes without scaled_dot_product_attention, which would be quantized (floating point)"
+    rows = [row for row in surgery.plan(model, [W4A8, ATTENTION_A8]) if row.kind == "attention products"]
+    assert {(row.spec, row.reason) for row in rows} == {(None, reason)}
+
+
+@torch.no_grad()
+def test_offloaded_layers_are_refused_and_taken_after_their_hooks_are_gone() -> None:
+    model, arguments = unet()
+    rows = surgery.plan(model, [W4A8])
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(SpecError, match=r"^layer 'conv_in': its forward is replaced .* call the pipeline's remove_all_hooks"):
+        surgery.prepare(model, rows)
+    remove_hook_from_submodules(model)
+    assert "forward" in vars(model.conv_in)  # accelerate leaves the original there, which would hide the quantizable one
+    surgery.prepare(model, rows)
+    calibrate(model)
+    expected = model(*arguments).sample
+    surgery.enable(model)
+    assert not torch.equal(model(*arguments).sample, expected)
 
 
 @torch.no_grad()

@@ -157,6 +157,20 @@ def test_progress_is_told():
     assert told == [("ddpm", 2, 3), ("ddpm", 3, 3)]
 
 
+@pytest.mark.parametrize("name", ["stable_diffusion_2", "stable_diffusion_xl", "pixart", "stable_diffusion_3", "flux"])
+def test_text_to_image_pipelines_give_pictures(name, tmp_path):
+    pipe = pipelines.build(name, tmp_path)
+    steps = []
+    drawn = sample(pipe, SamplingProtocol(samples=2, steps=2), on_step=lambda indices, result: steps.append(result.timestep))
+    assert drawn.pictures.shape[:2] == (2, 3) and drawn.pictures.abs().max() <= 1
+    assert len(steps) == 2 and steps[0] > steps[1] > 0
+
+
+def test_another_sampler_for_a_flow_matching_model_is_refused(tmp_path):
+    with pytest.raises(EvaluationError, match='sampler: is "ddim"; StableDiffusion3Pipeline is a flow-matching model; use sampler'):
+        sample(pipelines.stable_diffusion_3(tmp_path), SamplingProtocol(samples=1, sampler="ddim"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

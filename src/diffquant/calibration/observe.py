@@ -20,6 +20,7 @@ from diffquant.core.spec import CalibrationError
 
 Pipeline: TypeAlias = Any  # a DiffusionPipeline: its components are attributes that its class does not declare
 OnStep: TypeAlias = Callable[[Tensor, Any, Tensor, Tensor, dict[str, Any]], None]
+OnTimetable: TypeAlias = Callable[[dict[str, Any]], None]
 
 DENOISER_NAMES = ("unet", "transformer")  # components that predict the noise, in diffusers' naming
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")  # 90 of the 99 denoisers of diffusers 0.42.1 use the first
@@ -78,12 +79,15 @@ class Calibration:
 def find_denoiser(pipe: Pipeline) -> tuple[str, nn.Module]:
     """Return the name and the module of the pipeline's component that predicts the noise.
 
-    Raises CalibrationError if the pipeline has neither a `unet` nor a `transformer`.
+    Raises CalibrationError if the pipeline has neither a `unet` nor a `transformer`, or several of them.
     """
-    for name in DENOISER_NAMES:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return name, module
+    names = (*DENOISER_NAMES, *(f"{name}_2" for name in DENOISER_NAMES))
+    found = [(name, module) for name in names if isinstance(module := getattr(pipe, name, None), nn.Module)]
+    if len(found) > 1:
+        several = " and ".join(name for name, _ in found)
+        raise CalibrationError(f"{type(pipe).__name__}: has several denoisers, {several}; pipelines with one can be calibrated")
+    if found:
+        return found[0]
     components = ", ".join(getattr(pipe, "components", {})) or "none"
     raise CalibrationError(
         f"{type(pipe).__name__}: has no denoiser named {' or '.join(DENOISER_NAMES)}; its components are: {components}"
@@ -110,17 +114,19 @@ def observe(
     *,
     on_call: Callable[[dict[str, Any], Tensor], None] | None = None,
     on_step: OnStep | None = None,
+    on_timetable: OnTimetable | None = None,
 ) -> Iterator[None]:
     """Report every denoiser forward and every scheduler step while the block runs.
 
     `on_call(arguments, output)`: arguments by the parameter names of the denoiser's forward, only those the pipeline passed;
     output is the predicted tensor. `on_step(model_output, timestep, sample, prev_sample, options)`: as the scheduler saw and
-    returned them, and whatever else it was called with. Tensors are those of the pipeline, not copies. The scheduler is the
-    object the pipeline holds at entry: one that it builds later is not observed.
+    returned them, and whatever else it was called with. `on_timetable(arguments)`: what the scheduler's `set_timesteps` was called
+    with. Tensors are those of the pipeline, not copies. The scheduler is the object the pipeline holds at entry: one that it
+    builds later is not observed.
 
     Raises CalibrationError for a scheduler whose `step` is not (model_output, timestep, sample, ...).
     """
-    with _observed_calls(pipe, on_call), _observed_steps(pipe, on_step):
+    with _observed_calls(pipe, on_call), _observed_steps(pipe, on_step), _observed_timetable(pipe, on_timetable):
         yield
 
 
@@ -156,40 +162,57 @@ def predicted(module: nn.Module, output: Any) -> Tensor:
 
 
 @contextmanager
-def _observed_steps(
-    pipe: Pipeline, on_step: Callable[[Tensor, Any, Tensor, Tensor, dict[str, Any]], None] | None
-) -> Iterator[None]:
+def _observed_steps(pipe: Pipeline, on_step: OnStep | None) -> Iterator[None]:
     if on_step is None:
         yield
         return
     scheduler = pipe.scheduler
-    original = scheduler.step
-    signature = inspect.signature(original)
-    names = tuple(signature.parameters)
+    names = tuple(inspect.signature(scheduler.step).parameters)
     if names[:3] != STEP_ARGUMENTS:
         raise CalibrationError(
             f"{type(scheduler).__name__}.step: takes ({', '.join(names)}); only schedulers whose step is "
             f"({', '.join(STEP_ARGUMENTS)}, ...) can be recorded; sample with another scheduler"
         )
 
-    @functools.wraps(original)  # pipelines ask inspect.signature(scheduler.step) what they may pass
-    def step(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        arguments = signature.bind(*args, **kwargs).arguments
+    def report(arguments: dict[str, Any], result: Any) -> None:
         prev_sample = result.prev_sample if hasattr(result, "prev_sample") else result[0]
         options = {name: value for name, value in arguments.items() if name not in STEP_ARGUMENTS}
         on_step(arguments["model_output"], arguments["timestep"], arguments["sample"], prev_sample, options)
+
+    with _reported(scheduler, "step", report):
+        yield
+
+
+@contextmanager
+def _observed_timetable(pipe: Pipeline, on_timetable: OnTimetable | None) -> Iterator[None]:
+    if on_timetable is None or not hasattr(pipe.scheduler, "set_timesteps"):
+        yield
+        return
+    with _reported(pipe.scheduler, "set_timesteps", lambda arguments, result: on_timetable(arguments)):
+        yield
+
+
+@contextmanager
+def _reported(scheduler: Any, name: str, report: Callable[[dict[str, Any], Any], None]) -> Iterator[None]:
+    """While the block runs, `report` gets the arguments by name, and the result, of every call of the scheduler's method `name`."""
+    original = getattr(scheduler, name)
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)  # pipelines ask inspect.signature what they may pass
+    def method(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        report(dict(signature.bind(*args, **kwargs).arguments), result)
         return result
 
-    outer = vars(scheduler).get("step")  # of another observer or of a sampling-time correction
-    scheduler.step = step
+    outer = vars(scheduler).get(name)  # of another observer or of a sampling-time correction
+    setattr(scheduler, name, method)
     try:
         yield
     finally:
         if outer is None:
-            del scheduler.step
+            delattr(scheduler, name)
         else:
-            scheduler.step = outer
+            setattr(scheduler, name, outer)
 
 
 @contextmanager

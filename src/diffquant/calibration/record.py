@@ -34,6 +34,7 @@ from diffquant.calibration.trajectory import (
     FORMAT_VERSION,
     MANIFEST,
     PARTIAL,
+    PLACE,
     Trajectory,
     batch_path,
     digest_tensor,
@@ -96,7 +97,8 @@ def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | N
             rows = _rows_of_batch(calibration, b)
             batch = _Batch(find_denoiser(pipe)[1], rows, b, _BudgetCheck(calibration, rows) if b == missing[0] else None)
             generator = torch.Generator().manual_seed(_seed(calibration.seed, b))
-            with observe(pipe, on_call=batch.add_call, on_step=batch.add_step), _global_seed(generator.initial_seed()):
+            watched = observe(pipe, on_call=batch.add_call, on_step=batch.add_step, on_timetable=batch.add_timetable)
+            with watched, _global_seed(generator.initial_seed()):
                 if run is None:
                     run_pipeline(pipe, calibration, generator, range(b * calibration.batch_size, b * calibration.batch_size + rows))
                 else:
@@ -202,6 +204,7 @@ class _Batch:
         self.calls: list[dict[str, Any]] = []
         self.steps: list[dict[str, str]] = []
         self.step_options: list[dict[str, Any]] = []
+        self.timetable: dict[str, Any] = {}
 
     def add_call(self, arguments: dict[str, Any], output: Tensor) -> None:
         where = f"call {len(self.calls)} of batch {self.number} of {self.denoiser_name}"
@@ -215,6 +218,7 @@ class _Batch:
         if timestep.numel() not in (1, rows):
             shape = tuple(timestep.shape)
             raise CalibrationError(f"{where}: {self.timestep_name} has shape {shape}; one number, or one per row, is allowed")
+        self._require_clear_rows(arguments, rows, where)
         arguments[self.timestep_name] = timestep = timestep.reshape(-1).expand(rows)
         timesteps = timestep.double().tolist()
         self._require_finite(output, f"{where} (timestep {timesteps[0]:g})", "output")
@@ -246,6 +250,12 @@ class _Batch:
         if self.budget:
             self.budget.after_step(len(self.steps), self._size())
 
+    def add_timetable(self, arguments: Mapping[str, Any]) -> None:
+        """What `set_timesteps` was called with, before the first step; arrays as lists, and without the device."""
+        if not self.steps:
+            plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in arguments.items()}
+            self.timetable = {name: value for name, value in plain.items() if name != "device" and _is_json(value)}
+
     def check(self, pipeline: str) -> None:
         """Refuse a batch that recorded nothing, or whose recording would not fit as a whole."""
         for what, seen in (("denoiser was called", self.calls), ("scheduler made a step", self.steps)):
@@ -257,9 +267,9 @@ class _Batch:
             self.budget.require(self._size())
 
     def write(self, path: Path) -> None:
-        layout = json.dumps({"calls": self.calls, "steps": self.steps, "step_options": self.step_options})
+        layout = {"calls": self.calls, "steps": self.steps, "step_options": self.step_options, "timetable": self.timetable}
         with renamed_when_done(path) as partial:
-            save_file(self.tensors, partial, metadata={"layout": layout})
+            save_file(self.tensors, partial, metadata={"layout": json.dumps(layout)})
 
     def _keep(self, tensor: Tensor) -> str:
         """Store a copy of the tensor unless an equal one is there already; return its name."""
@@ -275,6 +285,18 @@ class _Batch:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @staticmethod
+    def _require_clear_rows(arguments: Mapping[str, Any], rows: int, where: str) -> None:
+        """Refuse tables of [tokens, width], such as positions, where they could be taken for [rows, width]."""
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and rows > 1}
+        if not any(value.ndim == 3 and value.shape[:2] == (rows, rows) for value in tensors.values()):
+            return
+        for name, value in tensors.items():
+            if value.ndim == 2 and len(value) == rows:
+                raise CalibrationError(
+                    f"{where}: argument {name} has {rows} rows, the number of samples and of tokens; change calibration.batch_size"
+                )
+
+    @staticmethod
     def _require_finite(tensor: Tensor, where: str, what: str) -> None:
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
@@ -283,21 +305,31 @@ class _Batch:
             )
 
 
-def _flatten(arguments: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to dotted names; refuses what a file cannot hold."""
+def _flatten(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Nested dicts, lists and tuples to dotted names (`unflatten` reverses it); refuses what a file cannot hold."""
     flat: dict[str, Any] = {}
-    for key, value in arguments.items():
-        name = f"{prefix}{key}"
-        if not isinstance(key, str) or "." in key:
-            raise CalibrationError(f"{where}: argument {name}: a dict's keys must be strings without a dot to be recorded")
+
+    def add(name: str, value: Any) -> None:
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, where, f"{name}.")
+            for key, member in value.items():
+                if not isinstance(key, str) or "." in key or PLACE.fullmatch(key):
+                    raise CalibrationError(
+                        f"{where}: argument {name} has the key {key!r}; strings without dots or brackets can be recorded"
+                    )
+                add(f"{name}.{key}", member)
         elif isinstance(value, Tensor) or _is_json(value):
             flat[name] = value
+        elif type(value) in (list, tuple) and value:
+            for i, member in enumerate(value):
+                add(f"{name}.[{i}]" if isinstance(value, list) else f"{name}.({i})", member)
         else:
             raise CalibrationError(
-                f"{where}: argument {name} is a {type(value).__name__}; tensors, plain values and dicts of them can be recorded"
+                f"{where}: argument {name} is a {type(value).__name__}; only tensors, plain values, and dicts, lists and tuples of "
+                f"them can be recorded"
             )
+
+    for name, value in arguments.items():
+        add(name, value)
     return flat
 
 

@@ -94,7 +94,7 @@ class Rollout:
 
     def _build_scheduler(self) -> Any:
         scheduler = build_scheduler(self.data)
-        scheduler.set_timesteps(self.data.manifest["calibration"]["steps"])
+        scheduler.set_timesteps(**self.data.timetable)
         first = torch.zeros(1, dtype=torch.long)
         recorded = [float(self.data.step(first, k).timestep) for k in range(self.steps)]
         if scheduler.timesteps.double().tolist() != recorded:
@@ -203,7 +203,7 @@ class Rollout:
         scheduler = self.scheduler
         restore(scheduler, state)
         with noise_is(scheduler, noise) as draws:
-            scheduler.scale_model_input(sample, recorded.timestep)  # some schedulers insist on it before a step
+            _scaled(scheduler, sample, recorded.timestep)  # some schedulers insist on it before a step
             result = scheduler.step(model_output, recorded.timestep, sample, **recorded.options)
         self._drew = bool(draws)
         return result.prev_sample, snapshot(scheduler)
@@ -231,7 +231,7 @@ class Chain:
         arguments, _ = rollout.data.batch(rollout._rows[k, self.trajectories].T.reshape(-1), rollout._device)
         given = arguments[rollout._input_name]
         restore(rollout.scheduler, state)
-        scaled = rollout.scheduler.scale_model_input(latent, self._recorded_step(i).timestep).to(given.dtype)
+        scaled = _scaled(rollout.scheduler, latent, self._recorded_step(i).timestep).to(given.dtype)
         halves = rollout._rows.shape[2]
         doubled = torch.cat([scaled] * halves) if halves > 1 else scaled
         beside = given[:, latent.shape[1] :]  # channels that are not the latent's, such as a mask
@@ -283,6 +283,13 @@ def build_scheduler(data: Trajectory) -> Any:
         raise CalibrationError(f"{where}: the scheduler is not one of diffusers'; its steps cannot be replayed")
     scheduler: Any = kind.from_config(described["config"])  # type: ignore[attr-defined]
     return scheduler
+
+
+def _scaled(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
+    """What the model is given for `sample`; flow-matching schedulers scale nothing."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    scaled: Tensor = sample if scale is None else scale(sample, timestep)
+    return scaled
 
 
 def snapshot(scheduler: Any) -> State:

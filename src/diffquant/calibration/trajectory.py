@@ -10,11 +10,13 @@ with a doubled batch, so two of its rows may belong to one trajectory.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,9 +30,10 @@ from torch import Tensor, nn
 
 from diffquant.core.spec import CalibrationError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # suffix of a file that is being written
+PLACE = re.compile(r"\[\d+\]|\(\d+\)")  # in a dotted name: a list's member or a tuple's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +56,16 @@ def model_hash(model: nn.Module) -> str:
     """SHA-256 of names, shapes, dtypes and values of the floating-point parameters.
 
     Buffers do not count, so attaching or fitting quantizers does not change it; nor does the device.
+
+    Raises CalibrationError for a parameter that is nowhere: sequential offloading keeps them outside the model.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            raise CalibrationError(
+                f"{type(model).__name__}: parameter {name} is on the meta device, as sequential offloading leaves it; call the "
+                f"pipeline's remove_all_hooks, record and quantize, then offload"
+            )
         if parameter.is_floating_point():
             digest.update(f"{name} ".encode())
             digest_tensor(digest, parameter.detach().cpu())
@@ -180,10 +190,10 @@ class Trajectory:
             values = [call["tensors"].get(name, call["constants"].get(name)) for _, _, call in calls]
             if any(value != values[0] or type(value) is not type(values[0]) for value in values):
                 raise CalibrationError(f"batch: {name} differs between the samples' calls and has no row per sample; take fewer")
-            arguments[name] = self._tensor(first_batch, values[0]).clone() if name in first["tensors"] else values[0]
+            arguments[name] = self._tensor(first_batch, values[0]).clone() if name in first["tensors"] else copy.deepcopy(values[0])
         output = self._rows([(b, call["output"], row) for b, row, call in calls])
         arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-        return _unflatten(arguments), output.to(device)
+        return unflatten(arguments), output.to(device)
 
     def calls(self, *, timesteps: list[float] | None = None) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Yield every recorded call whole, as `batch` would, in the order recorded; only those at `timesteps` if given."""
@@ -202,6 +212,11 @@ class Trajectory:
     def step_count(self) -> int:
         """Number of scheduler steps of a trajectory."""
         return len(self._layouts[0]["steps"])
+
+    @property
+    def timetable(self) -> dict[str, Any]:
+        """What the scheduler's `set_timesteps` was called with: its plain arguments, the device left out."""
+        return dict(self._layouts[0]["timetable"]) or {"num_inference_steps": self.manifest["calibration"]["steps"]}
 
     def step(self, trajectories: Int[Tensor, " n"], number: int) -> RecordedStep:
         """Scheduler step `number` (0 is the noisiest) of the trajectories, in order.
@@ -238,7 +253,8 @@ class Trajectory:
         return torch.stack(rows)
 
 
-def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names to nested dicts, lists and tuples: ``a.b`` is a dict's entry, ``a.[0]`` a list's member, ``a.(0)`` a tuple's."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split(".")
@@ -246,7 +262,17 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             inner = inner.setdefault(parent, {})
         inner[last] = value
-    return nested
+    return {name: _sequences(value) for name, value in nested.items()}
+
+
+def _sequences(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    members = {key: _sequences(member) for key, member in value.items()}
+    if not members or not all(PLACE.fullmatch(key) for key in members):
+        return members
+    ordered = [members[key] for key in sorted(members, key=lambda key: int(key[1:-1]))]
+    return ordered if next(iter(members)).startswith("[") else tuple(ordered)
 
 
 def digest_tensor(digest: Any, tensor: Tensor) -> None:

@@ -83,6 +83,17 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
     layer.layer_spec = spec  # type: ignore[assignment]
 
 
+def release_forward(module: nn.Module) -> bool:
+    """Whether the class of `module` decides its forward, once an instance's own copy of it is dropped.
+
+    accelerate leaves such a copy behind where its hooks were removed; it would hide the class that is assigned next.
+    """
+    own = vars(module).get("forward")
+    if own is not None and getattr(own, "__func__", None) is type(module).forward:
+        del module.forward
+    return "forward" not in vars(module)
+
+
 def _operands(layer: QuantizedLayer, x: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
     """Input and weight as the integer engine would see them; the originals where both quantizers are off."""
     weight_quantizer, input_quantizer = layer.weight_quantizer, layer.input_quantizer

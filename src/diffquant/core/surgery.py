@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,22 +25,19 @@ from diffquant.core.layers import (
     attach_products,
     freeze_layer,
     make_quantizable,
+    release_forward,
 )
 from diffquant.core.quantizer import Quantizer, StepClock, tick
 from diffquant.core.spec import AttentionSpec, LayerRule, LayerSpec, QuantSpec, SpecError
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 FIRST_LAYERS = ("conv_in", "pos_embed.proj", "x_embedder", "patch_embed.proj", "proj_in")
+LAST_LAYERS = ("conv_out", "proj_out_2", "proj_out")
 EMBEDDING_PARENTS = ("TimestepEmbedding", "PixArtAlphaTextProjection", "TextImageProjection")
+EMBEDDING_LAYERS = ("time_emb_proj", "context_embedder")
 ATTENTION_OPERANDS = ("query", "key", "value")
-BLOCKS = (
-    "ResnetBlock2D",
-    "BasicTransformerBlock",
-    "JointTransformerBlock",
-    "FluxTransformerBlock",
-    "FluxSingleTransformerBlock",
-    "Attention",
-)
+BLOCKS = ("ResnetBlock2D", "TransformerBlock", "Attention")  # ends of class names
+ATTENTION_CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")  # what diffusers' processors call
 SELECTORS = (
     "@all", "@conv", "@linear", "@first", "@last", "@embedding", "@modulated", "@skip", "@shortcut", "@resample", "@attention",
 )  # fmt: skip
@@ -91,12 +89,11 @@ def plan(model: nn.Module, rules: Sequence[LayerRule]) -> list[PlannedLayer]:
     for name, module in modules:
         if type(module) in QUANTIZABLE:
             rows.append(_plan_layer(name, module, structure, rules))
-        elif _is_attention(module):
+            continue
+        if _is_attention(module):
             rows.append(_plan_attention(name, module, structure, rules))
-        elif isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() >= 2:
-            reason = f"{type(module).__name__} stays in floating point: only nn.Linear and nn.Conv2d are quantized"
-            rows.append(PlannedLayer(name, type(module).__name__, tuple(weight.shape), None, reason))
-    return rows
+        rows += _float_parameters(name, module)
+    return rows + _float_parameters("", model)
 
 
 def prepare(model: nn.Module, rows: Sequence[PlannedLayer], timesteps: Sequence[float] = ()) -> None:
@@ -111,11 +108,10 @@ def prepare(model: nn.Module, rows: Sequence[PlannedLayer], timesteps: Sequence[
     argument = timestep_argument(model)
     modules = dict(model.named_modules())
     clock = StepClock(timesteps)
+    _check_places(model, rows, modules)
     for row in rows:
         if row.spec is None:
             continue
-        if row.name not in modules:
-            raise SpecError(f"layer {row.name!r}: not in this {type(model).__name__}")
         sets = {"sets": min(row.spec.sets, clock.intervals)}  # more would never be used, and stay uncalibrated
         if isinstance(row.spec, AttentionSpec):
             attach_products(modules[row.name], row.spec.model_copy(update=sets), clock)
@@ -124,6 +120,19 @@ def prepare(model: nn.Module, rows: Sequence[PlannedLayer], timesteps: Sequence[
     model.step_clock = clock  # type: ignore[assignment]
     model.timestep_argument = argument  # type: ignore[assignment]
     model.register_forward_pre_hook(tick, with_kwargs=True)
+
+
+def _check_places(model: nn.Module, rows: Sequence[PlannedLayer], modules: Mapping[str, nn.Module]) -> None:
+    for row in rows:
+        if row.spec is None:
+            continue
+        if row.name not in modules:
+            raise SpecError(f"layer {row.name!r}: not in this {type(model).__name__}")
+        if not release_forward(modules[row.name]):
+            raise SpecError(
+                f"layer {row.name!r}: its forward is replaced on the instance, as offloading with accelerate does; call the "
+                f"pipeline's remove_all_hooks (a model's: accelerate.hooks.remove_hook_from_submodules), quantize, then offload"
+            )
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -192,7 +201,7 @@ def units(model: nn.Module) -> list[Unit]:
     found: list[Unit] = []
 
     def visit(name: str, module: nn.Module) -> None:
-        if type(module).__name__ in BLOCKS or isinstance(module, (QuantizedLinear, QuantizedConv2d)):
+        if type(module).__name__.endswith(BLOCKS) or isinstance(module, (QuantizedLinear, QuantizedConv2d)):
             layers = tuple((f"{name}.{inner}".rstrip("."), layer) for inner, layer in quantized_layers(module))
             if layers:
                 found.append(Unit(name, module, layers))
@@ -208,13 +217,31 @@ def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "processor") and (hasattr(module, "to_q") or hasattr(module, "to_qkv"))
 
 
+def _calls_attention(processor: object) -> bool:
+    """Whether the code of an attention's processor names a function that can be intercepted."""
+    kind: Any = type(processor)
+    call = inspect.unwrap(kind.forward if isinstance(processor, nn.Module) and "__call__" not in vars(kind) else kind.__call__)
+    return not set(ATTENTION_CALLS).isdisjoint(getattr(getattr(call, "__code__", None), "co_names", ()))
+
+
+def _float_parameters(name: str, module: nn.Module) -> list[PlannedLayer]:
+    """Rows of a module's own matrices that nothing here quantizes."""
+    kind, rows = type(module).__name__, []
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() >= 2:
+            row, what = (name, kind) if own == "weight" else (f"{name}.{own}".lstrip("."), f"a parameter of {kind}")
+            reason = f"{what} stays in floating point: only nn.Linear and nn.Conv2d are quantized"
+            rows.append(PlannedLayer(row, kind, tuple(parameter.shape), None, reason))
+    return rows
+
+
 class _Structure:
     """Where each layer stands in the model: what the structural selectors ask."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.modules = dict(model.named_modules())
         self.first = next((name for name in FIRST_LAYERS if name in names), names[0] if names else "")
-        self.last = names[-1] if names else ""
+        self.last = next((name for name in LAST_LAYERS if name in names), names[-1] if names else "")
         self.skips = _skip_sizes(model)
 
     def selects(self, selector: str, name: str) -> bool:
@@ -231,7 +258,7 @@ class _Structure:
             "@linear": isinstance(module, nn.Linear),
             "@first": name == self.first,
             "@last": name == self.last,
-            "@embedding": kind in EMBEDDING_PARENTS or kind.startswith("AdaLayerNorm") or own == "time_emb_proj",
+            "@embedding": kind in EMBEDDING_PARENTS or "AdaLayerNorm" in kind or own in EMBEDDING_LAYERS,
             "@modulated": own == "conv2" and isinstance(getattr(parent, "time_emb_proj", None), nn.Linear),
             "@skip": name in self.skips,
             "@shortcut": own == "conv_shortcut",
@@ -322,5 +349,10 @@ def _plan_attention(name: str, module: nn.Module, structure: _Structure, rules: 
     sets = int(str(fields.get("sets", 1)))
     shared = bool(fields.get("shared_zero_point", False))
     spec = AttentionSpec(query=operand, key=operand, value=operand, softmax=softmax, sets=sets, shared_zero_point=shared)
-    empty = operand is None and softmax is None
-    return PlannedLayer(name, "attention products", (), None if empty else spec, f"{reason} (floating point)" if empty else reason)
+    if operand is None and softmax is None:
+        return PlannedLayer(name, "attention products", (), None, f"{reason} (floating point)")
+    if not _calls_attention(module.processor):
+        processor = type(module.processor).__name__
+        reason = f"{processor} computes without scaled_dot_product_attention, which would be quantized (floating point)"
+        return PlannedLayer(name, "attention products", (), None, reason)
+    return PlannedLayer(name, "attention products", (), spec, reason)

@@ -307,10 +307,14 @@ def _without_guidance_half(tensor: Tensor, count: int) -> Tensor:
 def scheduler_of(pipe: Pipeline, protocol: SamplingProtocol) -> Iterator[Any]:
     """Give the pipeline the scheduler that the protocol names while the block runs.
 
-    Raises EvaluationError for more steps than the model was trained with.
+    Raises EvaluationError for more steps than the model was trained with, and for another sampler than a flow-matching model's own.
     """
     own = pipe.scheduler
     kind: Any = SCHEDULERS.get(protocol.sampler, type(own))
+    if "FlowMatch" in type(own).__name__ and kind is not type(own):  # it predicts a velocity, which the others would take for noise
+        raise EvaluationError(
+            f'protocol.sampler: is "{protocol.sampler}"; {type(pipe).__name__} is a flow-matching model; use sampler "pipeline"'
+        )
     scheduler = own if type(own) is kind else kind.from_config(own.config)
     trained = scheduler.config.get("num_train_timesteps", protocol.steps)
     if protocol.steps > trained:

@@ -344,8 +344,8 @@ def test_every_layer_with_weights_has_a_row(make: Made) -> None:
         ),
         (
             [LayerRule(match="@frist", weight_bits=8)],
-            "layers[0].match '@frist': unknown selector; allowed are @all, @conv, @linear, @first, @last, @embedding, @skip, "
-            "@shortcut, @resample, @attention",
+            "layers[0].match '@frist': unknown selector; allowed are @all, @conv, @linear, @first, @last, @embedding, @modulated, "
+            "@skip, @shortcut, @resample, @attention",
         ),
     ],
 )

@@ -33,6 +33,9 @@ class Corners:
     def confidence(self, pictures):
         return metrics.confidence(self.features(pictures))
 
+    def agreement(self, pictures, conditions):
+        return torch.tensor([float(condition == conditions[0]) for condition in conditions])
+
 
 class OnlyFeatures(Corners):
     def confidence(self, pictures):
@@ -218,3 +221,15 @@ def test_a_reference_that_cannot_be_replayed_says_why(monkeypatch):
     reference = run_reference(pipe, dataclasses.replace(PROTOCOL, samples=8, trajectory_samples=8))
     assert reference.traced is None and reference.untraced == "DDIMPipeline with DDIMScheduler: no"
     assert compare_to(reference, pipe).accumulation is None
+
+
+def test_what_was_asked_for_is_the_same_on_both_sides_and_counted():
+    """A pipeline's default labels go into the protocol, whatever the other pipeline's defaults are."""
+    pipe = pipelines.dit()
+    pipe.register_to_config(id2label={"0": "A", "1": "B", "2": "C"})
+    protocol = SamplingProtocol(samples=6, steps=2, batch_size=6, trajectory_samples=2, accumulation_samples=0)
+    reference = run_reference(pipe, protocol, features=Corners())
+    assert reference.protocol.class_labels == (0, 1, 2, 0, 1, 2) and reference.accuracy.value == pytest.approx(1 / 3)
+    other = pipelines.dit()  # names no classes: would take others
+    result = compare_to(reference, other)
+    assert result.final_error.value == 0.0 and result.accuracy.value == pytest.approx(1 / 3)

@@ -32,7 +32,7 @@ class Extractor:
     def features(self, pictures):
         raise NotImplementedError
 
-    confidence = features
+    confidence = agreement = features
 
 
 def reference_run(features: bool = True, **protocol) -> ReferenceRun:

@@ -13,7 +13,7 @@ from diffquant.calibration import fit
 from diffquant.core.spec import ZooError
 from diffquant.zoo import latent, models, train
 from diffquant.zoo.data import Letters
-from diffquant.zoo.prompts import LETTERS, tokenize, tokenizer
+from diffquant.zoo.prompts import DEFAULT_PROMPTS, LETTERS, labels_of, prompt_of, tokenize, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,10 @@ def test_classifier_reads_both_sizes():
     torch.testing.assert_close(features.features(small), expected)
     torch.testing.assert_close(features.features(large), expected)
     labels = features.classifier.head(expected).argmax(dim=1)
-    assert features.accuracy(large, labels) == 1.0
-    assert features.accuracy(large, torch.cat([labels[:3], (labels[3:] + 1) % 26])) == 0.75
+    assert features.agreement(large, labels.tolist()).tolist() == [1.0] * len(labels)
+    assert features.agreement(large, [prompt_of("bold", int(label)) for label in labels]).mean() == 1.0
+    wrong = torch.cat([labels[:3], (labels[3:] + 1) % 26])
+    assert features.agreement(large, wrong.tolist()).mean() == 0.75
 
 
 def test_training_from_the_autoencoder_to_the_pipelines(letters, tmp_path):
@@ -210,3 +212,8 @@ def test_training_resumes_bit_equal(name, letters, tmp_path):
             train_steps(tmp_path / "killed", stop_after=2)
         torch.rand(7)  # what else the process draws must not matter
         assert torch.equal(train_steps(tmp_path / "killed"), whole)
+
+
+def test_default_prompts_go_through_the_letters():
+    assert len(set(DEFAULT_PROMPTS)) == 6 * 26 and DEFAULT_PROMPTS[:2] == ("letter A", "bold sans letter B")
+    assert labels_of(DEFAULT_PROMPTS).tolist() == list(range(26)) * 6

@@ -267,7 +267,7 @@ def conditions(pipe: Pipeline, calibration: Calibration, trajectories: range) ->
     accepted = inspect.signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {}
     if "prompt" in accepted or calibration.prompts is not None:
-        prompts = calibration.prompts or PROMPTS
+        prompts = calibration.prompts or default_prompts(pipe)
         arguments["prompt"] = [prompts[i % len(prompts)] for i in trajectories]
     required = "class_labels" in accepted and accepted["class_labels"].default is inspect.Parameter.empty
     if required or calibration.class_labels is not None:
@@ -278,11 +278,17 @@ def conditions(pipe: Pipeline, calibration: Calibration, trajectories: range) ->
     return arguments
 
 
+def default_prompts(pipe: Pipeline) -> tuple[str, ...]:
+    """The prompts that a pipeline brings (its attribute ``default_prompts``, as reference models have it), or a built-in list."""
+    return tuple(getattr(pipe, "default_prompts", PROMPTS))
+
+
 def _default_labels(pipe: Pipeline, samples: int) -> tuple[int, ...]:
-    """Labels spread evenly over the classes: the first `samples` of ImageNet's would all be animals."""
+    """Labels spread evenly over the classes that the pipeline names: the first `samples` of ImageNet's would all be animals."""
     _, denoiser = find_denoiser(pipe)
     config: Any = denoiser.config
-    classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+    named = dict(getattr(pipe, "config", {})).get("id2label") or ()
+    classes = len(named) or config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
     if classes is None:
         raise CalibrationError(
             f"{type(pipe).__name__}: the number of classes of {type(denoiser).__name__} is not in its config; give class_labels"

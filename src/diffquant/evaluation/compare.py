@@ -10,6 +10,7 @@ value below the floor says that quantization moves the distribution less than dr
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,7 +38,17 @@ from diffquant.evaluation.metrics import (
     ssim,
     to_uint8,
 )
-from diffquant.evaluation.sampling import OnProgress, OnStep, SamplingProtocol, StepResult, is_unconditional, sample, scheduler_of
+from diffquant.evaluation.sampling import (
+    OnProgress,
+    OnStep,
+    SamplingProtocol,
+    StepResult,
+    conditions_of,
+    is_unconditional,
+    resolved,
+    sample,
+    scheduler_of,
+)
 from diffquant.runtime.engines import engine_of
 
 MEMORY_LIMIT = 2**30  # bytes of trajectories kept for comparison
@@ -66,6 +77,10 @@ class FeatureExtractor(Protocol):
 
     def confidence(self, pictures: UInt8[Tensor, "n c h w"]) -> Float[Tensor, " n"] | None:
         """Largest class probability of each picture, or None if the extractor is no classifier."""
+        ...
+
+    def agreement(self, pictures: UInt8[Tensor, "n c h w"], conditions: Sequence[str | int]) -> Float[Tensor, " n"] | None:
+        """1 for a picture of what its prompt or class label asked for, else 0; None if the extractor cannot tell."""
         ...
 
 
@@ -121,6 +136,7 @@ class ReferenceRun:
     to_data: Distances | None
     floor_to_data: Distances | None
     legibility: Interval | None
+    accuracy: Interval | None = None
     step_features: dict[int, tuple[Tensor, Distances]] = field(default_factory=dict)
     traced: Rollout | None = None
     untraced: str | None = None
@@ -132,7 +148,8 @@ class Comparison:
 
     `drift` is the mean relative L2 of the latents after each step, `noise_sqnr_db` the mean SQNR of the predicted noise; both over
     the samples whose trajectories are kept, and both with what earlier steps did to the input. `final_errors` is the relative L2 of
-    every last sample, paired with the reference's noise. PSNR is pooled over pairs. `engine` is what the model computed with.
+    every last sample, paired with the reference's noise. PSNR is pooled over pairs. `accuracy` is the share of pictures that show
+    what was asked for, where the extractor can tell. `engine` is what the model computed with.
     """
 
     name: str
@@ -150,6 +167,7 @@ class Comparison:
     legibility: Interval | None
     pictures: UInt8[Tensor, "n c h w"]
     seconds: float
+    accuracy: Interval | None = None
     engine: str = ""
     by_step: tuple[StepDistances, ...] = ()
     accumulation: Accumulation | None = None
@@ -187,6 +205,7 @@ def run_reference(
     if data is not None and features is None:
         raise EvaluationError("data: statistics are given without an extractor; pass the extractor that made them")
     _, denoiser = find_denoiser(pipe)
+    protocol = resolved(pipe, protocol)
     keeper = _Keeper(name, protocol)
     snapshots = _Snapshots(keeper, pipe, protocol, features)
     drawn = sample(pipe, protocol, on_step=snapshots, progress=progress, name=name)
@@ -194,7 +213,7 @@ def run_reference(
     with scheduler_of(pipe, protocol) as scheduler:
         scheduler_config = _scheduler_config(scheduler)
 
-    extracted = floor = to_data = floor_to_data = legibility = None
+    extracted = floor = to_data = floor_to_data = legibility = accuracy = None
     step_features: dict[int, tuple[Tensor, Distances]] = {}
     if features is not None:
         others = _Snapshots(_finite_only(name), pipe, protocol, features)
@@ -203,7 +222,7 @@ def run_reference(
             step_features[steps] = mine, distances(mine, theirs, "independent", _generator())
         extracted, other_extracted = (_extract(features, p) for p in (pictures, to_uint8(other.pictures)))
         floor = distances(extracted, other_extracted, "independent", _generator())
-        legibility = _legibility(features, pictures)
+        legibility, accuracy = _legibility(features, pictures), _accuracy(features, pictures, protocol)
         if data is not None:
             to_data = distances(extracted, data.features, "fixed", _generator())
             floor_to_data = distances(other_extracted, data.features, "fixed", _generator())
@@ -226,6 +245,7 @@ def run_reference(
         to_data=to_data,
         floor_to_data=floor_to_data,
         legibility=legibility,
+        accuracy=accuracy,
         step_features=step_features,
         traced=traced,
         untraced=untraced,
@@ -248,11 +268,11 @@ def compare_to(
     pictures = to_uint8(drawn.pictures)
     final_errors = relative_l2(reference.last_samples, drawn.last_samples)
 
-    to_reference = to_data = legibility = None
+    to_reference = to_data = legibility = accuracy = None
     if reference.extractor is not None and reference.features is not None:
         extracted = _extract(reference.extractor, pictures)
         to_reference = distances(extracted, reference.features, "paired", _generator())
-        legibility = _legibility(reference.extractor, pictures)
+        legibility, accuracy = _legibility(reference.extractor, pictures), _accuracy(reference.extractor, pictures, protocol)
         if reference.data is not None:
             to_data = distances(extracted, reference.data.features, "fixed", _generator())
     return Comparison(
@@ -269,6 +289,7 @@ def compare_to(
         to_reference=to_reference,
         to_data=to_data,
         legibility=legibility,
+        accuracy=accuracy,
         by_step=tuple(
             StepDistances(steps, distances(found, reference.step_features[steps][0], "paired", _generator()), floor)
             for (steps, found), (_, floor) in zip(snapshots.features().items(), reference.step_features.values(), strict=True)
@@ -429,6 +450,16 @@ def _batches(pictures: Tensor) -> list[Tensor]:
 def _legibility(extractor: FeatureExtractor, pictures: Tensor) -> Interval | None:
     scores = [extractor.confidence(batch) for batch in _batches(pictures)]
     present = [score.cpu() for score in scores if score is not None]
+    return bootstrap_mean(torch.cat(present), _generator()) if present else None
+
+
+def _accuracy(extractor: FeatureExtractor, pictures: Tensor, protocol: SamplingProtocol) -> Interval | None:
+    asked = conditions_of(protocol)
+    if not asked:
+        return None
+    parts = zip(_batches(pictures), (asked[i : i + FEATURE_BATCH] for i in range(0, len(asked), FEATURE_BATCH)), strict=True)
+    found = [extractor.agreement(batch, wanted) for batch, wanted in parts]
+    present = [share.cpu() for share in found if share is not None]
     return bootstrap_mean(torch.cat(present), _generator()) if present else None
 
 

@@ -11,6 +11,7 @@ Sources: Szegedy et al. 2016 (arXiv 1512.00567) for the blocks; Heusel et al. 20
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
@@ -213,6 +214,10 @@ class InceptionFeatures:
 
     def confidence(self, pictures: UInt8[Tensor, "n c h w"]) -> Float[Tensor, " n"] | None:
         """None: classes of photographs say nothing of legibility."""
+        return None
+
+    def agreement(self, pictures: UInt8[Tensor, "n c h w"], conditions: Sequence[str | int]) -> Float[Tensor, " n"] | None:
+        """None: features name no class."""
         return None
 
 

@@ -90,6 +90,7 @@ class Row(BaseModel):
     to_data: Distances | None = None
     floor_to_data: Distances | None = None
     legibility: Interval | None = None
+    accuracy: Interval | None = None
     seconds: float
     engine: str = ""
     timesteps: tuple[float, ...] = ()
@@ -142,6 +143,7 @@ def make_report(reference: ReferenceRun, comparisons: Sequence[Comparison], file
             to_data=reference.to_data,
             floor_to_data=reference.floor_to_data,
             legibility=reference.legibility,
+            accuracy=reference.accuracy,
             seconds=reference.seconds,
         )
     ]
@@ -313,6 +315,7 @@ def _cells(report: Report, newline: str) -> tuple[list[str], list[list[str]]]:
         "KID to full precision": lambda row: _kid(row.to_reference, row.floor, newline),
         "KID to data": lambda row: _kid(row.to_data, row.floor_to_data, newline),
         "legibility": lambda row: _interval(row.legibility, "{:.3f}", newline),
+        "accuracy": lambda row: _interval(row.accuracy, "{:.3f}", newline),
         "seconds": lambda row: f"{row.seconds:.1f}{newline + row.engine if row.engine else ''}",
     }
     texts = {name: [cell(row) for row in report.rows] for name, cell in columns.items()}

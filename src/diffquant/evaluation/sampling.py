@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -213,6 +213,25 @@ def sample(
     return Sampled(torch.cat(pictures), torch.cat(last_samples), seconds)
 
 
+def resolved(pipe: Pipeline, protocol: SamplingProtocol) -> SamplingProtocol:
+    """The protocol with the conditions that `pipe` would take by default written into it, so that other pipelines take the same."""
+    if is_unconditional(pipe):
+        return protocol
+    found = conditions(pipe, _asked(protocol), range(protocol.samples))
+    prompts, class_labels = (tuple(found[name]) if name in found else None for name in ("prompt", "class_labels"))
+    return replace(protocol, prompts=prompts, class_labels=class_labels)
+
+
+def conditions_of(protocol: SamplingProtocol) -> list[str | int]:
+    """The prompt or class label of every sample of a resolved protocol; empty where it has neither."""
+    values = protocol.prompts or protocol.class_labels or ()
+    return [values[index % len(values)] for index in range(protocol.samples)] if values else []
+
+
+def _asked(protocol: SamplingProtocol) -> Calibration:
+    return Calibration(samples=protocol.samples, prompts=protocol.prompts, class_labels=protocol.class_labels)
+
+
 def sample_shape(denoiser: Any) -> tuple[int, ...]:
     """Channels, height and width of what an unconditional pixel model denoises."""
     size = denoiser.config.sample_size
@@ -276,12 +295,11 @@ def sample_pipeline(
 
 def _call_arguments(pipe: Pipeline, scheduler: Any, protocol: SamplingProtocol, seed: int, indices: range) -> dict[str, Any]:
     accepted = inspect.signature(pipe.__call__).parameters
-    asked = Calibration(samples=protocol.samples, prompts=protocol.prompts, class_labels=protocol.class_labels)
     arguments: dict[str, Any] = {
         "num_inference_steps": protocol.steps,
         "generator": sample_generators(seed, indices),
         "output_type": "np",
-        **conditions(pipe, asked, indices),
+        **conditions(pipe, _asked(protocol), indices),
     }
     if protocol.guidance_scale is not None:
         arguments["guidance_scale"] = protocol.guidance_scale

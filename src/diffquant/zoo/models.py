@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, final
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from diffquant.evaluation.compare import DataStatistics
 from diffquant.evaluation.metrics import accuracy, confidence
 from diffquant.zoo import latent
 from diffquant.zoo.data import SIZE, Letters, to_samples
-from diffquant.zoo.prompts import LETTERS
+from diffquant.zoo.prompts import DEFAULT_PROMPTS, LETTERS, labels_of
 from diffquant.zoo.train import classification_loss, denoising_loss, train, two_rounds
 
 PIPELINES = ("glyph-ddim", "glyph-sd", "glyph-dit")
@@ -98,9 +98,12 @@ class GlyphFeatures:
         return confidence(self.classifier(_samples(pictures)))
 
     @torch.no_grad()
-    def accuracy(self, pictures: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> float:
-        """Share of pictures of the letter that was asked for: ``prompts.labels_of(prompts)``, or the class labels."""
-        return accuracy(self.classifier(_samples(pictures)), labels)
+    def agreement(self, pictures: UInt8[Tensor, "n c h w"], conditions: Sequence[str | int]) -> Float[Tensor, " n"]:
+        """1 for a picture of the letter that its prompt names or its class label is, else 0."""
+        prompts = [condition for condition in conditions if isinstance(condition, str)]
+        labels = labels_of(prompts) if prompts else torch.tensor(conditions)
+        right: Tensor = self.classifier(_samples(pictures)).argmax(dim=1) == labels
+        return right.float()
 
 
 def _samples(pictures: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 1 32 32"]:
@@ -141,6 +144,8 @@ def load(name: str) -> Any:
         return GlyphFeatures(classifier, file_hash(found / "model.safetensors"))
     pipe = DiffusionPipeline.from_pretrained(found, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    if name == "glyph-sd":
+        pipe.default_prompts = DEFAULT_PROMPTS
     return pipe
 
 

@@ -89,6 +89,10 @@ def prompt_of(style: str, label: int) -> str:
     return f"{style} letter {LETTERS[label]}".lstrip()
 
 
+DEFAULT_STYLES = ("", "bold sans", "italic serif", "light", "bold italic serif", "serif")
+DEFAULT_PROMPTS = tuple(prompt_of(DEFAULT_STYLES[(label + turn) % 6], label) for turn in range(6) for label in range(26))
+
+
 def labels_of(prompts: Sequence[str]) -> Int[Tensor, " n"]:
     """The letter that each prompt asks for, its last word. Raises `ZooError` where that is no letter."""
     for prompt in prompts:

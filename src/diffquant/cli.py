@@ -100,7 +100,7 @@ def quantize(
 def export(
     model: Annotated[str, typer.Argument(help="Directory of a quantized checkpoint.")],
     out: Annotated[Path, typer.Option(help="New folder for the file and for export.json.")],
-    to: Annotated[str, typer.Option(help=f"Runtime to write for: {', '.join(TARGETS)}.")] = "openvino",
+    to: Annotated[str, typer.Option(help=f"Runtime to write for: {', '.join(TARGETS)} (and TensorRT).")] = "openvino",
 ) -> None:
     """Write a quantized denoiser for another runtime, and check the file by running it."""
     report = dq.export(model, out, to)
@@ -108,6 +108,12 @@ def export(
     console.print(f"{report.integer} products of integers, {report.floating} in floating point")
     if report.floating_layers:
         console.print(f"quantized, but computed in floating point there: {', '.join(report.floating_layers)}")
+    if to == "onnx" and not report.symmetric:
+        console.print(
+            "not for TensorRT, which reads symmetric quantizers only: quantize with --set layers.N.input_symmetric=true for every "
+            "rule N that has input_bits, and softmax_bits of 7 or fewer (or float)",
+            soft_wrap=True,
+        )
 
 
 @app.command(name="sample")

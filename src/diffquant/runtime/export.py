@@ -10,8 +10,10 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel
@@ -22,19 +24,33 @@ from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import quantized_layers
 from diffquant.runtime import engines
 from diffquant.runtime.checkpoint import load
-from diffquant.runtime.engines import openvino
-from diffquant.runtime.engines.openvino_graph import package
+from diffquant.runtime.engines import onnx, openvino
+from diffquant.runtime.engines.graph import integer_layers, signed
 
 SUFFIX = ".attention_products"
-TARGETS = ("openvino",)
 LARGEST_ERROR = 0.2  # codes on a rounding edge, carried through a whole model, gave up to 0.02; a wrong kernel gives about 1
+
+
+class Target(NamedTuple):
+    """A runtime to write for; `engine` is a module with FILE, package, build, run and products."""
+
+    engine: ModuleType
+    save: Callable[[Any, Path], Any]
+    load: Callable[[Path], Any]
+
+
+TARGETS = {
+    "openvino": Target(openvino, openvino.save_ir, lambda folder: openvino.compile_graph(openvino.load_ir(folder))),
+    "onnx": Target(onnx, onnx.save_onnx, onnx.load_onnx),
+}
 
 
 class ExportReport(BaseModel):
     """What an exported file was seen to do.
 
     ``error``: relative L2 distance of its output from the simulation's on one call. ``integer``, ``floating``: products computed
-    from 8-bit integers, and not. ``floating_layers``: quantized layers and attentions with a product that is not.
+    from 8-bit integers, and not. ``floating_layers``: quantized layers and attentions with a product that is not. ``symmetric``:
+    every operand is int8 with a zero point of 0, which TensorRT asks for.
     """
 
     target: str
@@ -43,6 +59,7 @@ class ExportReport(BaseModel):
     integer: int
     floating: int
     floating_layers: list[str]
+    symmetric: bool
 
 
 class _Enough(Exception):
@@ -58,7 +75,8 @@ def export(model: Pipeline | str | Path, folder: str | Path, to: str = "openvino
     """
     if to not in TARGETS:
         raise CheckpointError(f"export: target {to!r}; allowed are {', '.join(TARGETS)}")
-    package()
+    target = TARGETS[to]
+    target.engine.package()
     folder = Path(folder).expanduser().resolve()
     if folder.exists():
         raise CheckpointError(f"{folder}: exists; an export makes a new folder; choose another name")
@@ -66,11 +84,11 @@ def export(model: Pipeline | str | Path, folder: str | Path, to: str = "openvino
     engines.use_engine(pipe, "simulate")
     _, denoiser = find_denoiser(pipe)
     arguments, expected = first_call(pipe)
-    graph = openvino.build(denoiser, arguments)
+    graph = target.engine.build(denoiser, arguments)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        openvino.save_ir(graph, temporary)
-        report = _check(temporary, denoiser, arguments, expected)
+        target.save(graph, temporary)
+        report = _check(to, temporary, denoiser, arguments, expected)
         (temporary / "export.json").write_text(json.dumps(report.model_dump(), indent=1) + "\n")
         temporary.rename(folder)
     except OSError as error:
@@ -100,23 +118,26 @@ def first_call(pipe: Pipeline) -> tuple[dict[str, Any], Tensor]:
     return seen[0]
 
 
-def _check(written: Path, denoiser: nn.Module, arguments: dict[str, Any], expected: Tensor) -> ExportReport:
+def _check(to: str, written: Path, denoiser: nn.Module, arguments: dict[str, Any], expected: Tensor) -> ExportReport:
     """Run the written file on the call that it was made from."""
-    compiled = openvino.compile_graph(openvino.load_ir(written))
-    output = openvino.run(compiled, denoiser, arguments)[0]
-    counted, layers = openvino.count_integer_primitives(compiled), openvino.integer_layers(compiled)
+    target = TARGETS[to]
+    compiled = target.load(written)
+    output = target.engine.run(compiled, denoiser, arguments)[0]
+    products = list(target.engine.products(compiled))
+    integer = sum(integer for _, integer in products)
     error = float((output - expected).norm() / expected.norm())
     quantized = {name for name, _ in quantized_layers(denoiser)}
     quantized |= {name.removesuffix(SUFFIX) for name, _ in denoiser.named_modules() if name.endswith(SUFFIX)}
     if not (torch.isfinite(output).all() and error <= LARGEST_ERROR):
         raise CheckpointError(f"export: the file's output differs from the simulation's by {error:.2g}; nothing was written")
-    if not counted["integer"]:
+    if not integer:
         raise CheckpointError("export: the runtime would multiply no integers; nothing was written")
     return ExportReport(
-        target="openvino",
-        file=openvino.FILE,
+        target=to,
+        file=target.engine.FILE,
         error=error,
-        integer=counted["integer"],
-        floating=counted["float"],
-        floating_layers=sorted(name for name, integer in layers.items() if not integer and name in quantized),
+        integer=integer,
+        floating=len(products) - integer,
+        floating_layers=sorted(name for name, integers in integer_layers(products).items() if not integers and name in quantized),
+        symmetric=signed(denoiser),
     )

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,147 +11,34 @@ import torch
 from torch import Tensor, nn
 
 import pipelines
-from diffquant.core.affine import scale_from_range
-from diffquant.core.layers import QuantizedConv2d, attach_products, make_quantizable
-from diffquant.core.quantizer import StepClock, tick
-from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, LayerSpec, QuantSpec, SpecError
-from diffquant.core.surgery import freeze, plan, prepare, quantized_layers, quantizers
+from diffquant.core.layers import attach_products
+from diffquant.core.quantizer import StepClock
+from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, QuantSpec, SpecError
+from diffquant.core.surgery import plan, prepare, quantized_layers, quantizers
+from diffquant.runtime.engines import graph as graphs
 from diffquant.runtime.engines import int8_cpu, openvino_graph
 from diffquant.runtime.engines import openvino as engine
+from layer_cases import (
+    CASES,
+    CHANNELS,
+    HALF_FLOAT,
+    OF_SETS,
+    TIMESTEPS,
+    Layers,
+    assert_equal_but_for_edges,
+    calibrate,
+    make_layers,
+    sample,
+)
 
 pytest.importorskip("openvino")
-
-TIMESTEPS = (900.0, 500.0, 100.0)
-CHANNELS = 16
-EDGE = 1e-4  # of a step: closer to the middle between two codes, float rounding decides
 
 
 def sqnr(signal: Tensor, other: Tensor) -> float:
     return float(10 * torch.log10(signal.square().sum() / (signal - other).square().sum()))
 
 
-@torch.no_grad()
-def calibrate(model: nn.Module, call: Callable[[], Any], widest: float = 1.0) -> None:
-    """Min-max of the weights, and of the inputs that `call` brings; the sets share the zero point and differ in their scales."""
-    seen: dict[str, list[Tensor]] = {}
-    for name, quantizer in quantizers(model):
-        if quantizer.clock is not None:
-            quantizer.observer = seen.setdefault(name, []).append
-    call()
-    for _, layer in quantized_layers(model):
-        weight = layer.weight_quantizer
-        if weight is not None:
-            for index, part in enumerate(layer.weight.float().split(weight.splits or layer.weight.shape[1], dim=1)):
-                rows = part.reshape(weight.rows, -1)
-                weight.scale[:, index], weight.zero_point[:, index] = scale_from_range(rows.amin(1), rows.amax(1), weight.spec)
-    for name, quantizer in quantizers(model):
-        if quantizer.clock is not None:
-            quantizer.observer = None
-            low, high = min(x.min() for x in seen[name]), max(x.max() for x in seen[name])
-            scale, zero_point = scale_from_range(low, high, quantizer.spec)
-            quantizer.scale.copy_(scale * torch.linspace(1, widest, quantizer.rows).view(-1, 1))
-            quantizer.zero_point.copy_(zero_point.expand_as(quantizer.zero_point))
-    freeze(model)
-
-
 # ---- layer by layer
-
-
-class Layers(nn.Module):
-    """A denoiser whose layers stand side by side: convolutions read the sample, linears its pixels as tokens."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor, ...]:
-        tokens = sample.flatten(2).transpose(1, 2)
-        return tuple(layer(sample if isinstance(layer, nn.Conv2d) else tokens) for layer in self.layers)
-
-
-def spec(weight: int, input: int, weight_symmetric: bool = True, input_symmetric: bool = False, **others: Any) -> LayerSpec:
-    channel = QuantSpec(bits=weight, symmetric=weight_symmetric, granularity="channel")
-    return LayerSpec(weight=channel, input=QuantSpec(bits=input, symmetric=input_symmetric), **others)
-
-
-MAKE: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: nn.Linear(CHANNELS, 12),
-    "conv": lambda: nn.Conv2d(CHANNELS, 12, 3, padding=1),
-    "linear without bias": lambda: nn.Linear(CHANNELS, 12, bias=False),
-    "strided conv": lambda: nn.Conv2d(CHANNELS, 12, 3, stride=2, padding=(1, 0), dilation=(1, 2)),
-    "grouped conv": lambda: nn.Conv2d(CHANNELS, 32, 3, groups=2),
-    "depthwise conv": lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, groups=CHANNELS, bias=False),
-    "circular conv": lambda: nn.Conv2d(CHANNELS, 12, 3, padding=1, padding_mode="circular"),
-}
-SPLITS = (6, 10)
-SPECS = {
-    f"w{bits}{'s' if weight else 'u'} a{bits}{'s' if given else 'u'}": spec(bits, bits, weight, given)
-    for bits in range(2, 9)
-    for weight in (True, False)
-    for given in (True, False)
-}
-FEATURES = {
-    "smooth": spec(4, 8, smooth=True),
-    "shift": spec(4, 8, shift=True),
-    "splits": spec(4, 8, splits=SPLITS),
-    "all at once": spec(8, 6, False, True, splits=SPLITS, smooth=True, shift=True),
-}
-MIXED = {"w4s a8u": spec(4, 8)}
-WHOLE = LayerSpec(weight=QuantSpec(bits=4), input=QuantSpec(bits=8))
-CASES = {
-    **{
-        f"{name} {text}": (name, each)
-        for name in ("linear", "conv")
-        for text, each in (SPECS | FEATURES | {"whole": WHOLE}).items()
-    },
-    **{f"{name} {text}": (name, (SPECS | MIXED)[text]) for name in list(MAKE)[2:] for text in ("w4s a8u", "w8u a8s", "w8s a8u")},
-    "grouped conv shift": ("grouped conv", FEATURES["shift"]),
-    "linear weight only": ("linear", LayerSpec(weight=MIXED["w4s a8u"].weight)),
-    "linear input only": ("linear", LayerSpec(input=QuantSpec(bits=8), shift=True, smooth=True)),
-}
-HALF_FLOAT = ("linear weight only", "linear input only")
-
-
-def sample(batch: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(batch, CHANNELS, 6, 6, generator=torch.Generator().manual_seed(seed))
-
-
-def make_layers(cases: Sequence[tuple[str, LayerSpec]], timesteps: Sequence[float] = ()) -> Layers:
-    torch.manual_seed(0)
-    model, clock = Layers([MAKE[name]() for name, _ in cases]), StepClock(timesteps)
-    for layer, (_, each) in zip(model.layers, cases, strict=True):
-        make_quantizable(layer, each, clock)
-        if layer.smooth is not None:
-            layer.smooth.copy_(torch.linspace(0.6, 1.7, CHANNELS))
-        given = layer.input_quantizer
-        if given is not None and given.shift is not None:
-            given.shift.copy_((torch.arange(CHANNELS) % 4).expand_as(given.shift))
-    model.step_clock, model.timestep_argument = clock, ("timestep", 1)
-    model.register_forward_pre_hook(tick, with_kwargs=True)
-    calibrate(model, lambda: model(0.6 * sample(), 0), widest=1.6)  # smaller than what is compared, so that some codes are clamped
-    return model
-
-
-@torch.no_grad()
-def assert_equal_but_for_edges(layer: Any, x: Tensor, expected: Tensor, output: Tensor) -> None:
-    """Equal up to float rounding where no code is within `EDGE` of a rounding edge, else within one step of those codes."""
-    if layer.smooth is not None:
-        x = x / layer.smooth.view((-1, 1, 1) if isinstance(layer, QuantizedConv2d) else (-1,))
-    weight = layer.weight * (1 if layer.smooth is None else layer.smooth) if layer.weight is not None else None
-    weight = layer.weight_quantizer.dequantized_codes() if weight is None else weight
-
-    def product(values: Tensor) -> Tensor:
-        if isinstance(layer, QuantizedConv2d):
-            return layer._conv_forward(values, weight.abs(), None)
-        return nn.functional.linear(values, weight.abs())
-
-    given = layer.input_quantizer
-    step = torch.zeros(()) if given is None else given.operands(x)[0]
-    fraction = torch.zeros_like(x) if given is None else x / step - (x / step).floor()
-    edge = (fraction - 0.5).abs() < EDGE
-    assert edge.float().mean() < 0.01
-    rounding = 2e-6 * (product(x.abs()) + (0 if layer.bias is None else expected.abs()) + 1)
-    assert ((expected - output).abs() <= rounding + product(edge * step)).all()
 
 
 @pytest.fixture(scope="module")
@@ -194,12 +81,6 @@ def test_every_layer_computes_with_integers(compiled: Any) -> None:
 
 
 # ---- parameter sets
-
-OF_SETS = {
-    "conv": ("conv", spec(4, 8, sets=3)),
-    "linear": ("linear", spec(8, 6, sets=3)),
-    "conv with everything": ("conv", spec(8, 8, False, True, sets=3, splits=SPLITS, smooth=True, shift=True)),
-}
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +248,7 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, layers_wi
 
 def test_models_that_are_refused(layers_with_sets: Layers) -> None:
     half = copy.deepcopy(layers_with_sets).to(torch.bfloat16)
-    with pytest.raises(CheckpointError, match="Layers: has parameters of torch.bfloat16; OpenVINO converts from float32"):
+    with pytest.raises(CheckpointError, match="Layers: has parameters of torch.bfloat16; OpenVINO graphs are made from float32"):
         engine.install(half)
     with pytest.raises(CheckpointError, match="UNet2DModel: its weights are not integer codes; quantize first"):
         engine.install(pipelines.unet())
@@ -389,10 +270,10 @@ def test_attention_with_a_mask() -> None:
         quantizer.scale.fill_(0.1 if quantizer is not module.softmax else 1 / 63)
         quantizer.zero_point.fill_(30 if quantizer is not module.softmax else 0)
         quantizer.enabled = True
-    trace = openvino_graph._Trace(nn.Identity(), openvino_graph.Call(make_layers([]), (sample(), 0), {}))
+    trace = graphs.Trace(nn.Identity(), graphs.Call(make_layers([]), (sample(), 0), {}), openvino_graph.FORM)
     operands = [torch.randn(2, 2, 5, 8) for _ in range(3)]
     for mask in (torch.rand(2, 1, 5, 5) > 0.3, torch.randn(2, 1, 5, 5)):
         mask[..., 0] = 1
         expected = module(*operands, attn_mask=mask)
-        found = openvino_graph._attention(trace, module, *operands, attn_mask=mask)
+        found = graphs._attention(trace, graphs._operands(module), *operands, attn_mask=mask)
         assert torch.allclose(found, expected, atol=1e-5)  # no code of this seed is on a rounding edge

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from diffquant.core.layers import AttentionProducts, QuantizedLayer
 from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import quantized_layers, quantizers
+from diffquant.runtime.engines import graph as graphs
 from diffquant.runtime.engines import int8_cpu
+from diffquant.runtime.engines.graph import Call, MakeOutput, check, feed, status
 from diffquant.runtime.engines.int8_cpu import Lowered
-from diffquant.runtime.engines.openvino_graph import Call, MakeOutput, check, convert, package, status
+from diffquant.runtime.engines.openvino_graph import FORM, convert, package
 
 Precision = Literal["f32", "bf16", "f16"]
 
@@ -53,10 +55,7 @@ def compile_graph(graph: Any, precision: Precision = "f32") -> Any:
 
 def integer_layers(compiled: Any) -> dict[str, bool]:
     """Each layer and attention that multiplies in a compiled graph, and whether every product is one of 8-bit integers."""
-    found: dict[str, bool] = {}
-    for name, integer in _products(compiled):
-        found[name] = integer and found.get(name, True)
-    return found
+    return graphs.integer_layers(products(compiled))
 
 
 def count_integer_primitives(compiled: Any) -> dict[str, int]:
@@ -64,11 +63,11 @@ def count_integer_primitives(compiled: Any) -> dict[str, int]:
 
     A layer with splits, or with an integer weight of two digits, has several; an attention has two.
     """
-    integer = [integer for _, integer in _products(compiled)]
+    integer = [integer for _, integer in products(compiled)]
     return {"integer": sum(integer), "float": len(integer) - sum(integer)}
 
 
-def _products(compiled: Any) -> Iterator[tuple[str, bool]]:
+def products(compiled: Any) -> Iterator[tuple[str, bool]]:
     """Name of the layer of each product in a compiled graph, and whether it is computed from 8-bit integers.
 
     OpenVINO states the kernel of a product; of an attention fused to a `Subgraph` that of the first, and operand types.
@@ -93,16 +92,9 @@ def run(compiled: Any, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[
 
 
 def _run(compiled: Any, call: Call, model: nn.Module) -> tuple[Tensor, ...]:
-    results = compiled([tensor.detach().cpu().contiguous().numpy() for tensor in _tensors(len(compiled.inputs), call, model)])
+    tensors = feed(call, model, len(compiled.inputs) > len(call.names))
+    results = compiled([tensor.detach().cpu().contiguous().numpy() for tensor in tensors])
     return tuple(torch.from_numpy(results[index]).to(call.tensors[0].device) for index in range(len(compiled.outputs)))
-
-
-def _tensors(inputs: int, call: Call, model: nn.Module) -> list[Tensor]:
-    """What a graph with so many inputs is called with: the last may be the interval."""
-    tensors = list(call.tensors)
-    if inputs > len(tensors):
-        tensors.append(torch.as_tensor(model.step_clock.interval).reshape(-1))  # type: ignore[union-attr]
-    return tensors
 
 
 def save_ir(graph: Any, folder: str | Path) -> Path:
@@ -145,7 +137,7 @@ def install(model: nn.Module, precision: Precision = "f32") -> list[Lowered]:
     package()
     uninstall(model)
     int8_cpu.simulate(model)
-    check(model)
+    check(model, FORM.runtime)
     model.openvino_graphs = _Graphs(precision)  # type: ignore[assignment]
     model.__class__ = _computed(type(model))  # type: ignore[arg-type]
     rows = [Lowered(name, _float_reason(layer)) for name, layer in quantized_layers(model)]
@@ -191,7 +183,7 @@ class _Graphs:
         if call.kind not in self.converted:
             self.converted[call.kind] = convert(model, call)
         graph, make_output = self.converted[call.kind]
-        tensors = _tensors(len(graph.inputs), call, model)
+        tensors = feed(call, model, len(graph.inputs) > len(call.names))
         sizes = (call.kind, *(str(tuple(tensor.shape)) for tensor in tensors))
         if sizes not in self.compiled:
             graph.reshape({each.any_name: list(tensor.shape) for each, tensor in zip(graph.inputs, tensors, strict=True)})

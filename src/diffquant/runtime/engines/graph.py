@@ -1,0 +1,375 @@
+"""A frozen denoiser as a function of tensors whose layers write themselves as products of integers: what a runtime converts.
+
+    y[o] = bias[o] + sum over parts p of the input channels and digits d of the integer weight of
+           factor[p] * sum_c Q(x[c] / (factor[p] * smooth[c] * 2^shift[c])) * (scale[p, d, o] * weight[p, d, o, c])
+
+``Q`` quantizes to 256 codes and dequantizes, ``weight`` is int8; how both are written is a runtime's `Form`. Codes of fewer than
+8 bits are clamped before they are quantized. Integer weights that do not fit int8 (shifted ones, or asymmetric ones of 8 bits) are
+written as two digits. An input quantizer with several parameter sets divides by its present scale (``factor``), quantizes with a
+step of one and multiplies the product; the graph then has one more input, ``interval``. The zero point is part of the kernel, so
+all sets must share it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int8
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, smoothed_weight
+from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.spec import CheckpointError, SpecError
+from diffquant.core.surgery import is_frozen, quantized_layers, quantizers, timestep_argument
+from diffquant.runtime.engines.int8_cpu import IntegerConv2d, IntegerLinear
+from diffquant.runtime.engines.kernels import LIMB, digits
+
+MakeOutput = Callable[[tuple[Tensor, ...]], Any]
+_Digit = tuple[Tensor, Tensor | None]  # int8 [out, in, ...] and its scale for each output
+
+INTERVAL = "interval"  # name of the graph's input that chooses the parameter sets
+
+
+class Form(NamedTuple):
+    """How a runtime reads integers.
+
+    ``quantize(x, scale, zero_point, signed)``: `x` through 256 codes, from -128 where `signed`, else from 0.
+    ``dequantize(weight, scale)``: an int8 weight times a scale for each output. ``add(product, bias)``: of a linear layer.
+    """
+
+    runtime: str
+    quantize: Callable[[Tensor, float, int, bool], Tensor]
+    dequantize: Callable[[Int8[Tensor, "out ..."], Float[Tensor, " out"]], Tensor]
+    add: Callable[[Tensor, Tensor], Tensor] = torch.add
+
+
+class Call:
+    """The arguments of one call of a denoiser, its tensors apart from the rest; the timestep is a tensor, one for each sample."""
+
+    def __init__(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = inspect.signature(model.forward).bind(*arguments, **keywords).arguments
+        self.return_dict = bool(given.pop("return_dict", True))
+        name, _ = timestep_argument(model)
+        sample = next(leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
+        batch = len(sample)
+        given[name] = torch.as_tensor(given[name]).reshape(-1).expand(batch)
+        paths, self._structure = pytree.tree_flatten_with_path(given)
+        self._leaves = [leaf for _, leaf in paths]
+        self._at = [index for index, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.tensors: list[Tensor] = [self._leaves[index] for index in self._at]
+        self.names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in paths[index][0]) for index in self._at]
+        self.shapes = [[-1 if len(t) == batch else len(t), *t.shape[1:]] if t.dim() else [] for t in self.tensors]
+        rest = [leaf for leaf in self._leaves if not isinstance(leaf, Tensor)]
+        self.kind = repr((self.names, self.shapes, [tensor.dtype for tensor in self.tensors], rest))
+
+    def keywords(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """The arguments with other tensors in the place of these."""
+        leaves = list(self._leaves)
+        for index, tensor in zip(self._at, tensors, strict=True):
+            leaves[index] = tensor
+        keywords: dict[str, Any] = pytree.tree_unflatten(leaves, self._structure)
+        return keywords
+
+
+def inputs(model: nn.Module, call: Call) -> tuple[list[Tensor], list[str], list[list[int]]]:
+    """Examples, names and shapes (-1: open) of what a graph reads; the last is the interval where there are parameter sets."""
+    tensors, names, shapes = [*call.tensors], [*call.names], [*call.shapes]
+    if any(quantizer.table is not None for _, quantizer in quantizers(model)):
+        return [*tensors, torch.zeros(1, dtype=torch.long)], [*names, INTERVAL], [*shapes, [-1]]
+    return tensors, names, shapes
+
+
+def feed(call: Call, model: nn.Module, interval: bool) -> list[Tensor]:
+    """What a graph is called with; the last is the `interval` where it reads one."""
+    if not interval:
+        return list(call.tensors)
+    return [*call.tensors, torch.as_tensor(model.step_clock.interval).reshape(-1)]  # type: ignore[union-attr]
+
+
+def signed(model: nn.Module) -> bool:
+    """Whether every activation that is quantized is written as int8 with a zero point of 0; weights always are."""
+    given = [quantizer for _, quantizer in quantizers(model) if quantizer.clock is not None]
+    return all(step.signed for quantizer in given for step in _steps(quantizer))
+
+
+def timesteps(model: nn.Module) -> str:
+    """The timesteps of the model's intervals, for whoever computes the graph's interval."""
+    clock = model.step_clock
+    assert isinstance(clock, StepClock)
+    return ",".join(str(timestep) for timestep in clock.timesteps)
+
+
+def integer_layers(products: Iterable[tuple[str, bool]]) -> dict[str, bool]:
+    """Each layer and attention of a list of products, and whether every product of it is one of 8-bit integers."""
+    found: dict[str, bool] = {}
+    for name, integer in products:
+        found[name] = integer and found.get(name, True)
+    return found
+
+
+def check(model: nn.Module, runtime: str) -> None:
+    """Raises for what cannot be put as a graph of integer products."""
+    kind = type(model).__name__
+    if not is_frozen(model):
+        raise CheckpointError(f"{kind}: its weights are not integer codes; quantize first")
+    if any(isinstance(layer, (IntegerLinear, IntegerConv2d)) for _, layer in quantized_layers(model)):
+        raise CheckpointError(f"{kind}: computes with engine 'int8'; load it with engine='simulate' to convert it")
+    dtypes = {tensor.dtype for tensor in model.parameters()} - {torch.float32}
+    if dtypes:
+        raise CheckpointError(
+            f"{kind}: has parameters of {dtypes.pop()}; {runtime} graphs are made from float32; load it without a dtype"
+        )
+    for name, quantizer in quantizers(model):
+        if quantizer.table is None:
+            continue
+        used = quantizer.table.long().unique()
+        for what, values in (("zero points", quantizer.zero_point), ("shifts", quantizer.shift)):
+            if values is not None and (values[used] != values[used[:1]]).any():
+                raise SpecError(
+                    f"{name}: its {len(used)} parameter sets have different {what}; {runtime}'s integer kernels hold one for all; "
+                    "fit the sets with a shared zero point (or symmetric) and without shifts, or use engine 'int8' or 'simulate'"
+                )
+
+
+class _Step(NamedTuple):
+    """What quantizes one part of an operand, as numbers; ``scales``: of the intervals, where there are parameter sets."""
+
+    scale: float
+    zero_point: int
+    low: int  # smallest and largest code, minus the zero point
+    high: int
+    clamps: bool
+    scales: Tensor | None
+
+    @property
+    def signed(self) -> bool:
+        """Whether the codes minus the zero point fit int8: the zero point is then written as 0."""
+        return self.low >= -128 and self.high <= 127
+
+
+class _Part(NamedTuple):
+    """One part of the input channels of a layer."""
+
+    step: _Step | None
+    inverse: Tensor | None
+    digits: list[_Digit]
+
+
+@final
+class Trace(nn.Module):
+    """A denoiser as a function of tensors alone, for the time of its conversion."""
+
+    def __init__(self, denoiser: nn.Module, call: Call, form: Form) -> None:
+        super().__init__()
+        self.denoiser, self._call, self.form = denoiser, call, form
+        self.make_output: MakeOutput = tuple
+        self.interval: Tensor | None = None
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for tensors like those of the call; the last is the interval where the model has parameter sets."""
+        count = len(self._call.tensors)
+        self.interval = tensors[count] if len(tensors) > count else None
+        output = _original(self.denoiser).forward(self.denoiser, **self._call.keywords(tensors[:count]))
+        if isinstance(output, tuple):
+            return output
+        kind, names = type(output), list(output.keys())
+        self.make_output = lambda tensors: kind(**dict(zip(names, tensors, strict=True)))
+        return tuple(output.values())
+
+    @contextmanager
+    def rewritten(self) -> Iterator[None]:
+        """Evaluation mode; layers and attention products of the denoiser compute by the forms above, until the end."""
+        changed: list[nn.Module] = []
+        training = self.denoiser.training
+        try:
+            self.eval()
+            for name, layer in quantized_layers(self.denoiser):
+                parts = _parts(layer)
+                for index, (integers, _) in enumerate(digit for part in parts for digit in part.digits):
+                    self.register_buffer(f"{name}.{index}".replace(".", "/"), integers)  # a constant would be part of the code
+                layer.forward = functools.partial(_layer, self, layer, parts)  # type: ignore[method-assign]
+                changed.append(layer)
+            for module in self.denoiser.modules():
+                if isinstance(module, AttentionProducts):
+                    module.forward = functools.partial(_attention, self, _operands(module))  # type: ignore[method-assign]
+                    changed.append(module)
+            yield
+        finally:
+            for module in changed:
+                del module.forward
+            self.denoiser.train(training)
+
+    def quantized(self, step: _Step | None, x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
+        """`x` times `inverse` quantized, and the factor that its product has to be multiplied by.
+
+        The order matters: OpenVINO 2026.4 computes wrongly where a division by channel, or a multiplication and then a clamp,
+        precede a FakeQuantize, but not where a clamp and then a multiplication do.
+        """
+        if step is None:
+            return x if inverse is None else x * inverse, 1.0
+        factor: float | Tensor = 1.0
+        if step.scales is not None:
+            assert self.interval is not None
+            factor = step.scales[self.interval].view(-1, *[1] * (x.dim() - 1))
+            x = x / factor
+        low, high = step.low * step.scale, step.high * step.scale
+        if step.clamps and inverse is None:
+            x = x.clamp(low, high)
+        elif step.clamps and inverse is not None:
+            x = torch.minimum(torch.maximum(x, low / inverse), high / inverse)
+        x = x if inverse is None else x * inverse
+        # signed is the only form in which OpenVINO multiplies two activations
+        return self.form.quantize(x, step.scale, 0 if step.signed else step.zero_point, step.signed), factor
+
+
+def _steps(quantizer: Quantizer | None) -> list[_Step]:
+    """By part of the channels, what a quantizer does."""
+    if quantizer is None:
+        return []
+    spec, row, table, steps = quantizer.spec, _row(quantizer), quantizer.table, []
+    for part in range(quantizer.scale.shape[1]):
+        zero_point = int(quantizer.zero_point[row, part])
+        low, high = spec.code_min - zero_point, spec.code_max - zero_point
+        scales = None if table is None else quantizer.scale[table.long(), part]
+        scale = float(quantizer.scale[row, part]) if scales is None else 1.0
+        steps.append(_Step(scale, zero_point, low, high, spec.bits < 8, scales))
+    return steps
+
+
+def _parts(layer: QuantizedLayer) -> list[_Part]:
+    weights = _weights(layer)
+    steps: Sequence[_Step | None] = _steps(layer.input_quantizer) or [None] * len(weights)
+    inverses: Sequence[Tensor | None] = _inverses(layer) or [None] * len(weights)
+    return [_Part(*given) for given in zip(steps, inverses, weights, strict=True)]
+
+
+def _layer(trace: Trace, layer: QuantizedLayer, parts: list[_Part], x: Tensor) -> Tensor:
+    """The forward of a layer, a product for each digit of each part of its weight."""
+    splits, axis = _splits(layer), 1 if isinstance(layer, QuantizedConv2d) else -1
+    output: Tensor | None = None
+    for part, values in zip(parts, x.split(splits, dim=axis) if splits else (x,), strict=True):
+        for integers, scale in part.digits:
+            # quantized for each: ONNX Runtime 1.31 leaves two products of one int8 operand in floating point
+            codes, factor = trace.quantized(part.step, values, part.inverse)
+            weight = integers if scale is None else trace.form.dequantize(integers, scale)
+            if isinstance(layer, QuantizedConv2d):
+                product: Tensor = layer._conv_forward(codes, weight, None)
+            else:
+                product = functional.linear(codes, weight)
+            product = product if isinstance(factor, float) else product * factor
+            output = product if output is None else output + product
+    assert output is not None
+    if layer.bias is None:
+        return output
+    return output + layer.bias.view(-1, 1, 1) if axis == 1 else trace.form.add(output, layer.bias)
+
+
+def _inverses(layer: QuantizedLayer) -> list[Tensor] | None:
+    """By part of the input channels, what they are multiplied by before they are quantized: 1 / (smooth * 2^shift)."""
+    smooth, given = layer.smooth, layer.input_quantizer
+    inverse = None if smooth is None else 1 / smooth
+    if given is not None and given.shift is not None:
+        powers = torch.exp2(-given.shift[_row(given)].float())
+        inverse = powers if inverse is None else powers * inverse
+    return None if inverse is None else [each.view(_view(layer)) for each in inverse.split(_splits(layer) or [len(inverse)])]
+
+
+def _weights(layer: QuantizedLayer) -> list[list[_Digit]]:
+    """By part of the input channels, the digits of the shifted integer weight and their scales for each output.
+
+    A weight that is not quantized is one digit without scale.
+    """
+    quantizer, given = layer.weight_quantizer, layer.input_quantizer
+    whole = smoothed_weight(layer).detach().float() if quantizer is None else quantizer.codes
+    assert whole is not None
+    outputs, channels = whole.shape[:2]
+    shift = torch.zeros(outputs, channels, dtype=torch.int32)
+    if given is not None and given.shift is not None:
+        shift = (
+            given.shift[_row(given)]
+            .int()
+            .view(-1, channels)
+            .repeat_interleave(outputs // (given.shift.shape[1] // channels), dim=0)
+        )
+    sizes, beside = _splits(layer) or [channels], [1] * (whole.dim() - 2)
+    found: list[list[_Digit]] = []
+    for part, (values, shifts) in enumerate(zip(whole.split(sizes, 1), shift.split(sizes, 1), strict=True)):
+        shifts = shifts.reshape(*shifts.shape, *beside)
+        if quantizer is None:
+            found.append([(values * torch.exp2(shifts.float()), None)])
+            continue
+        scale, zero_point = (
+            each[:, part].expand(outputs).reshape(-1, 1, *beside) for each in (quantizer.scale, quantizer.zero_point)
+        )
+        integers = (values.int() - zero_point.int()) << shifts
+        found.append([(digit, scale.flatten() * float(LIMB**index)) for index, digit in enumerate(digits(integers))])
+    return found
+
+
+def _row(quantizer: Quantizer) -> int:
+    """A row of the quantizer that is in use; what is read from it is the same in all others (`check`)."""
+    return 0 if quantizer.table is None else int(quantizer.table[0])
+
+
+def _view(layer: QuantizedLayer) -> tuple[int, ...]:
+    """The shape in which a value for each channel broadcasts against inputs and outputs of `layer`."""
+    return (-1, 1, 1) if isinstance(layer, QuantizedConv2d) else (-1,)
+
+
+def _splits(layer: QuantizedLayer) -> list[int]:
+    return list(next((q.splits for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None), ()))
+
+
+def _operands(products: AttentionProducts) -> dict[str, _Step | None]:
+    names = ("query", "key", "value", "softmax")
+    return {name: next(iter(_steps(getattr(products, name))), None) for name in names}
+
+
+def _attention(
+    trace: Trace,
+    steps: dict[str, _Step | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The forward of attention products."""
+    if dropout_p or is_causal or enable_gqa:
+        raise SpecError("attention products: dropout, causal masks and grouped heads are not quantized; set them to float")
+    query, query_factor = trace.quantized(steps["query"], query)
+    key, key_factor = trace.quantized(steps["key"], key)
+    value, value_factor = trace.quantized(steps["value"], value)
+    factor = query_factor * key_factor * (int(query.shape[-1]) ** -0.5 if scale is None else scale)
+    scores = query @ key.transpose(-2, -1) * factor
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    softmax, softmax_factor = trace.quantized(steps["softmax"], scores.softmax(dim=-1))
+    return softmax @ value * (softmax_factor * value_factor)
+
+
+def _original(model: nn.Module) -> type[Any]:
+    """The class of a denoiser before `install`."""
+    return type(model).__mro__[1] if hasattr(model, "openvino_graphs") else type(model)
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """A line with a spinner and the time on stderr, gone at the end."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task(text, total=None)
+        yield

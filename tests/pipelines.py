@@ -53,6 +53,7 @@ from transformers import (
 
 from diffquant.core.spec import LayerRule
 from diffquant.core.surgery import freeze, plan, prepare, quantized_layers, quantizers
+from diffquant.recipe import load_recipe
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 
@@ -357,6 +358,25 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+SMALL = {
+    "samples": 4,
+    "iterations": 1,
+    "batch_size": 2,
+    "candidates": 4,
+    "cosines": "false",
+    "images": 8,
+    "rounds": 4,
+    "updates": 1,
+}
+
+
+def small_budget(recipe: str, samples: int = 4) -> list[str]:
+    """Overrides that make every pass of a recipe as short as it can be; ranges look at `samples` recorded calls."""
+    options = SMALL | {"samples": samples}
+    passes = enumerate(load_recipe(recipe).steps())
+    return [f"passes.{i}.{key}={value}" for i, step in passes for key, value in options.items() if key in type(step).model_fields]
 
 
 def freeze_by_hand(model: nn.Module, weight_bits: int = 4, sets: int = 1, rules: Sequence[LayerRule] = ()) -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 from diffusers import DiffusionPipeline
 
 from diffquant import cli
-from diffquant.recipe import shipped
+from tests import pipelines
 
 
 def run(*arguments: object) -> int:
@@ -27,15 +27,9 @@ def recording(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", ["mse", "accuquant", "dmq"])  # the last has the most to store; all are run in test_recipe.py
 def test_quantize_sample_and_evaluate(name, recording, tmp_path, capsys):
-    options = ["passes.0.samples=4"]
-    if name in ("brecq", "q-diffusion"):
-        options += [f"passes.{i}.{key}" for i in (1, 2) for key in ("samples=2", "iterations=1", "batch_size=2")]
-    if name == "accuquant":
-        options += ["passes.1.samples=2", "passes.1.iterations=1", "passes.1.batch_size=2"]
-        options += ["passes.2.iterations=1", "passes.2.batch_size=2", "passes.2.cosines=false"]
-    sets = [part for option in options for part in ("--set", option)]
+    sets = [part for option in pipelines.small_budget(f"{name}-w4a8") for part in ("--set", option)]
     out = tmp_path / "out"
     assert run("quantize", "glyph-ddim", "--recipe", f"{name}-w4a8", "--data", recording, "--out", out, *sets) == 0
     printed = capsys.readouterr().out

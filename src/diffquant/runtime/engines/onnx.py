@@ -52,7 +52,8 @@ def build(model: nn.Module, example: Mapping[str, Any]) -> Any:
 def save_onnx(graph: Any, folder: Path) -> None:
     """Write `graph` into a new `folder`, weights beside it where they are over 1 GiB."""
     folder.mkdir(parents=True)
-    package().save_model(graph, folder / FILE, save_as_external_data=graph.ByteSize() > EXTERNAL, location=f"{FILE}.data")
+    size = sum(len(each.raw_data) for each in graph.graph.initializer)  # asked for its own, a graph over 2 GiB would raise
+    package().save_model(graph, folder / FILE, save_as_external_data=size > EXTERNAL, location=f"{FILE}.data")
 
 
 def load_onnx(folder: str | Path) -> Compiled:

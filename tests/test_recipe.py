@@ -59,7 +59,7 @@ def test_every_recipe_takes_all_bits(name, bits):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("brec-w4a8", (), "recipe 'brec-w4a8': unknown; allowed are accuquant, brecq, .* did you mean \"brecq\""),
+        ("brec-w4a8", (), "recipe 'brec-w4a8': unknown; allowed are accuquant, adp-dm, brecq, .* did you mean \"brecq\""),
         ("brecq-w9a8", (), "9 bits for weights; allowed are 2 to 8, or 32"),
         ("brecq-w4a1", (), "1 bits for activations; allowed are 2 to 8, or 32"),
         ("nowhere.yaml", (), "recipe 'nowhere.yaml': no such file"),

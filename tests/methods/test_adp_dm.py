@@ -18,7 +18,8 @@ from diffquant.core.affine import fake_quantize
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import plan, prepare, quantizers
-from diffquant.methods.adp_dm import SearchParameterSets, _Search, clustered, entropies, mixture
+from diffquant.methods.adp_dm import SearchParameterSets, _Search, clustered
+from diffquant.methods.mixture import entropies, mixture
 from diffquant.methods.ranges import CalibrateRanges
 from tests import pipelines
 

@@ -32,6 +32,7 @@ from diffquant.methods.corrections import (
     FitProportional,
     NoiseEstimate,
     Proportional,
+    RuntimeNoiseEstimate,
     as_noise,
     checked,
     from_noise,
@@ -172,6 +173,14 @@ def test_refused_by_name():
         Attachment(nn.Identity(), LMSDiscreteScheduler(), NoiseEstimate())
     with pytest.raises(SpecError, match="UNet2DModel: has no correction; a pass such as RuntimeNoiseEstimate gives it one"):
         attach(pipelines.micro())
+
+
+def test_a_scheduler_that_is_not_supported_is_refused_when_quantizing(quantized):
+    pipe, data = quantized
+    other = copy.copy(data)
+    other.manifest = data.manifest | {"scheduler": {"class": "UniPCMultistepScheduler", "config": {}}}
+    with fit.run(show=False) as run, pytest.raises(SpecError, match="UniPCMultistepScheduler is not supported"):
+        RuntimeNoiseEstimate().apply(copy.deepcopy(pipe.unet), other, torch.Generator(), run)
 
 
 # ---- fitted corrections

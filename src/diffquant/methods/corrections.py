@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run
-from diffquant.calibration.rollout import Rollout
+from diffquant.calibration.rollout import Rollout, build_scheduler
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import SpecError
@@ -155,7 +155,8 @@ class RuntimeNoiseEstimate(Pass):
     zero_mean: bool = True
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
-        """Nothing is fitted."""
+        """Nothing is fitted. Raises `SpecError` where the recorded scheduler is not supported."""
+        check_scheduler(build_scheduler(data))
         return _kept(model, NoiseEstimate(**self.model_dump()))
 
     def sample_forwards(self) -> float:

@@ -12,6 +12,7 @@ from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
+from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import enable, full_precision, plan, prepare, quantized_layers, quantizers
 from diffquant.methods.accuquant import AccuQuant
@@ -23,6 +24,7 @@ from diffquant.methods.qncd import EmbeddingSmoothing
 from diffquant.methods.ranges import CalibrateRanges, search_range
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
 from diffquant.methods.smoothquant import SmoothQuant
+from diffquant.methods.steps import LearnedSteps
 from diffquant.recipe import PASSES
 from tests import pipelines
 
@@ -264,6 +266,18 @@ def test_one_set_equals_static(pipe, data):
 
 def _hooks(model: nn.Module) -> list[tuple[int, int]]:
     return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+
+
+def test_a_shared_zero_point_gets_the_gradient_of_all_sets():
+    quantizer = Quantizer(QuantSpec(bits=4), rows=3, clock=StepClock((2.0, 1.0, 0.0)))
+    quantizer.scale.fill_(0.1)
+    quantizer.zero_point.fill_(5)
+    quantizer.shared_zero_point = True
+    learned = LearnedSteps.of(quantizer, 1e-3, zero_points=True)
+    learned.place()
+    quantizer.zero_point.grad = torch.tensor([[1.0], [2.0], [4.0]])
+    learned.collect()
+    assert learned.zero_point.tolist() == [[5.0]] and learned.zero_point.grad.tolist() == [[7.0]]
 
 
 def test_sets_share_a_zero_point_where_a_rule_says_so(pipe, data):

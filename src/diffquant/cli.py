@@ -186,7 +186,10 @@ def inspect(
 @zoo_app.command(name="list")
 def zoo_list() -> None:
     """Name the reference models, and the recipes that come with the package."""
-    console.print(f"models: {', '.join(models.NAMES)}")
+    installed = [name for name in models.NAMES if (models.folder() / name).is_dir()]
+    console.print(f"models: {', '.join(installed)}")
+    for name in sorted(set(models.TRAINABLE) - set(installed)):
+        console.print(f"not in the package: {name}; diffquant zoo train {name}")
     console.print(f"recipes: {', '.join(shipped())} (with bits, as in brecq-w4a8)")
 
 

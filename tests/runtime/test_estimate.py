@@ -29,15 +29,19 @@ def test_shares_are_those_counted_by_hand():
     assert shares["conv_in"] / shares["down_blocks.0.attentions.0.to_q"] == pytest.approx(3 * 8 * 9 / (8 * 8))
 
 
-def test_the_predicted_file_is_the_written_one_but_for_its_header(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "index", "steps"), [("q-diffusion-w3a8", 0, 2), ("dmq-w4a6", 1, 20)]
+)  # the latter with as many parameter sets as are recorded by default
+def test_the_predicted_file_is_the_written_one_but_for_its_header(name, index, steps, tmp_path):
     pipe = pipelines.ddim()
-    recipe = dq.load_recipe("q-diffusion-w3a8", ("passes.0.samples=4", "passes.0.candidates=4"))
-    predicted = dq.inspect(pipe, recipe.model_copy(update={"passes": recipe.passes[:1]}))
+    recipe = dq.load_recipe(name, (f"passes.{index}.samples={2 * steps}", f"passes.{index}.candidates=4"))
+    ranges = recipe.model_copy(update={"passes": (recipe.passes[index],)})
+    predicted = dq.inspect(pipe, ranges)
     before = copy.deepcopy(pipe.unet.state_dict())
     assert not hasattr(pipe.unet, "step_clock")
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
-    data = dq.record(pipe, dq.Calibration(samples=2, steps=2, batch_size=2), progress=False)
-    dq.quantize(pipe, recipe.model_copy(update={"passes": recipe.passes[:1]}), data, progress=False)
+    data = dq.record(pipe, dq.Calibration(samples=2, steps=steps, batch_size=2), progress=False)
+    dq.quantize(pipe, ranges, data, progress=False)
     dq.save(pipe, tmp_path / "out")
     tensors = len(pipe.unet.state_dict())
     header = file_size(tmp_path / "out") - predicted.file_bytes

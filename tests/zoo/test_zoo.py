@@ -1,6 +1,8 @@
 """The shipped reference model is what it says; training resumes bit-equal; bad input is one line."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,3 +147,10 @@ def test_training_resumes_bit_equal(tmp_path):
 def test_the_rate_warms_up_stays_and_falls():
     rates = [warm_constant_decay(step, 1000) for step in range(1000)]
     assert rates[0] == 1 / 200 and rates[500] == 1.0 and rates[799] == 1.0 and rates[999] == 1 / 200
+
+
+def test_the_command_line_starts_without_what_only_training_needs():
+    """diffusers imports a pipeline's parts when it is named, and some of them complain of packages that are not there."""
+    code = "import sys, diffquant.cli; print([name for name in sys.modules if 'pipeline_stable_diffusion' in name])"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert started.stdout.strip() == "[]" and "torchvision" not in started.stderr

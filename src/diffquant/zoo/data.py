@@ -25,6 +25,7 @@ from diffquant.core.spec import ZooError
 from diffquant.zoo.prompts import LETTERS, style_of
 
 SIZE = 32  # pixels, height and width of a picture
+LARGE_SIZE = 64  # of those that the latent models are trained on
 INK_SHARE = 0.75  # of that, the longer side of a letter
 RENDER_SIZE = 160  # points at which a letter is drawn before it is scaled down
 MIN_AGREEMENT = 14  # of 26 letters must be nearest to the median shape of the right letter

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffquant.calibration.fit import run
-from diffquant.zoo.data import Letters, rgb_samples
+from diffquant.zoo.data import LARGE_SIZE, Letters, rgb_samples
 from diffquant.zoo.prompts import LETTERS, PROMPT_TOKENS, prompt_of, tokenize, tokenizer
 from diffquant.zoo.train import Condition, denoising_loss, hybrid_loss, reconstruction_loss, train
 
-PICTURE_SIZE = 64  # pixels
 LATENT_SIZE = 16
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 64
@@ -52,7 +51,7 @@ def glyph_vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         mid_block_add_attention=False,
-        sample_size=PICTURE_SIZE,
+        sample_size=LARGE_SIZE,
     )
 
 

@@ -24,8 +24,7 @@ from diffquant.calibration.fit import run
 from diffquant.core.spec import ZooError
 from diffquant.evaluation.compare import DataStatistics
 from diffquant.evaluation.metrics import accuracy, confidence
-from diffquant.zoo import latent
-from diffquant.zoo.data import SIZE, Letters, to_samples
+from diffquant.zoo.data import LARGE_SIZE, SIZE, Letters, to_samples
 from diffquant.zoo.prompts import DEFAULT_PROMPTS, LETTERS, labels_of
 from diffquant.zoo.train import classification_loss, denoising_loss, train, two_rounds
 
@@ -207,7 +206,7 @@ def train_glyph_classifier(letters: Letters, out: Path, steps: int, seed: int) -
 def picture_size(name: str) -> int:
     """Height and width of the letters that `name` is trained on. Raises `ZooError` for an unknown name."""
     check_name(name, TRAINABLE)
-    return latent.PICTURE_SIZE if name in ("glyph-vae", "glyph-sd", "glyph-dit") else SIZE
+    return LARGE_SIZE if name in ("glyph-vae", "glyph-sd", "glyph-dit") else SIZE
 
 
 def train_model(name: str, letters: Letters, out: Path, steps: int | None, seed: int, compiled: bool = False) -> dict[str, Any]:
@@ -221,6 +220,8 @@ def train_model(name: str, letters: Letters, out: Path, steps: int | None, seed:
     figures: dict[str, Any] = {"model": name, "steps": steps, "seed": seed, "letters_sha256": letters.digest()}
     if name in ("glyph-sd", "glyph-dit") and not (out / "glyph-vae").is_dir():
         figures["glyph-vae"] = train_model("glyph-vae", letters, out, None, seed)
+    from diffquant.zoo import latent  # not needed otherwise; importing the pipelines takes seconds and prints complaints
+
     trainers: dict[str, Callable[[Letters, Path, int, int], dict[str, float] | None]] = {
         "glyph-ddim": partial(train_glyph_ddim, compiled=compiled),
         "glyph-classifier": train_glyph_classifier,

@@ -45,6 +45,8 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
         path, _, value = change.partition("=")
         first, _, rest = path.partition(".")
         if path == "drop":
+            if value not in places:
+                raise SystemExit(f"arm {arm!r}: {name} has no pass {value}; it has {', '.join(places)}")
             dropped.add(value)
         else:
             given.append(f"passes.{places[first]}.{rest}={value}" if first in places else change)

@@ -134,6 +134,16 @@ def test_an_error_that_begins_where_it_is_estimated_is_found(kind):
     assert denoiser.calls == len(scheduler.timesteps) + 1
 
 
+@pytest.mark.parametrize("kind", ["pndm", "dpm-solver++", "euler"])
+def test_repeated_estimates_can_enlarge_the_error(kind):
+    """What docs/corrections.md warns of: the model's own answer to the drifted mean is subtracted too."""
+    scheduler = SCHEDULERS[kind]()
+    right, denoiser = drawn(Biased(scheduler, 0.0), scheduler, noise(8)), Biased(scheduler, 0.1)
+    plain = (drawn(denoiser, scheduler, noise(8)) - right).mean().abs()
+    Attachment(denoiser, scheduler, NoiseEstimate(interval=2))
+    assert (drawn(denoiser, scheduler, noise(8)) - right).mean().abs() > plain
+
+
 def test_two_runs_are_two_separate_runs_and_images_do_not_depend_on_their_batch():
     scheduler = DDIMScheduler()
     denoiser = Biased(scheduler, 0.1)

@@ -1,13 +1,12 @@
 """ONNX files: written, read, and run by ONNX Runtime on a CPU, which says what it multiplies as integers.
 
-`onnx_graph` says what the graph is made of. What ONNX Runtime 1.31 makes of a product with a float output (times in parts of its
-float32 kernel's, AVX-512 VNNI, one thread):
+`onnx_graph` says what the graph is made of. What ONNX Runtime 1.31 makes of a product with a float output (times:
+``benchmarks/onnx_products.py``):
 
-- MatMul: MatMulIntegerToFloat, exact, 0.44 (8 x 256 x 512 by 512 x 512). With weights of ONNX's INT4 in floating point, 1.34.
-- Gemm, and what it makes a Gemm of: in floating point on the quantized values, 1.5.
-- Conv: in floating point on the quantized values, 1.59 (3x3, 64 to 64 channels, 8 x 32 x 32): QLinearConv needs a quantized output,
-  which no layer of a UNet has, because a normalization follows. ConvInteger is exact, but no gain: 0.96 with int8 inputs and uint8
-  weights, 1.62 to 7.2 with others; and TensorRT does not read it.
+- MatMul: MatMulIntegerToFloat, exact. With weights of ONNX's INT4 in floating point.
+- Gemm, and what it makes a Gemm of: in floating point on the quantized values.
+- Conv: in floating point on the quantized values: QLinearConv needs a quantized output, which no layer of a UNet has, because a
+  normalization follows. ConvInteger is exact, but gains little or loses; and TensorRT does not read it.
 - A weight without a quantized input: MatMulNBits, which rounds the input to 8 bits by its own choice.
 """
 

@@ -285,16 +285,34 @@ def test_gelu_and_the_codes_after_it_in_one_kernel(bits: int, approximate: str) 
     assert type(forward.net[0]).__name__ == "GELU" and (fused - simulated).norm() < 0.01 * simulated.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_codes_with_and_without_the_kernel_of_one_pass(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Also of a part of the channels, and of values beyond all codes; half a step may go to either side."""
+    x = torch.randn(2, 24, 5, 5).contiguous(memory_format=torch.channels_last)[:, 8:]
+    x[0, 0, 0, :4] = torch.tensor([1e30, -1e30, 0.25, 0.75])
+    zero_point = 100 if dtype == torch.uint8 else -3
+    expected = (x / 0.5).round().add(zero_point).clamp(*((0, 255) if dtype == torch.uint8 else (-128, 127)))
+    halves = (x / 0.5).frac().abs() == 0.5
+    for one_pass in {kernels.ONE_PASS, False}:
+        monkeypatch.setattr(kernels, "ONE_PASS", one_pass)
+        codes = kernels.quantized(x, 0.5, zero_point, dtype)
+        assert codes.dtype == dtype and torch.equal(codes.float()[~halves], expected[~halves])
+        assert ((codes.float() - expected)[halves].abs() <= 1).all() and halves.sum() == 2
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scores", [1 << 20, 100])
-def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, masked: bool, scores: int) -> None:
+@pytest.mark.parametrize("integers", [0, 1 << 20])
+@pytest.mark.parametrize("spec", [QuantSpec(bits=8), QuantSpec(bits=8, symmetric=True), QuantSpec(bits=6)], ids=str)
+def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, masked: bool, scores: int, integers: int, spec: QuantSpec) -> None:
     monkeypatch.setattr(kernels, "SCORES", scores)
-    spec = QuantSpec(bits=8)
-    products = AttentionProducts(AttentionSpec(query=spec, key=spec, value=spec, softmax=spec), StepClock())
+    monkeypatch.setattr(kernels, "INTEGER_SCORES", integers)
+    probabilities = QuantSpec(bits=spec.bits)
+    products = AttentionProducts(AttentionSpec(query=spec, key=spec, value=spec, softmax=probabilities), StepClock())
     for name, quantizer in products.named_children():
         assert isinstance(quantizer, Quantizer)
-        quantizer.scale.fill_(1 / 255 if name == "softmax" else 0.03)
-        quantizer.zero_point.fill_(0 if name == "softmax" else 128)
+        quantizer.scale.fill_(1 / probabilities.code_max if name == "softmax" else 8 / 2**spec.bits)
+        quantizer.zero_point.fill_(0 if name == "softmax" or spec.symmetric else 2 ** (spec.bits - 1) - 3)
         quantizer.enabled = True
     query, key, value = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
     mask = (torch.rand(2, 1, 20, 9) > 0.3) if masked else None
@@ -307,7 +325,7 @@ def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, masked: bool, scor
         added = products(query, key, value, mask.float().sub(1).mul(1e9)) if mask is not None else blocked
     # a probability on the edge of rounding moves an output by one step of it times a value
     moved = (blocked - simulated).abs() > 1e-5
-    assert (blocked - simulated).abs().max() <= 2 * value.abs().max() / 255 and moved.float().mean() < 0.01
+    assert (blocked - simulated).abs().max() <= 2 * value.abs().max() / probabilities.code_max and moved.float().mean() < 0.01
     assert torch.equal(added, blocked)
 
 

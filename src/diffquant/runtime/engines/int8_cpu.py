@@ -7,8 +7,9 @@ the kernels and held in that form only; a call quantizes its input to codes of 2
     y[o] = step * weight_step[o] * sum_c (q[c] - zero_point) * ((code[o, c] - weight_zero_point[o]) * 2^shift[c]) + bias[o]
 
 A weight is laid out once for each distinct row of `shift`. Integer weights that do not fit 8 bits (shifted ones, or asymmetric ones
-of 8 bits) are written as two digits, the second 256 times as heavy, and cost two products. What the simulation rounds half to even
-is rounded half up here, and division by the step is multiplication: codes on an edge may differ by one.
+of 8 bits) are written as two digits, the second 256 times as heavy, and cost two products. Half a step, which
+the simulation rounds to even, may go to either side, and division by the step is multiplication: codes on an edge may differ by
+one.
 
 A lowered model still has its codes: `state_dict`, saving and `simulate` unpack them, and so does moving it to another device. What
 cannot be lowered stays as it was, and `lower` says why.
@@ -37,6 +38,7 @@ from diffquant.runtime.engines.kernels import (
     Product,
     Step,
     attention,
+    codes_of,
     compiled_attention,
     compiled_product,
     compiled_product_gelu,
@@ -213,7 +215,6 @@ def _beside(values: Tensor, weight: Tensor) -> Tensor:
 def _steps(layer: QuantizedLayer, given: Quantizer, weight: PackedCodes) -> list[list[Step]]:
     """The parameter sets of a layer's input, [sets][splits]."""
     raised = -given.spec.code_min  # signed codes become unsigned ones
-    limits = (0, given.spec.code_max + raised)
     rows = []
     for row in range(given.rows):
         factor = torch.ones(1) if layer.smooth is None else layer.smooth.detach().float()
@@ -226,7 +227,7 @@ def _steps(layer: QuantizedLayer, given: Quantizer, weight: PackedCodes) -> list
             scale, zero_point = float(given.scale[row, part]), int(given.zero_point[row, part]) + raised
             shape = (-1, 1, 1) if isinstance(layer, QuantizedConv2d) else (-1,)
             inverse = 1.0 / scale if len(factor) == 1 else (1.0 / (scale * channels)).view(shape)
-            parts.append(Step(scale, inverse, zero_point, limits, matrices[part]))
+            parts.append(Step(scale, inverse, zero_point, given.spec.code_max + raised, matrices[part]))
         rows.append(parts)
     return rows
 
@@ -340,8 +341,7 @@ def _row_of_one(layer: nn.Module) -> int | Tensor | None:
 class BlockedProducts(AttentionProducts):
     """Attention with quantized operands, a block of scores at a time; made by `lower`, never constructed.
 
-    Its two products are those of the codes, in float32: integer kernels gain nothing here, where a head has few channels and the
-    passes over the scores cost more than the products. The scores are never all in memory.
+    The scores are never all in memory.
     """
 
     def forward(
@@ -356,20 +356,31 @@ class BlockedProducts(AttentionProducts):
         enable_gqa: bool = False,
     ) -> Tensor:
         """Attention over ``[batch, heads, tokens, width]`` with quantized operands."""
-        softmax: Quantizer | None = self.get_submodule("softmax") if "softmax" in self._modules else None  # type: ignore[assignment]
+        present = [quantizer for quantizer in self._modules.values() if isinstance(quantizer, Quantizer)]
+        softmax = self._modules.get("softmax")
         compiling = torch.compiler.is_compiling()
         unusual = dropout_p or is_causal or enable_gqa or query.dtype != torch.float32 or torch.is_grad_enabled()
-        switched = softmax is not None and (not softmax.enabled or softmax.observer is not None)
-        mixed = not compiling and softmax is not None and not isinstance(softmax.present_rows(query.device), int)
+        switched = any(not quantizer.enabled or quantizer.observer is not None for quantizer in present)
+        mixed = not compiling and not all(isinstance(quantizer.present_rows(query.device), int) for quantizer in present)
         if unusual or switched or mixed or query.device.type != "cpu":
             return super().forward(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        query, key, value = (self._fake(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
         if softmax is None:
+            query, key, value = (self._fake(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
             return functional.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale)
-        step, zero_point = (operand.view(()) for operand in softmax.operands(query))
-        query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-        low, high = softmax.spec.code_min - zero_point, softmax.spec.code_max - zero_point
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        operands, limits = self._operands(query)
         if compiling:
-            output: Tensor = compiled_attention(query, key, value * step, attn_mask, step, low, high)
+            output: Tensor = compiled_attention(query, key, value, attn_mask, operands, limits, factor)
             return output
-        return attention(query, key, value * step, attn_mask, float(step), float(low), float(high))
+        pairs = zip(operands[::2], operands[1::2], limits[::2], limits[1::2], strict=True)
+        return attention(query, key, value, attn_mask, [codes_of(*pair) if pair[0].numel() else None for pair in pairs], factor)
+
+    def _operands(self, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        """Scale and zero point, first and last code, of query, key, value and softmax; empty tensors for floating point."""
+        operands: list[Tensor] = []
+        limits: list[int] = []
+        for name in ("query", "key", "value", "softmax"):
+            quantizer: Quantizer | None = self._modules.get(name)  # type: ignore[assignment]
+            operands += [x.new_empty(0)] * 2 if quantizer is None else quantizer.operands(x)
+            limits += [0, 0] if quantizer is None else [quantizer.spec.code_min, quantizer.spec.code_max]
+        return operands, limits

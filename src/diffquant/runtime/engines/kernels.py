@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, final
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, final
 from weakref import WeakValueDictionary
 
 import torch
@@ -27,6 +28,32 @@ LIMB = 256  # an integer weight is written in digits of this base, each in -128.
 OUTPUTS = (torch.float32, torch.bfloat16)  # what the kernels put out
 MAX_CODE = 255  # of 8 bits
 SCORES = 1 << 20  # attention scores held at once: 4 MB, so that a block stays in the cache between the two products
+MAX_SOURCES = 1 << 15  # keys and values whose products of codes fit int32
+INTEGER_SCORES = 1 << 15  # with fewer scores to a head, one batch of products in floating point is as fast
+
+
+def _has_quantized_tensors() -> bool:
+    """Whether this torch has a kernel that quantizes in one pass; 2.13 warns, once, that a later one will not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+        except (AttributeError, RuntimeError):
+            return False
+    return True
+
+
+ONE_PASS = _has_quantized_tensors()
+
+
+def quantized(x: Float[Tensor, "*shape"], scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+    """clamp(round(x / scale) + zero_point) to all 256 codes of `dtype`, uint8 or int8; one pass over memory where `ONE_PASS`."""
+    if not ONE_PASS:
+        limits = torch.iinfo(dtype)
+        return x.mul(1 / scale).round_().add_(zero_point).clamp_(limits.min, limits.max).to(dtype)
+    codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8 if dtype == torch.uint8 else torch.qint8)
+    # the same bytes with a plain type: `int_repr` would copy them, slower than they were made
+    return torch.empty(0, dtype=dtype).set_(codes.untyped_storage(), codes.storage_offset(), codes.shape, codes.stride())
 
 
 @final
@@ -69,16 +96,21 @@ def digits(integers: Int[Tensor, "..."]) -> Iterator[Int[Tensor, "..."]]:
 class Step:
     """One parameter set of one split of a layer's input, for unsigned codes.
 
-    ``inverse``: 1 / step; where the input is smoothed or shifted, for each channel, shaped to broadcast against the input.
+    ``last``: the largest code; the first is 0. ``inverse``: 1 / step; where the input is smoothed or shifted, for each channel,
+    shaped to broadcast against the input.
     ``matrices``: the digits of the weight that the codes are multiplied with.
     """
 
-    def __init__(
-        self, scale: float, inverse: float | Tensor, zero_point: int, limits: tuple[int, int], matrices: Sequence[Packed]
-    ) -> None:
+    def __init__(self, scale: float, inverse: float | Tensor, zero_point: int, last: int, matrices: Sequence[Packed]) -> None:
         self.scale, self.inverse, self.zero_point, self.matrices = scale, inverse, zero_point, tuple(matrices)
-        self.low, self.high = float(limits[0]), limits[1] + 0.5
+        self.last = last
         self.offset = torch.tensor(zero_point + 0.5)  # cutting off then rounds
+
+    def codes(self, x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+        """Codes of `x`."""
+        plain = isinstance(self.inverse, float)
+        codes = quantized(x if plain else x * self.inverse, self.scale if plain else 1.0, self.zero_point, torch.uint8)
+        return codes if self.last == MAX_CODE else codes.clamp_(max=self.last)
 
 
 @final
@@ -105,18 +137,21 @@ class Product:
         return self
 
     def codes(self, x: Float[Tensor, "*shape"], row: int | Int[Tensor, " one"]) -> list[UInt8[Tensor, "..."]]:
-        """Codes of `x` for each split in parameter set `row`, in three passes: scale and offset, clamp, cut off."""
+        """Codes of `x` for each split in parameter set `row`; inside `torch.compile` in plain operations, which it fuses."""
         parts = x.split(self.splits, dim=1 if self.conv else -1) if self.splits else (x,)
         found = []
         for index, part in enumerate(parts):
             step = self.steps[row if isinstance(row, int) else 0][index]
+            if not torch.compiler.is_compiling():
+                found.append(step.codes(part))
+                continue
             if isinstance(row, Tensor):
                 scaled = torch.addcmul(self.offsets[index][row], part, self.inverses[index][row])
             elif isinstance(step.inverse, float):
                 scaled = torch.add(step.offset, part, alpha=step.inverse)
             else:
                 scaled = torch.addcmul(step.offset, part, step.inverse)
-            found.append(scaled.clamp_(step.low, step.high).to(torch.uint8))
+            found.append(scaled.clamp_(0.0, step.last + 0.5).to(torch.uint8))
         return found
 
     def multiply(self, codes: Sequence[Tensor], row: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -137,7 +172,7 @@ class Product:
     @property
     def takes_codes(self) -> bool:
         """Whether the codes of its input are all 256, with one step for all channels: what a kernel can put out."""
-        return all(len(row) == 1 and isinstance(row[0].inverse, float) and row[0].high > MAX_CODE for row in self.steps)
+        return all(len(row) == 1 and isinstance(row[0].inverse, float) and row[0].last == MAX_CODE for row in self.steps)
 
     def multiply_gelu(
         self, codes: Tensor, row: int, bias: Tensor | None, approximate: str, receiver: Product | None, receiver_row: int
@@ -230,29 +265,54 @@ def _(
     return _products[number].empty_output(codes, torch.float32 if receiver < 0 else torch.uint8)
 
 
+class Codes(NamedTuple):
+    """The codes of an attention operand, moved to int8: x = scale * (code - zero_point), codes from `first` to `last`."""
+
+    scale: float
+    zero_point: int
+    first: int
+    last: int
+
+    def of(self, x: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """int8 codes of `x`."""
+        codes = quantized(x, self.scale, self.zero_point, torch.int8)
+        return codes if (self.first, self.last) == (-128, 127) else codes.clamp_(self.first, self.last)
+
+    def integers(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Codes minus zero point, as float32."""
+        integers = self.of(x).float()
+        return integers.sub_(self.zero_point) if self.zero_point else integers
+
+
 def attention(
     query: Float[Tensor, "b h t d"],
     key: Float[Tensor, "b h s d"],
     value: Float[Tensor, "b h s e"],
     mask: Tensor | None,
-    step: float,
-    low: float,
-    high: float,
+    operands: Sequence[Codes | None],
+    factor: float,
 ) -> Float[Tensor, "b h t e"]:
-    """clamp(round(softmax(query key^T + mask) / step), low, high) times `value`, `SCORES` scores at a time.
+    """quantized(softmax(factor * query key^T + mask)) value, `SCORES` scores at a time.
 
-    The operands are codes, each times a scale, so the products lose no more than float32 sums of integers do.
+    `operands`: those of query, key, value and softmax; None leaves one (not the softmax) in floating point. The first product is
+    that of integers in float32, where heads are too narrow for integer kernels to gain; the second that of int8 codes, where a
+    head has at least `INTEGER_SCORES` scores.
     """
     batch, heads, tokens, width = query.shape
     sources, every = key.shape[2], batch * heads
-    query, value = query.reshape(every, tokens, width), value.reshape(every, sources, -1)
-    key = key.reshape(every, sources, width).transpose(1, 2)
+    as_query, as_key, as_value, as_softmax = operands
+    assert as_softmax is not None
+    for operand in (as_query, as_key):
+        factor *= 1.0 if operand is None else operand.scale
+    query = (query if as_query is None else as_query.integers(query)).reshape(every, tokens, width) * factor
+    key = (key if as_key is None else as_key.integers(key)).reshape(every, sources, width).transpose(1, 2)
+    weigh = _weighing(value.reshape(every, sources, -1), as_value, as_softmax, tokens)
     if mask is not None:
         mask = mask.expand(batch, heads, tokens, sources).reshape(every, tokens, sources)
     together = min(every, max(1, SCORES // (tokens * sources)))  # heads
     block = min(tokens, max(1, SCORES // (together * sources)))  # tokens
     buffer = query.new_empty(together * block * sources)
-    output = query.new_empty(every, tokens, value.shape[2])
+    output = query.new_empty(every, tokens, value.shape[3])
     for first in range(0, every, together):
         some = slice(first, min(every, first + together))
         for start in range(0, tokens, block):
@@ -263,27 +323,69 @@ def attention(
             if mask is not None:
                 _add_mask(scores, mask[some, here])
             torch.softmax(scores, dim=-1, out=scores)
-            scores.div_(step).round_()
-            if low > 0 or 1 / step >= high + 0.5:  # else no probability is outside
-                scores.clamp_(low, high)
-            output[some, here] = scores @ value[some]
+            weigh(scores, some, output[some, here])
     return output.view(batch, heads, tokens, -1)
+
+
+def _weighing(
+    value: Float[Tensor, "n s e"], as_value: Codes | None, as_softmax: Codes, tokens: int
+) -> Callable[[Tensor, slice, Tensor], None]:
+    """What quantizes a block of probabilities in place and writes its product with the values of some heads."""
+    sources = value.shape[1]
+    if as_value is None or tokens * sources < INTEGER_SCORES or sources > MAX_SOURCES:
+        values = (value if as_value is None else as_value.integers(value).mul_(as_value.scale)) * as_softmax.scale
+        low, high = (limit - as_softmax.zero_point for limit in (as_softmax.first, as_softmax.last))
+
+        def weigh(probabilities: Tensor, some: slice, output: Tensor) -> None:
+            probabilities.div_(as_softmax.scale).round_()
+            if low > 0 or 1 / as_softmax.scale >= high + 0.5:  # else no probability is outside
+                probabilities.clamp_(low, high)
+            output.copy_(probabilities @ values[some])
+
+        return weigh
+    codes = as_value.of(value)
+    if as_value.zero_point:  # a column of ones sums up the codes of the softmax
+        codes = torch.cat([codes, torch.ones_like(codes[:, :, :1])], dim=2)
+    moved = codes.sum(dim=1, dtype=torch.int32) * as_softmax.zero_point
+    scale, zero_point = as_value.scale * as_softmax.scale, as_value.zero_point
+
+    def weigh_codes(probabilities: Tensor, some: slice, output: Tensor) -> None:
+        for index, head in enumerate(range(some.start, some.stop)):
+            product = torch._int_mm(as_softmax.of(probabilities[index]), codes[head]).sub_(moved[head])
+            if zero_point:
+                product = product[:, :-1].sub_(product[:, -1:], alpha=zero_point)
+            torch.mul(product, scale, out=output[index])
+
+    return weigh_codes
 
 
 @torch.library.custom_op(
     "diffquant::attention",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor step, Tensor low, Tensor high) -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor[] operands, int[] limits, float factor) -> Tensor",
 )
 def compiled_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, step: Tensor, low: Tensor, high: Tensor
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, operands: list[Tensor], limits: list[int], factor: float
 ) -> Tensor:
-    """`attention` inside `torch.compile`; the softmax's step and limits may be those of another set at the next call."""
-    return attention(query, key, value, mask, float(step), float(low), float(high))
+    """`attention` inside `torch.compile`, where the scales may be those of another set at the next call.
+
+    `operands`: scale and zero point of each, both empty for one in floating point; `limits`: first and last code of each.
+    """
+    pairs = zip(operands[::2], operands[1::2], limits[::2], limits[1::2], strict=True)
+    found = [codes_of(scale, zero_point, first, last) if scale.numel() else None for scale, zero_point, first, last in pairs]
+    return attention(query, key, value, mask, found, factor)
+
+
+def codes_of(scale: Tensor, zero_point: Tensor, first: int, last: int) -> Codes:
+    """Operands of a quantizer with one parameter set, codes moved to int8."""
+    moved = 128 if first >= 0 else 0
+    return Codes(float(scale), int(zero_point) - moved, first - moved, last - moved)
 
 
 @compiled_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, operands: list[Tensor], limits: list[int], factor: float
+) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 

@@ -1,6 +1,7 @@
 """The int8 engine: time per step against torch's own floating point, its layers against the simulation, and memory while loading.
 
-    python benchmarks/engine.py speed --models glyph-ddim ddpm-cifar10 dit-s dit-xl sd15 --compile
+    python benchmarks/engine.py speed --models glyph-ddim ddpm-cifar10 dit-s dit-xl sd15 --openvino --compile
+    python benchmarks/engine.py speed --models ddpm-cifar10 --openvino --peers "openvino float32" "openvino nncf"
     python benchmarks/engine.py layers --bits 4
     python benchmarks/engine.py memory --bits 4
 
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from rich.console import Console
@@ -39,6 +41,7 @@ from diffquant.runtime.engines.int8_cpu import IntegerConv2d, IntegerLinear
 
 RESULTS = Path("benchmarks/results")
 Call = Callable[[nn.Module], Tensor]
+Run = Callable[[], object]
 
 
 def ddpm_cifar10() -> UNet2DModel:
@@ -70,19 +73,24 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+def inputs(model: Any, batch: int) -> dict[str, Tensor]:
+    """Fixed arguments for one call of a denoiser at its own size."""
+    generator = torch.Generator().manual_seed(0)
+    size, channels = model.config.sample_size, model.config.in_channels
+    given = {"timestep": torch.full((batch,), 500)}
+    if isinstance(model, UNet2DConditionModel):
+        given["encoder_hidden_states"] = torch.randn(batch, 77, 768, generator=generator)
+    if isinstance(model, DiTTransformer2DModel):
+        given["class_labels"] = torch.zeros(batch, dtype=torch.long)
+    first = "hidden_states" if isinstance(model, DiTTransformer2DModel) else "sample"
+    return {first: torch.randn(batch, channels, size, size, generator=generator)} | given
+
+
 def denoise(batch: int) -> Call:
     """One call of a denoiser at its own size, on fixed inputs."""
 
     def call(model: Any) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        dtype, size, channels = model.dtype, model.config.sample_size, model.config.in_channels
-        x = torch.randn(batch, channels, size, size, generator=generator).to(dtype)
-        given: dict[str, Any] = {}
-        if isinstance(model, UNet2DConditionModel):
-            given["encoder_hidden_states"] = torch.randn(batch, 77, 768, generator=generator).to(dtype)
-        if isinstance(model, DiTTransformer2DModel):
-            given["class_labels"] = torch.zeros(batch, dtype=torch.long)
-        output: Tensor = model(x, timestep=torch.full((batch,), 500), **given).sample
+        output: Tensor = model(**inputs(model, batch)).sample
         return output
 
     return call
@@ -123,46 +131,63 @@ def machine() -> dict[str, Any]:
     }
 
 
-def time_model(name: str, rounds: int, calls: int, compiled: bool, bfloat16: bool, with_openvino: bool) -> dict[str, Any]:
-    """Medians of `calls` calls in each of `rounds` rounds, and the ratios of floating point to the engines in every round."""
+def runtimes(name: str, arguments: argparse.Namespace) -> tuple[dict[str, tuple[Run, str]], dict[str, str]]:
+    """What computes one call of a model, each with torch's float32 precision; and the layers that the engine simulates."""
     make, batch = MODELS[name]
-    call = denoise(batch)
     torch.manual_seed(0)
     full = make().eval().requires_grad_(False)
-    quantized = quantize(copy.deepcopy(full), call, 8)
+    given = inputs(full, batch)
+    quantized = quantize(copy.deepcopy(full), denoise(batch), 8)
     simulated = dq.use_engine(quantized, "int8")
-    runtimes: dict[str, tuple[nn.Module, str]] = {"float32": (full, "highest"), "float32 medium": (full, "medium")}
-    if bfloat16:
-        runtimes["bfloat16"] = (copy.deepcopy(full).to(torch.bfloat16), "highest")
-    runtimes["int8"] = (quantized, "highest")
-    if with_openvino:
-        runtimes["openvino"] = (copy.deepcopy(quantized), "highest")
-        dq.use_engine(runtimes["openvino"][0], "openvino")
-    if compiled:
-        for runtime in ("float32", "int8"):
-            model = copy.deepcopy(runtimes[runtime][0])
-            model.compile()
-            runtimes[f"{runtime} compiled"] = (model, "highest")
-    times: dict[str, list[float]] = {runtime: [] for runtime in runtimes}
-    for _ in track(range(rounds), description=name, console=Console(stderr=True)):
-        for runtime, (model, precision) in runtimes.items():
+    models = {"float32": full, "float32 medium": full, "int8": quantized}
+    if not arguments.no_bfloat16:
+        models["bfloat16"] = copy.deepcopy(full).to(torch.bfloat16)
+    if arguments.openvino:
+        models["openvino"] = copy.deepcopy(quantized)
+        dq.use_engine(models["openvino"], "openvino")
+    for runtime in ("float32", "int8") if arguments.compile else ():
+        models[f"{runtime} compiled"] = copy.deepcopy(models[runtime])
+        models[f"{runtime} compiled"].compile()
+
+    def run(model: nn.Module) -> Run:
+        dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+        cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
+        return lambda: model(**cast)
+
+    found = {runtime: (run(model), "medium" if "medium" in runtime else "highest") for runtime, model in models.items()}
+    for peer in arguments.peers:
+        found[peer] = (peers.PEERS[peer](full, given), "highest")
+    if arguments.onnx:
+        exported = copy.deepcopy(quantized)
+        dq.use_engine(exported, "simulate")
+        found["onnx"] = (peers.onnx_export(exported, given), "highest")
+    return found, {layer: reason for layer, reason in simulated if reason}
+
+
+def time_model(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians of `calls` calls in each of `rounds` rounds, and the ratios of every runtime to the engines in every round."""
+    found, simulated = runtimes(name, arguments)
+    times: dict[str, list[float]] = {runtime: [] for runtime in found}
+    for _ in track(range(arguments.rounds), description=name, console=Console(stderr=True)):
+        for runtime, (run, precision) in found.items():
             torch.set_float32_matmul_precision(precision)
-            call(model)
+            run()
             taken = []
-            for _ in range(calls):
+            for _ in range(arguments.calls):
                 start = time.perf_counter()
-                call(model)
+                run()
                 taken.append(time.perf_counter() - start)
             times[runtime].append(statistics.median(taken))
     torch.set_float32_matmul_precision("highest")
-    row: dict[str, Any] = {"batch": batch, "seconds": {runtime: statistics.median(taken) for runtime, taken in times.items()}}
+    row: dict[str, Any] = {"batch": MODELS[name][1]}
+    row["seconds"] = {runtime: statistics.median(taken) for runtime, taken in times.items()}
     row["ratios"] = {
         f"{runtime} / {engine}": sorted(a / b for a, b in zip(times[runtime], times[engine], strict=True))
         for engine in ("int8", "int8 compiled", "openvino")
-        for runtime in ("float32", "float32 medium", "float32 compiled", "bfloat16")
-        if engine in runtimes and runtime in runtimes
+        for runtime in times
+        if engine in times and runtime != engine
     }
-    row["simulated"] = {layer: reason for layer, reason in simulated if reason}
+    row["simulated"] = simulated
     return row
 
 
@@ -170,8 +195,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     table = Table("model", "batch", "runtime", "ms", "times as long as int8", "slowest and fastest round")
     rows = {}
     for name in arguments.models:
-        also = {"compiled": arguments.compile, "bfloat16": not arguments.no_bfloat16, "with_openvino": arguments.openvino}
-        rows[name] = row = time_model(name, arguments.rounds, arguments.calls, **also)
+        rows[name] = row = time_model(name, arguments)
         for runtime, seconds in row["seconds"].items():
             ratios = row["ratios"].get(f"{runtime} / int8", [row["seconds"][runtime] / row["seconds"]["int8"]])
             extent = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else ""
@@ -264,6 +288,8 @@ def main() -> None:
     one.add_argument(
         "--openvino", action="store_true", help="with the OpenVINO engine too; converting takes minutes for large models"
     )
+    one.add_argument("--onnx", action="store_true", help="with the exported ONNX file in ONNX Runtime")
+    one.add_argument("--peers", nargs="*", choices=peers.PEERS, default=[], help="with other runtimes")
     one.add_argument("--rounds", type=int, default=5)
     one.add_argument("--calls", type=int, default=3)
     for name in ("layers", "memory"):

@@ -3,17 +3,18 @@
     python benchmarks/qncd.py layers --bits w4a8 w4a6
     python benchmarks/qncd.py corrections --bits w8a8 w4a8 w4a6 --eta 0 1
 
-Corrections are fitted to one model (brecq) and attached to it in turn; ``control`` rows attach the run-time estimate to full
-precision, where all it changes is its own bias. Recordings and passes stay in --work, where compare.py and accuquant.py find them.
+Corrections are fitted to one model (brecq) and attached to it in turn; on full precision, all that the run-time estimate changes is
+its own bias. Rows of more steps spend a correction's further denoiser calls on steps instead. Recordings and passes stay in --work,
+where compare.py and accuquant.py find them.
 """
 
 import argparse
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from compare import STEPS, add_arguments, recipe_of, recording
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration import fit
-from diffquant.core.surgery import enable, full_precision, plan, prepare, quantized_layers
-from diffquant.evaluation.compare import ReferenceRun, compare_to, run_reference
+from diffquant.core.surgery import enable, freeze, full_precision, plan, prepare, quantized_layers
+from diffquant.evaluation.metrics import bootstrap_mean, distances, relative_l2, to_uint8
+from diffquant.evaluation.sampling import Sampled, StepResult, sample
 from diffquant.methods.corrections import FitCoefficients, FitProportional, NoiseEstimate
 from diffquant.methods.passes import restore_quantizers
 from diffquant.methods.qncd import residual_blocks
@@ -97,27 +99,62 @@ def layer_errors(model: nn.Module, data: dq.Trajectory) -> dict[str, dict[str, f
 
 
 def corrections(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Final error and FID to full precision with each correction, eta by eta."""
+    """Final error and FID with each correction, eta by eta, on the int8 engine; and what its calls buy as further steps."""
     found: dict[str, Any] = {}
     for eta in arguments.eta:
-        reference = None
+        protocol = dq.SamplingProtocol(samples=arguments.samples, steps=STEPS, seed=1000, eta=eta)
+        full = zoo.load("glyph-ddim")
+        reference = drawn(full, protocol, None)
+        found |= row(f"full precision eta {eta}", reference, reference)
+        found |= row(f"full precision eta {eta} estimate", drawn(full, protocol, NoiseEstimate()), reference)
         for bits in arguments.bits:
             for seed in arguments.seeds:
                 pipe, data = quantized("brecq", bits, seed, arguments)
                 fitted = {name: fitted_by(step, pipe.unet, data) for name, step in passes().items()}
-                if reference is None:
-                    full = zoo.load("glyph-ddim")
-                    protocol = dq.SamplingProtocol(
-                        samples=arguments.samples, steps=STEPS, seed=1000, eta=eta, accumulation_samples=0
-                    )
-                    reference = run_reference(full, protocol, features=zoo.load("glyph-classifier"), data=zoo.load_statistics())
-                    found |= measured(f"control eta {eta}", reference, full, NoiseEstimate())
+                freeze(pipe.unet)
+                dq.use_engine(pipe)
                 label = f"{bits} seed {seed} eta {eta}"
-                found |= measured(f"{label} none", reference, pipe, None)
-                for name, correction in fitted.items():
-                    found |= measured(f"{label} {name}", reference, pipe, correction)
+                lengths = set()
+                for name, correction in [("none", None), *fitted.items()]:
+                    result = drawn(pipe, protocol, correction)
+                    found |= row(f"{label} {name}", result, reference)
+                    lengths.add(round(result.calls))
+                for steps in sorted(lengths - {STEPS}):
+                    found |= row(f"{label} none, {steps} steps", drawn(pipe, replace(protocol, steps=steps), None), reference)
                 write(arguments, found)
     return found
+
+
+class Drawn(NamedTuple):
+    """What a pipeline drew: its samples, the latents' mean and deviation after each step, and denoiser calls a trajectory."""
+
+    sampled: Sampled
+    mean: list[float]
+    deviation: list[float]
+    calls: float
+
+
+def drawn(pipe: Any, protocol: dq.SamplingProtocol, correction: Any) -> Drawn:
+    """Sample with a correction attached."""
+    moments: dict[int, list[tuple[float, float]]] = {}
+    calls = []
+
+    def see(indices: range, result: StepResult) -> None:
+        after = result.sample_after
+        moments.setdefault(result.step, []).append((float(after.mean()), float(after.square().mean())))
+
+    handle = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    if correction is not None:
+        attach(pipe, correction)
+    try:
+        sampled = sample(pipe, protocol, on_step=see)
+    finally:
+        handle.remove()
+        detach(pipe)
+    means = [sum(mean for mean, _ in step) / len(step) for _, step in sorted(moments.items())]
+    squares = [sum(square for _, square in step) / len(step) for _, step in sorted(moments.items())]
+    deviations = [(square - mean**2) ** 0.5 for mean, square in zip(means, squares, strict=True)]
+    return Drawn(sampled, means, deviations, len(calls) * protocol.batch_size / protocol.samples)
 
 
 def passes() -> dict[str, Any]:
@@ -141,26 +178,31 @@ def fitted_by(step: Any, model: nn.Module, data: dq.Trajectory) -> Any:
     return correction
 
 
-def measured(label: str, reference: ReferenceRun, pipe: Any, correction: Any) -> dict[str, Any]:
-    """One row: `pipe` with a correction attached, against full precision."""
-    attached = attach(pipe, correction) if correction is not None else None
-    try:
-        result = compare_to(reference, pipe, name=label)
-    finally:
-        detach(pipe)
-    row = {
-        "final_error": asdict(result.final_error),
-        "median": asdict(result.final_error_median),
-        "fid": asdict(result.to_reference.fid),
-        "extra_calls_a_batch": attached.extra_calls if attached else 0,
+def row(label: str, result: Drawn, reference: Drawn) -> dict[str, Any]:
+    """Against full precision at `STEPS` steps and, where the noise is the same, its samples one by one."""
+    generator = torch.Generator().manual_seed(0)
+    classifier, data = zoo.load("glyph-classifier"), zoo.load_statistics()
+    pictures, wanted = (to_uint8(each.sampled.pictures) for each in (result, reference))
+    features = classifier.features(pictures)
+    errors = relative_l2(reference.sampled.last_samples, result.sampled.last_samples)
+    found: dict[str, Any] = {
+        "final_error": asdict(bootstrap_mean(errors, generator)),
+        "median": float(errors.median()),
+        "fid": asdict(distances(features, classifier.features(wanted), "paired", generator).fid),
+        "fid_to_data": asdict(distances(features, data.features, "fixed", generator).fid),
+        "legibility": asdict(bootstrap_mean(classifier.confidence(pictures), generator)),
+        "calls": result.calls,
+        "mean": [round(value, 5) for value in result.mean],
+        "deviation": [round(value, 5) for value in result.deviation],
     }
+    error = found["final_error"]
     print(
-        f"{label}: final error {result.final_error.value:.4f} [{result.final_error.low:.4f}, {result.final_error.high:.4f}], "
-        f"median {result.final_error_median.value:.4f}, FID to full precision {result.to_reference.fid.value:.3f} "
-        f"(floor {reference.floor.fid.value:.2f})",
+        f"{label}: {result.calls:.0f} calls, final error {error['value']:.4f} [{error['low']:.4f}, {error['high']:.4f}], median "
+        f"{found['median']:.4f}, FID to full precision {found['fid']['value']:.3f}, to data {found['fid_to_data']['value']:.3f}, "
+        f"legibility {found['legibility']['value']:.3f}, last mean {result.mean[-1]:.4f}, deviation {result.deviation[-1]:.4f}",
         flush=True,
     )
-    return {label: row}
+    return {label: found}
 
 
 def write(arguments: argparse.Namespace, found: dict[str, Any]) -> None:

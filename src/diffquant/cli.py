@@ -81,6 +81,7 @@ def quantize(
     work: Annotated[
         Path | None, typer.Option(help="Folder that keeps finished passes: a killed run goes on, other recipes share them.")
     ] = None,
+    memory: Annotated[float, typer.Option(help="GiB for a block's recorded inputs; more of them go to files.")] = 2.0,
     seed: Seed = 0,
     set_: Set = None,
 ) -> None:
@@ -88,7 +89,7 @@ def quantize(
     chosen = dq.load_recipe(recipe, set_ or ())
     pipe = _load(model)
     calibration = dq.Trajectory.open(data) if data else dq.record(pipe, dq.Calibration(samples=64, seed=seed), folder=_below(work))
-    result = dq.quantize(pipe, chosen, calibration, seed=seed, folder=work)
+    result = dq.quantize(pipe, chosen, calibration, seed=seed, folder=work, memory_gib=memory)
     dq.save(pipe, out, recipe_name=chosen.full_name)
     result.write(out / "quantization.json")
     denoiser = next(part for part in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)) if part is not None)

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from diffquant.calibration import fit
+from diffquant.calibration.memory import BUDGET, GIB
 from diffquant.calibration.observe import find_denoiser
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import LayerRule, RecipeError, SpecError
@@ -155,12 +156,15 @@ def quantize(
     *,
     seed: int = 0,
     folder: Path | None = None,
+    memory_gib: float = BUDGET / GIB,
     progress: bool = True,
 ) -> QuantizationReport:
     """Quantize the denoiser of `pipe` (or a denoiser itself) in place by `recipe`, calibrated on `data`; end with `freeze`.
 
     With `folder` every finished pass is kept there: a killed run goes on where it stopped, and a recipe that begins with the same
     passes on the same layers, data and seed starts from them, so variants of a recipe share what they have in common.
+    ``memory_gib``: what the recorded inputs and outputs of a block that is being fitted may take in memory; more are kept in files
+    while they are needed, in `folder` or where temporary files go. It changes no result.
 
     Raises `RecipeError`, `SpecError`, or `CalibrationError` when `data` was recorded with another model.
     """
@@ -173,7 +177,7 @@ def quantize(
     report = QuantizationReport(recipe.full_name, seed, data.manifest, layers=[_row(row) for row in rows])
     names = pass_names(recipe, steps, seed, data)
     prepare(model, rows, data.timesteps)
-    with fit.run(folder, progress) as run:
+    with fit.run(folder, progress, memory_gib * GIB) as run:
         for index, (step, name) in enumerate(zip(steps, names, strict=True)):
             generator = torch.Generator().manual_seed(seed * 1_000 + index)
             done = None if folder is None else folder / f"{name}.safetensors"

@@ -109,6 +109,14 @@ def test_all_gradients_are_one_at_a_single_step_bit_for_bit(name, tmp_path):
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.parametrize("gradient", ["identity", "exact", "chain"])
+def test_split_guidance_gives_the_same_gradient(gradient, tmp_path):
+    rollout = double("stable_diffusion", tmp_path)
+    whole = weight_gradient(rollout, range(1, 4), gradient)
+    rollout.split_guidance = True
+    assert float((weight_gradient(rollout, range(1, 4), gradient) - whole).norm() / whole.norm()) < 1e-9
+
+
 def test_identity_and_accumulate_differ_from_exact_over_several_steps(tmp_path):
     rollout = double("clipped", tmp_path)
     exact, identity, accumulate = (weight_gradient(rollout, range(3), g) for g in ("exact", "identity", "accumulate"))

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffquant.calibration.memory import BUDGET, Columns, Key
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import CalibrationError
 from diffquant.core.surgery import device_of
@@ -31,18 +32,22 @@ Schedule = Callable[[int, int], float]
 
 @dataclass(frozen=True)
 class Run:
-    """Where a pass reports its progress, and the folder it may keep its state in (None: nothing is kept)."""
+    """Where a pass reports its progress, and the folder it may keep its state in (None: nothing is kept).
+
+    ``memory``: bytes that the recorded inputs and outputs of a unit may take; more go to files, in the folder or a temporary one.
+    """
 
     progress: Progress
     folder: Path | None = None
+    memory: float = BUDGET
 
     def below(self, name: str) -> Run:
         """The same run with a folder of its own for one pass or unit."""
-        return Run(self.progress, None if self.folder is None else self.folder / name)
+        return replace(self, folder=None if self.folder is None else self.folder / name)
 
 
 @contextmanager
-def run(folder: Path | None = None, show: bool = True) -> Iterator[Run]:
+def run(folder: Path | None = None, show: bool = True, memory: float = BUDGET) -> Iterator[Run]:
     """A `Run` with a live progress bar (or a silent one)."""
     columns = (
         TextColumn("{task.description}"),
@@ -52,7 +57,7 @@ def run(folder: Path | None = None, show: bool = True) -> Iterator[Run]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not show, transient=False) as progress:
-        yield Run(progress, folder)
+        yield Run(progress, folder, memory)
 
 
 def constant(step: int, steps: int) -> float:
@@ -180,20 +185,33 @@ class _Stop(Exception):
 
 @dataclass
 class UnitInputs:
-    """The recorded calls of one unit: arguments with a leading axis of samples, constants, the interval of each sample."""
+    """The recorded calls of one unit: arguments with a leading axis of samples, constants, the interval of each sample.
+
+    ``device``: where the unit computes; the tensors may be elsewhere, in files.
+    """
 
     arguments: list[Any] = field(default_factory=list)
     keywords: dict[str, Any] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     intervals: Int[Tensor, " n"] | None = None
+    device: torch.device | None = None
 
     def rows(self, picked: Int[Tensor, " k"]) -> tuple[list[Any], dict[str, Any]]:
         """Arguments of the picked samples."""
 
         def pick(value: Any) -> Any:
-            return value[picked] if isinstance(value, Tensor) and value.dim() > 0 else value
+            return self.pick(value, picked) if isinstance(value, Tensor) and value.dim() > 0 else value
 
         return [pick(value) for value in self.arguments], {name: pick(value) for name, value in self.keywords.items()}
+
+    def targets(self, picked: Int[Tensor, " k"]) -> list[Tensor]:
+        """Outputs of the picked samples."""
+        return [self.pick(tensor, picked) for tensor in self.outputs]
+
+    def pick(self, tensor: Tensor, picked: Int[Tensor, " k"]) -> Tensor:
+        """The picked rows of one of its tensors, where the unit computes."""
+        rows = tensor[picked]
+        return rows if self.device is None else rows.to(self.device)
 
 
 def output_tensors(output: Any) -> list[Tensor]:
@@ -203,23 +221,34 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 def observe_unit(
-    model: nn.Module, unit: nn.Module, data: Trajectory, indices: Int[Tensor, " n"], batch_size: int = 32
+    model: nn.Module,
+    unit: nn.Module,
+    data: Trajectory,
+    indices: Int[Tensor, " n"],
+    batch_size: int = 32,
+    *,
+    memory: float = math.inf,
+    folder: Path | None = None,
 ) -> UnitInputs:
     """Run `model` on the recorded samples `indices` as far as `unit`, and keep what goes in and comes out of it.
 
-    The model runs as it is switched: quantizers on give the inputs of the quantized prefix, off those of full precision.
+    The model runs as it is switched: quantizers on give the inputs of the quantized prefix, off those of full precision. What would
+    take more than `memory` bytes is kept in files in `folder` (see `memory.mapped`).
     """
-    batches: list[tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+    columns, device = Columns(len(indices), memory, folder), device_of(model)
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        batches.append((arguments, keywords, [tensor.detach() for tensor in output_tensors(output)]))
+        batch: dict[Key, Any] = {("argument", i): value for i, value in enumerate(arguments)}
+        batch |= {("keyword", name): value for name, value in keywords.items()}
+        batch |= {("output", i): value for i, value in enumerate(output_tensors(output))}
+        columns.add(len(picked), batch)
         raise _Stop
 
     intervals = []
     handle = unit.register_forward_hook(keep, with_kwargs=True)
     try:
         for picked in indices.split(batch_size):
-            arguments, _ = data.batch(picked, device_of(model))
+            arguments, _ = data.batch(picked, device)
             clock = model.step_clock
             with torch.no_grad(), suppress(_Stop):
                 model(**arguments)
@@ -228,17 +257,12 @@ def observe_unit(
     finally:
         handle.remove()
     return UnitInputs(
-        arguments=[_stack([batch[0][i] for batch in batches]) for i in range(len(batches[0][0]))],
-        keywords={name: _stack([batch[1][name] for batch in batches]) for name in batches[0][1]},
-        outputs=[torch.cat(parts) for parts in zip(*(batch[2] for batch in batches), strict=True)],
+        arguments=list(columns.of("argument").values()),
+        keywords={str(name): value for name, value in columns.of("keyword").items()},
+        outputs=list(columns.of("output").values()),
         intervals=torch.cat(intervals),
+        device=device,
     )
-
-
-def _stack(values: list[Any]) -> Any:
-    if isinstance(values[0], Tensor) and values[0].dim() > 0:
-        return torch.cat([value.detach() for value in values])
-    return values[0]
 
 
 def lp_loss(output: list[Float[Tensor, "n ..."]], target: list[Float[Tensor, "n ..."]], power: float = 2.0) -> Tensor:

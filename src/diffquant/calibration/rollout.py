@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from diffquant.calibration.memory import checkpointed, recomputed
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.trajectory import RecordedStep, Trajectory
 from diffquant.core.spec import CalibrationError
@@ -37,11 +38,15 @@ Key = tuple[str, int | None]  # a tensor of a state: its attribute, and its plac
 class Rollout:
     """Chains of steps through `model`, along the trajectories of `data`. `guidance[k]` weighs a guided call's second half.
 
+    ``checkpointing`` keeps no graph of the model's units, ``split_guidance`` calls the model for the halves of a guided call one
+    after the other, with one half's graph at a time: less memory, for another forward pass where gradients are taken.
+
     Raises `CalibrationError`, naming pipeline and scheduler, where the recording cannot be replayed.
     """
 
-    def __init__(self, model: nn.Module, data: Trajectory) -> None:
+    def __init__(self, model: nn.Module, data: Trajectory, *, checkpointing: bool = False, split_guidance: bool = False) -> None:
         self.model, self.data = model, data
+        self.checkpointing, self.split_guidance = checkpointing, split_guidance
         self.where = f"{data.manifest['pipeline']} with {data.manifest['scheduler']['class']}"
         self.steps: int = data.step_count
         self.scheduler = self._build_scheduler()
@@ -228,19 +233,31 @@ class Chain:
     def predict(self, latent: Float[Tensor, "n ..."], i: int, state: State) -> Tensor:
         """What reaches the scheduler at step `i` for `latent`: the model's output, guided as the pipeline guided it."""
         rollout, k = self.rollout, self.steps[i]
-        arguments, _ = rollout.data.batch(rollout._rows[k, self.trajectories].T.reshape(-1), rollout._device)
-        given = arguments[rollout._input_name]
         restore(rollout.scheduler, state)
-        scaled = _scaled(rollout.scheduler, latent, self._recorded_step(i).timestep).to(given.dtype)
-        halves = rollout._rows.shape[2]
-        doubled = torch.cat([scaled] * halves) if halves > 1 else scaled
-        beside = given[:, latent.shape[1] :]  # channels that are not the latent's, such as a mask
-        arguments[rollout._input_name] = torch.cat([doubled, beside], dim=1) if beside.shape[1] else doubled
-        output = leading_channels(predicted(rollout.model, rollout.model(**arguments)), self._recorded_step(i).model_output)
-        if halves == 1:
-            return output
-        first, second = output.chunk(2)
+        scaled = _scaled(rollout.scheduler, latent, self._recorded_step(i).timestep)
+        rows = rollout._rows[k, self.trajectories].T  # [halves, n]
+        if len(rows) == 1:
+            return self._output(scaled, i, rows[0])
+        if rollout.split_guidance:
+            first, second = (self._output(scaled, i, half) for half in rows)
+        else:
+            first, second = self._output(scaled, i, rows.reshape(-1)).chunk(2)
         return first + rollout.guidance[k] * (second - first)
+
+    def _output(self, scaled: Tensor, i: int, rows: Int[Tensor, " m"]) -> Tensor:
+        """The model's prediction in the recorded calls `rows` with `scaled`, once or twice, in place of the latents."""
+        rollout = self.rollout
+        arguments, _ = rollout.data.batch(rows, rollout._device)
+        given = arguments[rollout._input_name]
+        placed = torch.cat([scaled.to(given.dtype)] * (len(rows) // len(scaled)))
+        beside = given[:, scaled.shape[1] :]  # channels that are not the latent's, such as a mask
+        arguments[rollout._input_name] = torch.cat([placed, beside], dim=1) if beside.shape[1] else placed
+        call: Callable[..., Any] = rollout.model
+        if rollout.split_guidance and not rollout.checkpointing:
+            call = recomputed(call, getattr(rollout.model, "step_clock", None))
+        with checkpointed(rollout.model, rollout.checkpointing):
+            output = predicted(rollout.model, call(**arguments))
+        return leading_channels(output, self._recorded_step(i).model_output)
 
     def step(self, model_output: Tensor, latent: Tensor, i: int, state: State) -> tuple[Tensor, State]:
         """Latent and scheduler state after step `i`, with the noise that was injected when it was recorded; differentiable."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from diffquant.calibration.fit import Run, cosine, fit
 from diffquant.calibration.rollout import Chain, Key, Rollout, history, with_history
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.layers import smoothed_weight
+from diffquant.core.layers import QuantizedLayer, smoothed_weight
 from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
 from diffquant.core.surgery import full_precision, quantized_layers, quantizers, switched
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
@@ -49,7 +49,9 @@ class AccuQuant(Pass):
     from which full precision then also runs; that costs the steps up to the segment in every iteration. ``per_segment`` gives
     activations a parameter set per segment, where they had one for all. Rates: of steps relative to the step, of zero points
     relative to the range. ``rounding`` learns the rounding of weights again, from what was decided before, in place of their
-    steps. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning.
+    steps. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning. Where one graph of the
+    model does not fit: ``checkpointing`` keeps the inputs of its blocks and computes each block again as gradients pass it, with
+    equal gradients; ``split_guidance`` takes the halves of a guided call one after the other.
     """
 
     steps_per_segment: int = Field(default=5, ge=1)
@@ -66,17 +68,20 @@ class AccuQuant(Pass):
     rounding_rate: float = Field(default=1e-2, gt=0)
     regularization: float = Field(default=1e-3, ge=0)
     cosines: bool = True
+    checkpointing: bool = False
+    split_guidance: bool = False
 
     def sample_forwards(self) -> float:
-        """A forward, and a forward with its backward, for each step of the segment; the measuring beside it is small."""
-        return 4.0 * self.iterations * self.batch_size * self.steps_per_segment
+        """A forward, and one with its backward and what it computes again, for each step; the measuring beside it is small."""
+        again = 1.0 if self.checkpointing or self.split_guidance else 0.0
+        return (4.0 + again) * self.iterations * self.batch_size * self.steps_per_segment
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Learn on the recorded trajectories.
 
         Raises `SpecError` where ranges were not calibrated, and `CalibrationError` where the recording cannot be replayed.
         """
-        rollout = Rollout(model, data)
+        rollout = Rollout(model, data, checkpointing=self.checkpointing, split_guidance=self.split_guidance)
         rollout.verify()
         segments = rollout.segments(self.steps_per_segment)
         seed = draw_seed(generator)
@@ -118,15 +123,15 @@ class AccuQuant(Pass):
 
     def _learned(self, model: nn.Module) -> list[LearnedSteps | _Rounding]:
         learned: list[LearnedSteps | _Rounding] = []
-        weights = {layer.weight_quantizer: smoothed_weight(layer).detach().float() for _, layer in quantized_layers(model)}
+        layers = {layer.weight_quantizer: layer for _, layer in quantized_layers(model)}
         for _, quantizer in quantizers(model):
             if quantizer.clock is not None:
                 learned.append(LearnedSteps.of(quantizer, self.rate, self.zero_points))
             elif self.rounding:
-                learned.append(_Rounding.of(quantizer, weights[quantizer], self.rounding_rate))
+                learned.append(_Rounding.of(quantizer, layers[quantizer], self.rounding_rate))
             elif self.weights:
                 if quantizer.codes is None:
-                    quantizer.decide(weights[quantizer])
+                    quantizer.decide(_weight(layers[quantizer]))
                 learned.append(LearnedSteps.of(quantizer, self.weight_rate, zero_points=False))
         return learned
 
@@ -186,18 +191,19 @@ class _Rounding:
     """The rounding of one weight while it is learned again, starting near the codes that were decided."""
 
     quantizer: Quantizer
-    weight: Tensor
+    layer: QuantizedLayer
     logits: Tensor
     rate: float
 
     @classmethod
-    def of(cls, quantizer: Quantizer, weight: Tensor, rate: float) -> _Rounding:
+    def of(cls, quantizer: Quantizer, layer: QuantizedLayer, rate: float) -> _Rounding:
+        weight = _weight(layer)
         scale, zero_point = quantizer.operands(weight)
         codes = quantizer.quantize(weight).detach()
         up = (codes - zero_point - (weight / scale).floor()).clamp(0, 1)
         logits = logits_of(DECIDED * up + (1 - DECIDED) * (1 - up))
         quantizer.codes, quantizer.rounding = None, logits
-        return cls(quantizer, weight, logits, rate)
+        return cls(quantizer, layer, logits, rate)
 
     def parameters(self) -> list[tuple[Tensor, float]]:
         return [(self.logits, self.rate)]
@@ -219,7 +225,12 @@ class _Rounding:
 
     def finish(self) -> None:
         self.quantizer.rounding = self.logits.detach()
-        self.quantizer.decide(self.weight)
+        self.quantizer.decide(_weight(self.layer))
+
+
+def _weight(layer: QuantizedLayer) -> Tensor:
+    """What the weight quantizer sees, float32: made anew at every call, as all of them are the size of the model."""
+    return smoothed_weight(layer).detach().float()
 
 
 def segment_gradient(

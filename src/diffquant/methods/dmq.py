@@ -79,7 +79,7 @@ class LearnEquivalentScaling(UnitPass):
 
         def loss(iteration: int, generator: torch.Generator) -> Tensor:
             picked = torch.randperm(len(x), generator=generator)[: self.batch_size]
-            errors = sample_errors(live_output(layer, smooth, x[picked]), target[picked], layer)
+            errors = sample_errors(live_output(layer, smooth, data.pick(x, picked)), data.pick(target, picked), layer)
             return (weights(errors.detach(), intervals[picked]) * errors).mean()
 
         def keep_positive(iteration: int) -> None:

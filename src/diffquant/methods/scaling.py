@@ -33,9 +33,10 @@ def relative_error(
     with torch.no_grad():
         weight = _live_weight(layer, smooth, searched)
         for picked in torch.arange(len(x)).split(batch_size):
-            output = _multiply(layer, _live_input(layer, smooth, x[picked]), weight)
-            error += float((output - target[picked]).square().sum())
-            signal += float(target[picked].float().square().sum())
+            output = _multiply(layer, _live_input(layer, smooth, x[picked].to(smooth.device)), weight)
+            wanted = target[picked].to(smooth.device)
+            error += float((output - wanted).square().sum())
+            signal += float(wanted.float().square().sum())
     return math.sqrt(error / max(signal, 1e-24))
 
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -76,16 +77,33 @@ class UnitPass(Pass):
                     restore_quantizers(unit.module, tensors)
                     fitted = Fitted(**json.loads(metadata["fitted"]))
                 else:
-                    with full_precision(model):
-                        wanted = observe_unit(model, unit.module, data, indices, self.batch_size)
-                    given = wanted if prefix is None else observe_unit(model, unit.module, data, indices, self.batch_size)
-                    fitted = fit_unit(unit, given, wanted, seed, here)
+                    fitted = fit_unit(unit, *self._observed(model, unit, data, indices, prefix is not None, here), seed, here)
                     if done is not None:
                         save_tensors(done, quantizer_state(unit.module), {"fitted": json.dumps(asdict(fitted))})
+                        _leave_only(done)
                 rows.append({"layer": unit.name, "operand": "unit"} | asdict(fitted))
                 run.progress.advance(task)
             run.progress.remove_task(task)
         return {"layers": rows, "iterations": self.iterations, "samples": len(indices)}
+
+    def _observed(
+        self, model: nn.Module, unit: Unit, data: Trajectory, indices: Tensor, prefixed: bool, run: Run
+    ) -> tuple[UnitInputs, UnitInputs]:
+        """What the unit is given, through the quantized prefix where there is one, and what it is wanted to put out."""
+
+        def observed(memory: float) -> UnitInputs:
+            return observe_unit(model, unit.module, data, indices, self.batch_size, memory=memory, folder=run.folder)
+
+        with full_precision(model):
+            wanted = observed(run.memory / 2 if prefixed else run.memory)
+        return (observed(run.memory / 2) if prefixed else wanted), wanted
+
+
+def _leave_only(done: Path) -> None:
+    """Remove what a finished unit's fitting left beside it: an optimizer's state is three times as large as the unit's weights."""
+    for left in done.parent.iterdir():
+        if left != done and left.is_file():
+            left.unlink()
 
 
 def in_order(model: nn.Module, found: list[Unit], data: Trajectory, kind: str) -> list[Unit]:
@@ -134,10 +152,10 @@ def minibatch_error(
     picked = torch.randperm(samples, generator=generator)[:batch_size]
     keep = None
     if mix > 0 and given.arguments and isinstance(given.arguments[0], Tensor):
-        shape, device = given.arguments[0][picked].shape, given.arguments[0].device
-        keep = (torch.rand(shape, generator=generator) >= mix).to(device)
+        shape = (len(picked), *given.arguments[0].shape[1:])
+        keep = (torch.rand(shape, generator=generator) >= mix).to(given.device)
     output = call_unit(unit, given, picked, wanted if keep is not None else None, keep)
-    return lp_loss(output, [tensor[picked] for tensor in wanted.outputs], power)
+    return lp_loss(output, wanted.targets(picked), power)
 
 
 def thinned(curve: list[float]) -> list[float]:
@@ -150,7 +168,7 @@ def unit_error(unit: Unit, given: UnitInputs, wanted: UnitInputs, batch_size: in
     error = signal = 0.0
     with torch.no_grad():
         for picked in torch.arange(len(wanted.outputs[0])).split(batch_size):
-            for value, target in zip(call_unit(unit, given, picked), wanted.outputs, strict=True):
-                error += float((value - target[picked]).square().sum())
-                signal += float(target[picked].square().sum())
+            for value, target in zip(call_unit(unit, given, picked), wanted.targets(picked), strict=True):
+                error += float((value - target).square().sum())
+                signal += float(target.square().sum())
     return math.sqrt(error / max(signal, 1e-24))

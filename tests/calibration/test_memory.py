@@ -1,0 +1,247 @@
+"""Inputs in files are the inputs in memory, and graphs that are computed again give the gradients of those that were kept."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import os
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import diffquant as dq
+from diffquant.calibration import fit, memory
+from diffquant.calibration.observe import Calibration, find_denoiser
+from diffquant.calibration.record import record
+from diffquant.calibration.rollout import Rollout
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.spec import CalibrationError, LayerRule
+from diffquant.core.surgery import enable, plan, prepare, quantizers, units
+from diffquant.methods.accuquant import AccuQuant, segment_gradient
+from diffquant.methods.passes import quantizer_state
+from diffquant.methods.ranges import CalibrateRanges
+from diffquant.methods.rounding import LearnScales, ReconstructRounding
+from diffquant.recipe import load_recipe
+from tests import pipelines
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+RANGES = CalibrateRanges(samples=8, batch_size=4, candidates=4)
+PASSES = {
+    "rounding": ReconstructRounding(iterations=3, samples=8, batch_size=3, mix=0.5),
+    "scales": LearnScales(iterations=3, samples=8, batch_size=3),
+}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    pipe = pipelines.micro()
+    return pipe, record(pipe, Calibration(samples=4, steps=4, batch_size=4), progress=False)
+
+
+@pytest.fixture
+def spilled(monkeypatch):
+    """Bytes of every tensor that went to a file."""
+    sizes: list[int] = []
+    original = memory.mapped
+
+    def counted(*arguments):
+        tensor = original(*arguments)
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(memory, "mapped", counted)
+    return sizes
+
+
+def learned(recorded, step, budget: float, folder=None) -> dict[str, torch.Tensor]:
+    pipe, data = recorded
+    model = copy.deepcopy(pipe.unet)
+    prepare(model, plan(model, (LayerRule(match="@all", weight_bits=4, input_bits=8, sets=4),)), data.timesteps)
+    with fit.run(folder, show=False, memory=budget) as run:
+        for one in (RANGES, step):
+            one.apply(model, data, torch.Generator().manual_seed(0), run)
+    return quantizer_state(model)
+
+
+def open_files(folder) -> list[str]:
+    """What the process has mapped or open below `folder`, deleted or not."""
+    with open("/proc/self/maps") as maps:
+        return [line for line in maps if str(folder) in line]
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_units_learn_the_same_from_files(name, recorded, spilled, tmp_path):
+    kept = learned(recorded, PASSES[name], memory.BUDGET)
+    assert not spilled
+    found = learned(recorded, PASSES[name], 0, tmp_path)
+    assert len(spilled) > 4 * 10
+    assert kept.keys() == found.keys() and all(torch.equal(kept[key], found[key]) for key in kept)
+    names = {file.name for file in tmp_path.rglob("*") if file.is_file()}
+    assert names == {"unit.safetensors"}
+    assert not open_files(tmp_path)
+
+
+def test_equivalent_scaling_learns_the_same_from_files(recorded, spilled, tmp_path):
+    pipe, data = recorded
+    recipe = load_recipe("dmq-w4a8", pipelines.small_budget("dmq-w4a8"))
+    states = []
+    for gib in (2.0, 1e-9):
+        model = copy.deepcopy(pipe.unet)
+        dq.quantize(model, recipe, data, memory_gib=gib, progress=False)
+        states.append(quantizer_state(model))
+        assert bool(spilled) == (gib < 1)
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_failure_leaves_no_file(recorded, spilled, tmp_path, monkeypatch):
+    def failing(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffquant.methods.rounding.fit", failing)
+    with pytest.raises(KeyboardInterrupt):
+        learned(recorded, PASSES["rounding"], 0, tmp_path)
+    gc.collect()  # the traceback held the tensors
+    assert spilled and not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not open_files(tmp_path)
+
+
+def test_the_budget_is_that_of_one_unit(recorded, spilled):
+    """The largest unit's inputs and outputs, given and wanted, just fit, or just do not."""
+    pipe, data = recorded
+    model = copy.deepcopy(pipe.unet)
+    prepare(model, plan(model, (LayerRule(match="@all", weight_bits=4),)), data.timesteps)
+
+    def bytes_of(seen: fit.UnitInputs) -> int:
+        tensors = [*seen.arguments, *seen.keywords.values(), *seen.outputs]
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+    indices = torch.arange(8)
+    sizes = [bytes_of(fit.observe_unit(model, unit.module, data, indices)) for unit in units(model)]
+    step = ReconstructRounding(iterations=1, samples=8, batch_size=8)
+    learned(recorded, step, 2 * max(sizes))
+    assert not spilled
+    learned(recorded, step, 2 * max(sizes) - 1)
+    assert sum(spilled) == 2 * sum(size for size in sizes if size == max(sizes))
+
+
+def test_a_full_disk_is_said(monkeypatch, tmp_path):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CalibrationError, match=r"a unit's inputs need 0\.00 GiB there .*; free some space, or raise memory_gib"):
+        memory.mapped((4, 4), torch.float32, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_columns_refuse_other_shapes():
+    columns = memory.Columns(4)
+    columns.add(2, {("argument", 0): torch.zeros(2, 3), ("argument", 1): torch.ones(1, 5), ("argument", 2): None})
+    with pytest.raises(CalibrationError, match=r"argument 0: has shape \(2, 1\) after \(2, 3\); calls of different shapes"):
+        columns.add(2, {("argument", 0): torch.zeros(2, 1), ("argument", 1): torch.ones(1, 5), ("argument", 2): None})
+
+
+def test_one_unit_and_its_optimizer_are_held_at_a_time(recorded, monkeypatch):
+    """What a unit was given and its optimizer are gone before the next unit is observed, without the garbage collector."""
+    alive: list[weakref.ref] = []
+    most = 0
+    original = fit.observe_unit
+
+    def observed(*arguments, **keywords):
+        nonlocal most
+        most = max(most, sum(reference() is not None for reference in alive))
+        seen = original(*arguments, **keywords)
+        alive.append(weakref.ref(seen.outputs[0]))
+        return seen
+
+    class Watched(torch.optim.Adam):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            alive.append(weakref.ref(self))
+
+    monkeypatch.setattr("diffquant.methods.units.observe_unit", observed)
+    monkeypatch.setattr("diffquant.methods.rounding.fit", functools.partial(fit.fit, optimizer_type=Watched))
+    gc.disable()
+    try:
+        learned(recorded, PASSES["rounding"], memory.BUDGET)
+    finally:
+        gc.enable()
+    assert len(alive) == 30  # of each of 10 units
+    assert most == 1  # the full-precision outputs, while the quantized inputs are observed
+
+
+@functools.cache
+def guided() -> tuple[nn.Module, Trajectory]:
+    """A guided model whose quantizers, with a parameter set per timestep, are on; and its recording."""
+    pipe = pipelines.dit()
+    model = find_denoiser(pipe)[1].requires_grad_(False)
+    data = record(pipe, Calibration(samples=2, batch_size=2, steps=3, seed=1), progress=False)
+    rules = (LayerRule(match="@all", weight_bits=8, input_bits=8, sets=3), LayerRule(match="@attention", input_bits=8, sets=3))
+    prepare(model, plan(model, rules), data.timesteps)
+    step = CalibrateRanges(weights="minmax", activations="minmax", samples=12, batch_size=4)
+    with fit.run(show=False) as run:
+        step.apply(model, data, torch.Generator().manual_seed(0), run)
+    enable(model)
+    return model, data
+
+
+def rollout(**options: bool) -> Rollout:
+    """Through a copy of the guided model whose scales take gradients."""
+    model, data = guided()
+    model = copy.deepcopy(model).eval()
+    for _, quantizer in quantizers(model):
+        quantizer.scale = quantizer.scale.detach().clone().requires_grad_(True)
+    return Rollout(model, data, **options)
+
+
+def gradient(kind: str, **options: bool) -> torch.Tensor:
+    through = rollout(**options)
+    chain = through.chain(torch.tensor([0, 1]), range(3))
+    segment_gradient(chain, chain.recorded(0), lambda i: chain.recorded(i + 1), kind)
+    assert not any("forward" in vars(module) for module in through.model.modules())
+    last = through.data.timesteps.index(min(through.data.timesteps))
+    assert through.model.step_clock.interval == (last if kind == "chain" else 0)  # of the last forward pass
+    leaves = [quantizer.scale for _, quantizer in quantizers(through.model)]
+    return torch.cat([torch.zeros_like(leaf).flatten() if leaf.grad is None else leaf.grad.flatten() for leaf in leaves])
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("kind", ["identity", "chain"])
+def test_checkpointing_gives_the_same_gradient_bit_for_bit(kind, split):
+    """`chain` goes back through three timesteps at the end: each block is computed again with the parameter set of its own."""
+    kept = gradient(kind, split_guidance=split)
+    assert kept.count_nonzero() > 100
+    assert torch.equal(gradient(kind, split_guidance=split, checkpointing=True), kept)
+
+
+def test_graphs_are_smaller():
+    """Bytes that autograd holds when the model has been called, for one step of two guided trajectories; parameters left out."""
+    held: dict[tuple[bool, bool], int] = {}
+    for checkpointing, split in ((False, False), (True, False), (False, True), (True, True)):
+        through = rollout(checkpointing=checkpointing, split_guidance=split)
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*through.model.parameters(), *through.model.buffers())}
+        sizes: dict[int, int] = {}
+
+        def keep(tensor, own=own, sizes=sizes):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        chain = through.chain(torch.tensor([0, 1]), range(1))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = chain.predict(chain.recorded(0), 0, chain.state)
+        held[checkpointing, split] = sum(sizes.values())
+        del output
+    assert held[True, False] < 0.5 * held[False, False], held
+    assert held[False, True] < 0.1 * held[False, False], held
+    assert held[True, True] < 0.5 * held[False, False], held
+
+
+def test_accuquant_learns_the_same_with_checkpointing(recorded):
+    options = {"iterations": 1, "steps_per_segment": 4, "batch_size": 2, "cosines": False}
+    states = [learned(recorded, AccuQuant(checkpointing=on, **options), memory.BUDGET) for on in (False, True)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -1,0 +1,71 @@
+"""A quantized model sampled with other schedulers and step counts than it was calibrated on.
+
+    python benchmarks/samplers.py CHECKPOINT --steps 10 20 50 100
+
+CHECKPOINT is a folder that `diffquant quantize` or a comparison wrote; full precision is the reference model it was made from.
+Every row compares the two on the same noise with the same sampler. Rows that the results hold already are not measured again.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import diffquant as dq
+from diffquant import zoo
+from diffquant.evaluation.compare import compare_to, run_reference
+
+SAMPLERS = ("ddim", "ddim eta 1", "ddpm", "pndm", "dpm-solver++", "euler", "unipc")
+
+
+def protocol(sampler: str, steps: int, samples: int) -> dq.SamplingProtocol:
+    kind, _, eta = sampler.partition(" eta ")
+    return dq.SamplingProtocol(samples=samples, steps=steps, seed=1000, sampler=kind, eta=float(eta or 0), accumulation_samples=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("--model", default="glyph-ddim", help="the reference model in full precision")
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
+    parser.add_argument("--steps", nargs="+", type=int, default=[10, 20, 50, 100])
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/samplers.json"))
+    arguments = parser.parse_args()
+    full, classifier, data = zoo.load(arguments.model), zoo.load("glyph-classifier"), zoo.load_statistics()
+    found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    for sampler in arguments.samplers:
+        for steps in arguments.steps:
+            labels = {folder: f"{arguments.model} {folder.name}, {sampler}, {steps} steps" for folder in arguments.checkpoints}
+            if all(found.get(label, {}).get("samples") == arguments.samples for label in labels.values()):
+                continue
+            reference = run_reference(full, protocol(sampler, steps, arguments.samples), features=classifier, data=data)
+            for folder, label in labels.items():
+                result = compare_to(reference, dq.load(folder), name=label)
+                assert result.to_reference is not None and reference.floor is not None
+                found[label] = {
+                    "samples": arguments.samples,
+                    "final_error": asdict(result.final_error),
+                    "median": asdict(result.final_error_median),
+                    "fid": asdict(result.to_reference.fid),
+                    "floor": reference.floor.fid.value,
+                    "legibility": asdict(result.legibility) if result.legibility else None,
+                    "legibility_full_precision": asdict(reference.legibility) if reference.legibility else None,
+                }
+                print(f"{label}: final error {result.final_error.value:.3f}, FID {result.to_reference.fid.value:.2f}", flush=True)
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(found, indent=1))
+    for folder in arguments.checkpoints:
+        table = Table(folder.name, *(f"{steps} steps" for steps in arguments.steps))
+        for sampler in arguments.samplers:
+            rows = [found[f"{arguments.model} {folder.name}, {sampler}, {steps} steps"] for steps in arguments.steps]
+            table.add_row(sampler, *(f"{row['final_error']['value']:.3f}, FID {row['fid']['value']:.1f}" for row in rows))
+        Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ where compare.py and accuquant.py find them.
 import argparse
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -154,7 +155,7 @@ def drawn(pipe: Any, protocol: dq.SamplingProtocol, correction: Any) -> Drawn:
     means = [sum(mean for mean, _ in step) / len(step) for _, step in sorted(moments.items())]
     squares = [sum(square for _, square in step) / len(step) for _, step in sorted(moments.items())]
     deviations = [(square - mean**2) ** 0.5 for mean, square in zip(means, squares, strict=True)]
-    return Drawn(sampled, means, deviations, len(calls) * protocol.batch_size / protocol.samples)
+    return Drawn(sampled, means, deviations, len(calls) / math.ceil(protocol.samples / protocol.batch_size))
 
 
 def passes() -> dict[str, Any]:

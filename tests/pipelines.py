@@ -379,13 +379,15 @@ def small_budget(recipe: str, samples: int = 4) -> list[str]:
     return [f"passes.{i}.{key}={value}" for i, step in passes for key, value in options.items() if key in type(step).model_fields]
 
 
-def freeze_by_hand(model: nn.Module, weight_bits: int = 4, sets: int = 1, rules: Sequence[LayerRule] = ()) -> nn.Module:
+def freeze_by_hand(
+    model: nn.Module, weight_bits: int = 4, sets: int = 1, rules: Sequence[LayerRule] = (), conditional: int | None = None
+) -> nn.Module:
     """`model` frozen in place, attention quantized too, ranges set by hand; several sets differ in their steps."""
     everything = [
         LayerRule(match="@all", weight_bits=weight_bits, input_bits=8, sets=sets),
         LayerRule(match="@attention", input_bits=8, softmax_bits=8, sets=sets),
     ]
-    prepare(model, plan(model, [*everything, *rules]), (900.0, 500.0, 100.0))
+    prepare(model, plan(model, [*everything, *rules]), (900.0, 500.0, 100.0), conditional)
     for _, layer in quantized_layers(model):
         if layer.weight_quantizer is not None:
             weight = layer.weight_quantizer

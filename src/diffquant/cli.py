@@ -20,8 +20,11 @@ from diffquant import zoo
 from diffquant.core.spec import AttentionSpec, DiffquantError, LayerSpec
 from diffquant.demo import progress_bars, run_demo
 from diffquant.evaluation import report as reports
+from diffquant.evaluation.clip import ClipScore
 from diffquant.evaluation.inception import InceptionFeatures
 from diffquant.evaluation.metrics import to_uint8
+from diffquant.evaluation.pictures import statistics_of, write_pictures
+from diffquant.evaluation.protocols import load_protocol, record_under, shipped_protocols
 from diffquant.evaluation.sampling import sample
 from diffquant.recipe import shipped
 from diffquant.runtime.checkpoint import file_size, float32_size
@@ -43,6 +46,13 @@ errors = Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="Directory of a pipeline, hub id, or name of a reference model (glyph-ddim).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override in the recipe by path, e.g. passes.1.iterations=100.")]
+PROTOCOL_HELP = (
+    "How to sample: a shipped protocol (stable-diffusion-coco), a .yaml file, or an assignment such as sampler=ddim, eta=1, "
+    "seed=3, guidance_scale=3; repeat to change more (docs/reproduce.md)."
+)
+Protocol = Annotated[list[str] | None, typer.Option(help=PROTOCOL_HELP)]
+Prompts = Annotated[Path | None, typer.Option(help="Text file, a prompt a line (default: the protocol's, or a built-in list).")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (default: the protocol's, or the pipeline's).")]
 RECIPE_HELP = "Recipe with bits, e.g. brecq-w4a8 (weights 4, activations 8; a32 is weight-only), or a .yaml file."
 
 
@@ -57,18 +67,27 @@ def main_options(debug: Annotated[bool, typer.Option(help="Show the traceback of
 def record(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder of the recording; a killed recording goes on where it stopped.")],
-    samples: Annotated[int, typer.Option(help="Trajectories to record.")] = 64,
-    steps: Annotated[int, typer.Option(help="Sampling steps of a trajectory.")] = 20,
-    seed: Seed = 0,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line (text pipelines).")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale (default: the pipeline's).")] = None,
-    budget: Annotated[float, typer.Option(help="GiB that the recording may take on disk.")] = 4.0,
+    samples: Annotated[int | None, typer.Option(help="Trajectories to record (default: the protocol's, or 64).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps of a trajectory (default: the protocol's, or 20).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random (default: the protocol's, or 0).")] = None,
+    prompts: Prompts = None,
+    guidance: Guidance = None,
+    budget: Annotated[
+        float | None, typer.Option(help="GiB that the recording may take on disk (default: the protocol's, or 4).")
+    ] = None,
+    protocol: Protocol = None,
 ) -> None:
     """Run a pipeline in full precision and record what its denoiser sees: the calibration data."""
-    calibration = dq.Calibration(
-        samples=samples, steps=steps, seed=seed, prompts=_lines(prompts), guidance_scale=guidance, budget_gib=budget
+    chosen = load_protocol(
+        protocol or (),
+        prompts=prompts,
+        guidance_scale=guidance,
+        calibration__samples=samples,
+        calibration__steps=steps,
+        calibration__seed=seed,
+        calibration__budget_gib=budget,
     )
-    data = dq.record(_load(model), calibration, folder=out)
+    data = record_under(_load(model), chosen, out)
     console.print(f"{len(data)} denoiser calls at {len(data.timesteps)} timesteps in {out}")
 
 
@@ -84,11 +103,13 @@ def quantize(
     memory: Annotated[float, typer.Option(help="GiB for a block's recorded inputs; more of them go to files.")] = 2.0,
     seed: Seed = 0,
     set_: Set = None,
+    protocol: Protocol = None,
 ) -> None:
     """Quantize a pipeline and write a packed checkpoint that diffusers loads."""
     chosen = dq.load_recipe(recipe, set_ or ())
+    recorded = load_protocol(protocol or (), **({} if protocol else {"calibration__seed": seed}))
     pipe = _load(model)
-    calibration = dq.Trajectory.open(data) if data else dq.record(pipe, dq.Calibration(samples=64, seed=seed), folder=_below(work))
+    calibration = dq.Trajectory.open(data) if data else record_under(pipe, recorded, _below(work))
     result = dq.quantize(pipe, chosen, calibration, seed=seed, folder=work, memory_gib=memory)
     dq.save(pipe, out, recipe_name=chosen.full_name)
     result.write(out / "quantization.json")
@@ -120,18 +141,28 @@ def export(
 @app.command(name="sample")
 def sample_pictures(
     model: Model,
-    out: Annotated[Path, typer.Option(help="PNG file of the grid of pictures.")],
+    out: Annotated[Path, typer.Option(help="PNG file for a grid of pictures; .npz, or a folder of PNG files, for each of them.")],
     count: Annotated[int, typer.Option(help="Pictures to draw.")] = 16,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
-    seed: Seed = 0,
-    sampler: Annotated[str, typer.Option(help="ddim, ddpm, pndm, dpm-solver++, euler, unipc, or pipeline (its own).")] = "pipeline",
+    steps: Annotated[int | None, typer.Option(help="Sampling steps (default: the protocol's, or 50).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise (default: the protocol's, or 0).")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim, ddpm, pndm, dpm-solver++, euler, unipc, or pipeline (its own, the default).")
+    ] = None,
+    prompts: Prompts = None,
+    guidance: Guidance = None,
+    protocol: Protocol = None,
 ) -> None:
     """Draw pictures with a pipeline, quantized or not."""
-    protocol = _protocol(samples=count, steps=steps, seed=seed, sampler=sampler, batch_size=min(count, 16))
+    given: dict[str, Any] = {"samples": count, "batch_size": min(count, 16), "steps": steps, "seed": seed, "sampler": sampler}
+    chosen = load_protocol(protocol or (), prompts=prompts, guidance_scale=guidance, **given)
     pipe = _load(model)
     with progress_bars(console) as progress:
-        drawn = sample(pipe, protocol, progress=progress)
-    reports.draw_grid(to_uint8(drawn.pictures).numpy()).save(out)
+        drawn = sample(pipe, chosen.sampling, progress=progress)
+    pictures = to_uint8(drawn.pictures)
+    if out.suffix in ("", ".npz"):
+        write_pictures(pictures, out)
+    else:
+        reports.draw_grid(pictures.numpy()).save(out)
     console.print(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each")
 
 
@@ -140,24 +171,31 @@ def evaluate(
     model: Annotated[list[str], typer.Argument(help="Quantized checkpoints to compare.")],
     reference: Annotated[str, typer.Option(help="The full-precision model.")],
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
-    samples: Annotated[int, typer.Option(help="Samples to draw from each model.")] = 1000,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
-    seed: Seed = 0,
-    sampler: Annotated[str, typer.Option(help="ddim, ddpm, pndm, dpm-solver++, euler, unipc, or pipeline (its own).")] = "pipeline",
-    eta: Annotated[float, typer.Option(help="Share of the noise that DDIM injects, 0 to 1.")] = 0.0,
+    samples: Annotated[int | None, typer.Option(help="Samples to draw from each model (default: the protocol's, or 1000).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps (default: the protocol's, or 50).")] = None,
+    prompts: Prompts = None,
     inception: Annotated[Path | None, typer.Option(help="Inception weights for FID and KID, see docs/evaluation.md.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Directory of a CLIP model for the CLIP score of text pipelines.")] = None,
+    protocol: Protocol = None,
 ) -> None:
-    """Send the same noise through full precision and quantized models; write what was lost."""
-    protocol = _protocol(samples=samples, steps=steps, seed=seed, sampler=sampler, eta=eta)
+    """Send the same noise and prompts through full precision and quantized models; write what was lost."""
+    chosen = load_protocol(protocol or (), samples=samples, steps=steps, prompts=prompts)
+    scorer = None if clip is None else ClipScore.from_directory(clip)
     known = reference in models.PIPELINES and inception is None
     features = zoo.load("glyph-classifier") if known else InceptionFeatures.from_file(inception) if inception else None
+    data = zoo.load_statistics() if known else None
+    if chosen.data is not None:
+        if features is None:
+            raise DiffquantError("protocol.data: FID to pictures needs an extractor; give --inception FILE (docs/evaluation.md)")
+        data = statistics_of(chosen.data, features)
     with progress_bars(console) as progress:
         report = dq.evaluate(
             _named(model),
             _load(reference),
-            protocol=protocol,
+            protocol=chosen.sampling,
             features=features,
-            data=zoo.load_statistics() if known else None,
+            data=data,
+            clip=scorer,
             out=out,
             progress=progress,
         )
@@ -186,12 +224,13 @@ def inspect(
 
 @zoo_app.command(name="list")
 def zoo_list() -> None:
-    """Name the reference models, and the recipes that come with the package."""
+    """Name the reference models, and the recipes and protocols that come with the package."""
     installed = [name for name in models.NAMES if (models.folder() / name).is_dir()]
     console.print(f"models: {', '.join(installed)}")
     for name in sorted(set(models.TRAINABLE) - set(installed)):
         console.print(f"not in the package: {name}; diffquant zoo train {name}")
     console.print(f"recipes: {', '.join(shipped())} (with bits, as in brecq-w4a8)")
+    console.print(f"protocols: {', '.join(shipped_protocols())}")
 
 
 @zoo_app.command(name="train")
@@ -244,18 +283,10 @@ def _load(model: str) -> Any:
         ) from error
 
 
-def _protocol(**options: Any) -> dq.SamplingProtocol:
-    return dq.SamplingProtocol(**options)
-
-
 def _named(folders: list[str]) -> dict[str, str]:
     """Folders by their last name, or by the whole path where two share it."""
     short = [Path(folder).name for folder in folders]
     return dict(zip(short if len(set(short)) == len(short) else folders, folders, strict=True))
-
-
-def _lines(path: Path | None) -> tuple[str, ...] | None:
-    return None if path is None else tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def _below(work: Path | None) -> Path | None:
@@ -265,7 +296,8 @@ def _below(work: Path | None) -> Path | None:
 def _describe(spec: LayerSpec | AttentionSpec | None) -> tuple[str, str]:
     if spec is None:
         return "float", "float"
+    halves = " per branch" if spec.guidance_sets else ""
     if isinstance(spec, AttentionSpec):
-        return f"softmax {spec.softmax or 'float'}", f"q, k, v {spec.query or 'float'}"
+        return f"softmax {spec.softmax or 'float'}{halves}", f"q, k, v {spec.query or 'float'}{halves}"
     splits = f" split {'+'.join(map(str, spec.splits))}" if spec.splits else ""
-    return str(spec.weight or "float"), f"{spec.input or 'float'}{splits}"
+    return str(spec.weight or "float"), f"{spec.input or 'float'}{splits}{halves}"

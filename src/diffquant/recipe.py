@@ -27,9 +27,10 @@ from torch import nn
 from diffquant.calibration import fit
 from diffquant.calibration.memory import BUDGET, GIB
 from diffquant.calibration.observe import find_denoiser
+from diffquant.calibration.rollout import conditional_half
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import LayerRule, RecipeError, SpecError
-from diffquant.core.surgery import PlannedLayer, enable, freeze, plan, prepare
+from diffquant.core.surgery import PlannedLayer, enable, first_with_guidance_sets, freeze, plan, prepare
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm import SearchParameterSets
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate, Stored, give, warn_unless_attached
@@ -176,7 +177,8 @@ def quantize(
     data.verify(model)
     report = QuantizationReport(recipe.full_name, seed, data.manifest, layers=[_row(row) for row in rows])
     names = pass_names(recipe, steps, seed, data)
-    prepare(model, rows, data.timesteps)
+    conditional = None if first_with_guidance_sets(rows) is None else conditional_half(data)
+    prepare(model, rows, data.timesteps, conditional)
     with fit.run(folder, progress, memory_gib * GIB) as run:
         for index, (step, name) in enumerate(zip(steps, names, strict=True)):
             generator = torch.Generator().manual_seed(seed * 1_000 + index)
@@ -216,7 +218,12 @@ def _row(row: PlannedLayer) -> dict[str, Any]:
 def pass_names(recipe: Recipe, steps: Sequence[Pass], seed: int, data: Trajectory) -> list[str]:
     """A name for each pass that holds a hash of everything its result depends on: the passes before it too."""
     recorded = {key: data.manifest[key] for key in ("model_hash", "scheduler", "calibration", "run")}
-    digest = hashlib.sha256(json.dumps([seed, recorded, recipe.model_dump(mode="json")["layers"]], sort_keys=True).encode())
+    unset = {"guidance_sets"}  # came later: left out where it is not set, so that passes finished before keep their names
+    rules = [
+        {key: value for key, value in rule.model_dump(mode="json").items() if value is not None or key not in unset}
+        for rule in recipe.layers
+    ]
+    digest = hashlib.sha256(json.dumps([seed, recorded, rules], sort_keys=True).encode())
     names = []
     for index, step in enumerate(steps):
         kind = type(step).__name__

@@ -179,6 +179,23 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CalibrationError(f"{path}: damaged ({error}); delete it to start this stage again") from error
 
 
+@contextmanager
+def rows_of(model: nn.Module, data: Trajectory, picked: Int[Tensor, " n"]) -> Iterator[None]:
+    """While the block runs, calls of `model` are of the recorded samples `picked`: its clock knows the guided half of each."""
+    clock = getattr(model, "step_clock", None)
+    if clock is None or clock.conditional is None:
+        yield
+        return
+    with clock.rows_are(data.half_of()[picked]):
+        yield
+
+
+def call_recorded(model: nn.Module, data: Trajectory, picked: Int[Tensor, " n"]) -> Any:
+    """What `model` returns for the recorded samples `picked`."""
+    with rows_of(model, data, picked):
+        return model(**data.batch(picked, device_of(model))[0])
+
+
 class _Stop(Exception):
     """Raised inside a forward pass to end it: everything that was wanted has been seen."""
 
@@ -248,10 +265,9 @@ def observe_unit(
     handle = unit.register_forward_hook(keep, with_kwargs=True)
     try:
         for picked in indices.split(batch_size):
-            arguments, _ = data.batch(picked, device)
             clock = model.step_clock
             with torch.no_grad(), suppress(_Stop):
-                model(**arguments)
+                call_recorded(model, data, picked)
             interval = clock.interval  # type: ignore[union-attr]
             intervals.append(torch.as_tensor(interval).expand(len(picked)).clone())
     finally:

@@ -373,6 +373,27 @@ def guidance_weight(first: Tensor, second: Tensor, guided: Tensor) -> tuple[floa
     return weight, float((wanted - weight * between).norm() / guided.double().norm().clamp(min=1e-30))
 
 
+def conditional_half(data: Trajectory) -> int:
+    """Which half of the recorded guided calls is the conditional one, 0 or 1, read off how the halves reached the scheduler.
+
+    Guidance with a scale of 1 or more weighs the conditional half positively and the other not at all or negatively. Raises
+    `CalibrationError` where the recording was not guided by calls with a doubled batch.
+    """
+    where = f"guidance_sets: {data.manifest['pipeline']}"
+    half, call = data.half_of(), data.call_of()
+    if int(half.max()) != 1 or int(call.max()) + 1 != data.step_count:
+        raise CalibrationError(
+            f"{where}: {int(call.max()) + 1} calls of the denoiser with up to {int(half.max().clamp(min=0)) + 1} rows a sample for "
+            f"{data.step_count} steps; a doubled batch a step is needed: record with a guidance scale above 1, or leave it out"
+        )
+    first_call = int(call[half == 0].min())
+    rows = [((data.batch_of() == 0) & (call == first_call) & (half == which)).nonzero()[:, 0] for which in (0, 1)]
+    step = data.step(data.trajectory_of()[rows[0]], first_call)
+    first, second = (leading_channels(data.batch(picked)[1], step.model_output) for picked in rows)
+    weight, _ = guidance_weight(first, second, step.model_output)
+    return int(weight > 0.5)
+
+
 def leading_channels(output: Tensor, like: Tensor) -> Tensor:
     """The channels of a model's output that are the prediction: models that also predict a variance append it."""
     return output[:, : like.shape[1]]

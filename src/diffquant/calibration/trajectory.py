@@ -146,6 +146,14 @@ class Trajectory:
         """Row of every sample within its denoiser call."""
         return self._row.clone()
 
+    def half_of(self) -> Int[Tensor, " n"]:
+        """Which half of a guided call (0 or 1) every sample is of; -1 in calls with one row a trajectory."""
+        size, samples = (self.manifest["calibration"][name] for name in ("batch_size", "samples"))
+        trajectories = (samples - self._batch * size).clamp(max=size)  # of the sample's batch
+        rows = torch.tensor(self._rows_of_calls)
+        doubled = rows.repeat_interleave(rows) > trajectories
+        return torch.where(doubled, self._row // trajectories, -1)
+
     def subset(self, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
         """Draw `count` distinct samples, spread evenly over timesteps, in random order.
 

@@ -73,7 +73,8 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
         weight_quantizer = Quantizer(spec.weight, rows, spec.splits, axis=1)
     if spec.input is not None:
         channels = in_channels if spec.shift else 0
-        input_quantizer = Quantizer(spec.input, spec.sets, spec.splits, axis, clock, channels)
+        rows = spec.sets * (clock.branches if spec.guidance_sets else 1)
+        input_quantizer = Quantizer(spec.input, rows, spec.splits, axis, clock, channels, spec.guidance_sets)
         input_quantizer.shared_zero_point = spec.shared_zero_point
     device = weight.device
     layer.__class__ = QUANTIZABLE[type(layer)]
@@ -123,9 +124,15 @@ def smoothed_weight(layer: QuantizedLayer) -> Tensor:
 
 def present_spec(layer: QuantizedLayer) -> LayerSpec:
     """The layer's spec, with as many parameter sets as its input quantizer has now."""
-    sets = 1 if layer.input_quantizer is None else layer.input_quantizer.rows
     spec: LayerSpec = layer.layer_spec  # type: ignore[assignment]
+    sets = 1 if layer.input_quantizer is None else _sets(layer.input_quantizer, spec.guidance_sets)
     return spec.model_copy(update={"sets": sets})
+
+
+def _sets(quantizer: Quantizer, guidance_sets: bool) -> int:
+    """Parameter sets of a quantizer, of one half of a guided call where each has its own."""
+    assert quantizer.clock is not None
+    return quantizer.rows // (quantizer.clock.branches if guidance_sets else 1)
 
 
 def freeze_layer(layer: QuantizedLayer) -> None:
@@ -148,7 +155,9 @@ class AttentionProducts(nn.Module):
         self.spec = spec
         for name in ("query", "key", "value", "softmax"):
             operand = getattr(spec, name)
-            quantizer = None if operand is None else Quantizer(operand, spec.sets, axis=-1, clock=clock)
+            rows = spec.sets * (clock.branches if spec.guidance_sets else 1)
+            per_branch = spec.guidance_sets
+            quantizer = None if operand is None else Quantizer(operand, rows, axis=-1, clock=clock, per_branch=per_branch)
             if quantizer is not None:
                 quantizer.shared_zero_point = spec.shared_zero_point
             setattr(self, name, quantizer)
@@ -161,8 +170,8 @@ class AttentionProducts(nn.Module):
     @property
     def present_spec(self) -> AttentionSpec:
         """The spec, with as many parameter sets as the quantizers have now."""
-        rows = [module.rows for module in self.children() if isinstance(module, Quantizer)]
-        return self.spec.model_copy(update={"sets": max(rows, default=1)})
+        sets = [_sets(module, self.spec.guidance_sets) for module in self.children() if isinstance(module, Quantizer)]
+        return self.spec.model_copy(update={"sets": max(sets, default=1)})
 
     def forward(
         self,

@@ -7,7 +7,9 @@ the splits of the channels, one where nothing is split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +25,14 @@ class StepClock:
 
     ``timesteps`` are the recorded ones, noisy (large) first; interval i belongs to ``timesteps[i]`` and reaches to the midpoints of
     its neighbours (``edges``, ascending), the outermost intervals without end. Without timesteps there is one interval.
+
+    With ``conditional`` the two halves of a guided call have intervals of their own, those of the second half after those of the
+    first: ``half * len(timesteps) + i``. It is the half that was conditional, whose intervals a call without guidance takes.
     """
 
-    def __init__(self, timesteps: Sequence[float] = ()) -> None:
+    def __init__(self, timesteps: Sequence[float] = (), conditional: int | None = None) -> None:
+        self.conditional = conditional
+        self.given: Int[Tensor, " batch"] | None = None  # the half of each row, while calibration says so
         self.interval: int | Int[Tensor, " batch"] = 0
         self.position = torch.zeros(1, dtype=torch.long)  # the interval as a tensor, so that compiled code follows it
         self.divide(timesteps)
@@ -39,14 +46,59 @@ class StepClock:
 
     @property
     def intervals(self) -> int:
-        """Number of intervals, at least 1."""
+        """Number of intervals, at least 1; of both halves, where they have their own."""
+        return self.branches * self.times
+
+    @property
+    def times(self) -> int:
+        """Number of intervals of the timestep axis, at least 1."""
         return max(1, len(self.timesteps))
 
-    def set_timestep(self, timestep: Tensor | float) -> None:
-        """Set the interval from a timestep (scalar, or one per sample; inside `torch.compile` the same for all samples)."""
+    @property
+    def branches(self) -> int:
+        """2 where the halves of a guided call have intervals of their own, else 1."""
+        return 1 if self.conditional is None else 2
+
+    def table(self, rows: int, per_branch: bool) -> Int[Tensor, " intervals"]:
+        """The set of each interval: `rows` in equal shares over the timesteps, the same for both halves unless `per_branch`."""
+        return spread(rows, self.intervals) if per_branch else spread(rows, self.times).repeat(self.branches)
+
+    def halves(self, sample: Tensor) -> Int[Tensor, " batch"]:
+        """The half of a guided call that each row of `sample` belongs to; a call without guidance is all ``conditional``.
+
+        Pipelines guide by doubling the batch: both halves are of the same latents (diffusers 0.42.1: ``torch.cat([latents] * 2)``).
+        """
+        assert self.conditional is not None
+        count = len(sample)
+        if self.given is not None:
+            if len(self.given) != count:
+                raise SpecError(f"clock: a batch of {count} where {len(self.given)} rows of the recording were announced")
+            return torch.where(self.given < 0, self.conditional, self.given)
+        if count % 2 == 0 and torch.equal(sample[: count // 2], sample[count // 2 :]):
+            return torch.arange(count) // (count // 2)
+        return torch.full((count,), self.conditional)
+
+    @contextmanager
+    def rows_are(self, halves: Int[Tensor, " batch"]) -> Iterator[None]:
+        """While the block runs, the rows of a call belong to `halves` of guided calls (0, 1; -1: of a call without guidance)."""
+        before, self.given = self.given, halves
+        try:
+            yield
+        finally:
+            self.given = before
+
+    def set_timestep(self, timestep: Tensor | float, halves: Int[Tensor, " batch"] | None = None) -> None:
+        """Set the interval from a timestep (scalar, or one per sample; inside `torch.compile` the same for all samples).
+
+        `halves` says which half of a guided call each sample is of, where the halves have intervals of their own.
+        """
         values = torch.as_tensor(timestep).detach().to("cpu", torch.float64).reshape(-1)
         ascending = torch.bucketize(values, self.edges)
-        index = self.intervals - 1 - ascending
+        index = self.times - 1 - ascending
+        if self.conditional is not None:
+            if torch.compiler.is_compiling():
+                raise SpecError("guidance_sets: the halves of a call are told by its values, which torch.compile cannot follow")
+            index = index + self.times * (torch.tensor([self.conditional]) if halves is None else halves)
         if torch.compiler.is_compiling():
             self.position.copy_(index[:1])
         else:
@@ -69,7 +121,13 @@ def tick(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any])
     timestep = keywords.get(name, arguments[position] if position < len(arguments) else None)
     if timestep is None:
         raise SpecError(f"{type(model).__name__}: called without {name}; the quantizers need it to choose their parameters")
-    model.step_clock.set_timestep(timestep)  # type: ignore[union-attr, operator]
+    clock = model.step_clock
+    assert isinstance(clock, StepClock)
+    if clock.conditional is None:
+        clock.set_timestep(timestep)
+        return
+    sample = arguments[0] if arguments else keywords[next(iter(inspect.signature(model.forward).parameters))]
+    clock.set_timestep(timestep, clock.halves(sample))
 
 
 class Quantizer(nn.Module):
@@ -78,6 +136,7 @@ class Quantizer(nn.Module):
     ``scale``, ``zero_point``: float32 ``[rows, parts]``, nan until calibrated. ``table``: uint8 or int16 ``[intervals]``, the row
     of each interval. ``shift``: int8 ``[rows, channels]``, the exponent by which a channel's step exceeds ``scale``. ``codes``: the
     integer weight once its rounding is decided. ``rounding``: logits of the rounding while it is learned (AdaRound).
+    ``per_branch``: the rows are sets of the first half of a guided call, then of the second.
     ``shared_zero_point``: the parameter sets have one zero point (of each part), as some integer kernels need.
     Off (``enabled`` False) it returns its input untouched; an ``observer``, while one is set, is shown every input.
     """
@@ -97,6 +156,7 @@ class Quantizer(nn.Module):
         axis: int = 1,
         clock: StepClock | None = None,
         shift_channels: int = 0,
+        per_branch: bool = False,
     ) -> None:
         super().__init__()
         self.spec, self.splits, self.axis, self.clock, self.enabled = spec, tuple(splits), axis, clock, False
@@ -107,7 +167,7 @@ class Quantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(rows, parts))
         index_type = torch.uint8 if rows <= 256 else torch.int16
         has_table = clock is not None and rows > 1
-        self.register_buffer("table", spread(rows, clock.intervals).to(index_type) if has_table and clock else None)
+        self.register_buffer("table", clock.table(rows, per_branch).to(index_type) if has_table and clock else None)
         self.register_buffer("shift", torch.zeros(rows, shift_channels, dtype=torch.int8) if shift_channels else None)
         self.register_buffer("codes", None)
         self.register_buffer("rounding", None)

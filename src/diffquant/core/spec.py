@@ -76,6 +76,7 @@ class LayerSpec(_Value):
     ``splits`` are the sizes of consecutive parts of the input channels with quantizers of their own (concatenated skips); their sum
     is the number of input channels. ``smooth`` and ``shift`` allocate the layer's equivalent-scaling and power-of-two buffers.
     ``sets`` is the number of parameter sets of the input quantizer; with ``shared_zero_point`` they differ in their scales only.
+    With ``guidance_sets`` each half of a guided call has as many of its own.
     """
 
     weight: QuantSpec | None = None
@@ -83,6 +84,7 @@ class LayerSpec(_Value):
     splits: tuple[int, ...] = ()
     sets: int = Field(default=1, ge=1)
     shared_zero_point: bool = False
+    guidance_sets: bool = False
     smooth: bool = False
     shift: bool = False
 
@@ -96,6 +98,7 @@ class AttentionSpec(_Value):
     softmax: QuantSpec | None = None
     sets: int = Field(default=1, ge=1)
     shared_zero_point: bool = False
+    guidance_sets: bool = False
 
 
 class LayerRule(_Value):
@@ -106,6 +109,7 @@ class LayerRule(_Value):
     of it inside blocks and adaptive norms), ``@modulated`` (the convolution after that projection in a residual block), ``@skip``
     (layers that read a concatenated skip), ``@shortcut`` (1x1 convolutions of residual shortcuts), ``@resample`` (up- and
     down-sampling convolutions), ``@attention`` (attention products).
+    ``guidance_sets`` gives the conditional and the unconditional half of a guided call parameter sets of their own.
     ``weight_bits`` and ``input_bits`` may be ``float``. ``reason`` is printed where a layer stays in floating point.
     """
 
@@ -119,6 +123,7 @@ class LayerRule(_Value):
     split_skips: bool | None = None
     sets: int | None = None
     shared_zero_point: bool | None = None
+    guidance_sets: bool | None = None
     smooth: bool | None = None
     shift: bool | None = None
     reason: str | None = None

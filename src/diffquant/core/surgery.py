@@ -96,23 +96,28 @@ def plan(model: nn.Module, rules: Sequence[LayerRule]) -> list[PlannedLayer]:
     return rows + _float_parameters("", model)
 
 
-def prepare(model: nn.Module, rows: Sequence[PlannedLayer], timesteps: Sequence[float] = ()) -> None:
+def prepare(
+    model: nn.Module, rows: Sequence[PlannedLayer], timesteps: Sequence[float] = (), conditional: int | None = None
+) -> None:
     """Make the planned layers of `model` quantizable in place, give it its clock and the hook that sets it.
 
     Quantizers start off and uncalibrated: the model still computes exactly what it did. A layer gets at most one parameter set per
-    timestep; without `timesteps`, one. Raises `SpecError` when it already is quantizable, or when rows name layers that it does not
-    have.
+    timestep; without `timesteps`, one; with `guidance_sets` as many for each half of a guided call, of which `conditional` (0 or 1)
+    is the conditional one. Raises `SpecError` when it already is quantizable, when rows name layers that it does not have, or want
+    sets for halves that are not known.
     """
     if hasattr(model, "step_clock"):
         raise SpecError(f"{type(model).__name__}: already quantizable; load the full-precision model again to start over")
     argument = timestep_argument(model)
     modules = dict(model.named_modules())
-    clock = StepClock(timesteps)
+    clock = StepClock(timesteps, conditional)
+    if conditional is None and (wanting := first_with_guidance_sets(rows)) is not None:
+        raise SpecError(f"layer {wanting!r}: guidance_sets, but no half of a call is known as the conditional one")
     _check_places(model, rows, modules)
     for row in rows:
         if row.spec is None:
             continue
-        sets = {"sets": min(row.spec.sets, clock.intervals)}  # more would never be used, and stay uncalibrated
+        sets = {"sets": min(row.spec.sets, clock.times)}  # more would never be used, and stay uncalibrated
         if isinstance(row.spec, AttentionSpec):
             attach_products(modules[row.name], row.spec.model_copy(update=sets), clock)
         else:
@@ -120,6 +125,11 @@ def prepare(model: nn.Module, rows: Sequence[PlannedLayer], timesteps: Sequence[
     model.step_clock = clock  # type: ignore[assignment]
     model.timestep_argument = argument  # type: ignore[assignment]
     model.register_forward_pre_hook(tick, with_kwargs=True)
+
+
+def first_with_guidance_sets(rows: Sequence[PlannedLayer]) -> str | None:
+    """The first layer of a plan that wants parameter sets for each half of a guided call."""
+    return next((row.name for row in rows if row.spec is not None and row.spec.guidance_sets), None)
 
 
 def _check_places(model: nn.Module, rows: Sequence[PlannedLayer], modules: Mapping[str, nn.Module]) -> None:
@@ -326,14 +336,16 @@ def _plan_layer(name: str, module: nn.Module, structure: _Structure, rules: Sequ
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     kind = type(module).__name__
+    input_spec = _spec(fields.get("input_bits"), fields.get("input_symmetric", False), "tensor")
     spec = LayerSpec(
         weight=_spec(
             fields.get("weight_bits"), fields.get("weight_symmetric", True), str(fields.get("weight_granularity", "channel"))
         ),
-        input=_spec(fields.get("input_bits"), fields.get("input_symmetric", False), "tensor"),
+        input=input_spec,
         splits=structure.skips.get(name, ()) if fields.get("split_skips") else (),
         sets=int(str(fields.get("sets", 1))),
         shared_zero_point=bool(fields.get("shared_zero_point", False)),
+        guidance_sets=bool(fields.get("guidance_sets", False)) and input_spec is not None,
         smooth=bool(fields.get("smooth", False)) and getattr(module, "groups", 1) == 1,
         shift=bool(fields.get("shift", False)),
     )
@@ -348,7 +360,15 @@ def _plan_attention(name: str, module: nn.Module, structure: _Structure, rules: 
     softmax = _spec(fields.get("softmax_bits", fields.get("input_bits")), False, "tensor")
     sets = int(str(fields.get("sets", 1)))
     shared = bool(fields.get("shared_zero_point", False))
-    spec = AttentionSpec(query=operand, key=operand, value=operand, softmax=softmax, sets=sets, shared_zero_point=shared)
+    spec = AttentionSpec(
+        query=operand,
+        key=operand,
+        value=operand,
+        softmax=softmax,
+        sets=sets,
+        shared_zero_point=shared,
+        guidance_sets=bool(fields.get("guidance_sets", False)),
+    )
     if operand is None and softmax is None:
         return PlannedLayer(name, "attention products", (), None, f"{reason} (floating point)")
     if not _calls_attention(module.processor):

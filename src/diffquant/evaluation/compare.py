@@ -84,6 +84,25 @@ class FeatureExtractor(Protocol):
         ...
 
 
+@runtime_checkable
+class PromptScorer(Protocol):
+    """What scores the agreement of pictures with their prompts (`clip.ClipScore`); given to the evaluation from outside."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Hash of its weights."""
+        ...
+
+    def score(self, pictures: UInt8[Tensor, "n c h w"], prompts: Sequence[str]) -> Float[Tensor, " n"]:
+        """The score of each picture."""
+        ...
+
+
 @dataclass(frozen=True)
 class DataStatistics:
     """Features of real pictures under the extractor, and the hash that names the data."""
@@ -140,6 +159,8 @@ class ReferenceRun:
     step_features: dict[int, tuple[Tensor, Distances]] = field(default_factory=dict)
     traced: Rollout | None = None
     untraced: str | None = None
+    scorer: PromptScorer | None = None
+    clip: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +170,7 @@ class Comparison:
     `drift` is the mean relative L2 of the latents after each step, `noise_sqnr_db` the mean SQNR of the predicted noise; both over
     the samples whose trajectories are kept, and both with what earlier steps did to the input. `final_errors` is the relative L2 of
     every last sample, paired with the reference's noise. PSNR is pooled over pairs. `accuracy` is the share of pictures that show
-    what was asked for, where the extractor can tell. `engine` is what the model computed with.
+    what was asked for, where the extractor can tell; `clip` the mean CLIP score. `engine` is what the model computed with.
     """
 
     name: str
@@ -168,6 +189,7 @@ class Comparison:
     pictures: UInt8[Tensor, "n c h w"]
     seconds: float
     accuracy: Interval | None = None
+    clip: Interval | None = None
     engine: str = ""
     by_step: tuple[StepDistances, ...] = ()
     accumulation: Accumulation | None = None
@@ -195,17 +217,20 @@ def run_reference(
     name: str = "full precision",
     features: FeatureExtractor | None = None,
     data: DataStatistics | None = None,
+    clip: PromptScorer | None = None,
     progress: OnProgress | None = None,
 ) -> ReferenceRun:
     """Sample full precision, and keep what comparisons need.
 
-    Raises EvaluationError on non-finite samples, on data without an extractor, and where trajectories would take more than
-    `MEMORY_LIMIT` bytes.
+    Raises EvaluationError on non-finite samples, on data without an extractor, on a scorer of prompts where there are none, and
+    where trajectories would take more than `MEMORY_LIMIT` bytes.
     """
     if data is not None and features is None:
         raise EvaluationError("data: statistics are given without an extractor; pass the extractor that made them")
     _, denoiser = find_denoiser(pipe)
     protocol = resolved(pipe, protocol)
+    if clip is not None and protocol.prompts is None:
+        raise EvaluationError(f"clip: {type(pipe).__name__} takes no prompts to compare pictures with; leave it out")
     keeper = _Keeper(name, protocol)
     snapshots = _Snapshots(keeper, pipe, protocol, features)
     drawn = sample(pipe, protocol, on_step=snapshots, progress=progress, name=name)
@@ -249,6 +274,8 @@ def run_reference(
         step_features=step_features,
         traced=traced,
         untraced=untraced,
+        scorer=clip,
+        clip=_clip(clip, pictures, protocol),
     )
 
 
@@ -295,6 +322,7 @@ def compare_to(
             for (steps, found), (_, floor) in zip(snapshots.features().items(), reference.step_features.values(), strict=True)
         ),
         accumulation=_accumulation(reference, quantized_pipe, name, progress),
+        clip=_clip(reference.scorer, pictures, protocol),
         pictures=pictures,
         seconds=drawn.seconds,
         engine=engine_of(find_denoiser(quantized_pipe)[1]),
@@ -461,6 +489,13 @@ def _accuracy(extractor: FeatureExtractor, pictures: Tensor, protocol: SamplingP
     found = [extractor.agreement(batch, wanted) for batch, wanted in parts]
     present = [share.cpu() for share in found if share is not None]
     return bootstrap_mean(torch.cat(present), _generator()) if present else None
+
+
+def _clip(scorer: PromptScorer | None, pictures: Tensor, protocol: SamplingProtocol) -> Interval | None:
+    if scorer is None:
+        return None
+    prompts = [str(prompt) for prompt in conditions_of(protocol)]
+    return bootstrap_mean(scorer.score(pictures, prompts).double().cpu(), _generator())
 
 
 def _device(pipe: Pipeline) -> str:

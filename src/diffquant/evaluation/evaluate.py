@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffquant.calibration.observe import Pipeline, find_denoiser
-from diffquant.evaluation.compare import DataStatistics, FeatureExtractor, compare_to, run_reference
+from diffquant.evaluation.compare import DataStatistics, FeatureExtractor, PromptScorer, compare_to, run_reference
 from diffquant.evaluation.report import Report, make_report
 from diffquant.evaluation.sampling import OnProgress, SamplingProtocol
 from diffquant.runtime.checkpoint import file_size, float32_size, load
@@ -20,13 +20,15 @@ def evaluate(
     samples: int | None = None,
     features: FeatureExtractor | None = None,
     data: DataStatistics | None = None,
+    clip: PromptScorer | None = None,
     out: str | Path | None = None,
     progress: OnProgress | None = None,
 ) -> Report:
     """Send the same noise through `reference` and every model of `quantized`, and report what was lost.
 
     Models are pipelines, or folders to load them from (then the report has their file sizes); several are given by name.
-    `samples` is short for a protocol that differs from the default in nothing else. With `out` the report is written there:
+    `samples` is short for a protocol that differs from the default in nothing else. `clip` scores pictures by their prompts
+    (`diffquant.evaluation.clip.ClipScore`). With `out` the report is written there:
     ``report.json``, ``report.md``, ``pairs.png``, ``drift.png``, ``accumulation.png``.
 
     Raises `EvaluationError` where samples are not finite or the schedulers differ.
@@ -34,7 +36,7 @@ def evaluate(
     protocol = protocol or (SamplingProtocol() if samples is None else SamplingProtocol(samples=samples))
     named = dict(quantized) if isinstance(quantized, Mapping) else {"quantized": quantized}
     full = load(reference) if isinstance(reference, str | Path) else reference
-    run = run_reference(full, protocol, features=features, data=data, progress=progress)
+    run = run_reference(full, protocol, features=features, data=data, clip=clip, progress=progress)
     sizes = {run.name: float32_size(find_denoiser(full)[1])}
     comparisons = []
     for name, model in named.items():

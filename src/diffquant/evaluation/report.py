@@ -59,6 +59,8 @@ class Protocol(BaseModel):
     extractor_sha256: str | None
     data_sha256: str | None
     data_samples: int | None
+    clip: str | None = None
+    clip_sha256: str | None = None
     uint8_rule: str
     ssim_rule: str
     intervals: str
@@ -91,6 +93,7 @@ class Row(BaseModel):
     floor_to_data: Distances | None = None
     legibility: Interval | None = None
     accuracy: Interval | None = None
+    clip: Interval | None = None
     seconds: float
     engine: str = ""
     timesteps: tuple[float, ...] = ()
@@ -144,6 +147,7 @@ def make_report(reference: ReferenceRun, comparisons: Sequence[Comparison], file
             floor_to_data=reference.floor_to_data,
             legibility=reference.legibility,
             accuracy=reference.accuracy,
+            clip=reference.clip,
             seconds=reference.seconds,
         )
     ]
@@ -316,6 +320,7 @@ def _cells(report: Report, newline: str) -> tuple[list[str], list[list[str]]]:
         "KID to data": lambda row: _kid(row.to_data, row.floor_to_data, newline),
         "legibility": lambda row: _interval(row.legibility, "{:.3f}", newline),
         "accuracy": lambda row: _interval(row.accuracy, "{:.3f}", newline),
+        "CLIP": lambda row: _interval(row.clip, "{:.2f}", newline),
         "seconds": lambda row: f"{row.seconds:.1f}{newline + row.engine if row.engine else ''}",
     }
     texts = {name: [cell(row) for row in report.rows] for name, cell in columns.items()}
@@ -511,6 +516,8 @@ def _protocol(reference: ReferenceRun) -> Protocol:
         extractor_sha256=reference.extractor.sha256 if reference.extractor else None,
         data_sha256=reference.data.sha256 if reference.data else None,
         data_samples=len(reference.data.features) if reference.data else None,
+        clip=reference.scorer.name if reference.scorer else None,
+        clip_sha256=reference.scorer.sha256 if reference.scorer else None,
         uint8_rule=UINT8_RULE,
         ssim_rule=SSIM_RULE,
         intervals=INTERVALS,

@@ -343,7 +343,8 @@ def _divide_sets(rollout: Rollout, segments: list[range]) -> None:
             segment_at.setdefault(float(rollout.data.step(first, k).timestep), number)
     for _, quantizer in quantizers(rollout.model):
         if quantizer.clock is not None and quantizer.rows == 1:
-            quantizer.divide_sets(torch.tensor([segment_at[timestep] for timestep in quantizer.clock.timesteps]))
+            table = torch.tensor([segment_at[timestep] for timestep in quantizer.clock.timesteps])
+            quantizer.divide_sets(table.repeat(quantizer.clock.branches))
 
 
 def _segment_error(rollout: Rollout, segment: range, trajectories: Tensor, batch_size: int) -> float:

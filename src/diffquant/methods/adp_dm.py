@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, fit
+from diffquant.calibration.fit import Run, call_recorded, fit, rows_of
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.rollout import build_scheduler
 from diffquant.calibration.selection import normal_shares
@@ -128,6 +128,9 @@ class _Search:
         self.pool = torch.full((min(options.images, len(data)),), -1)  # recorded samples, in the order they were chosen
         self.counts = torch.zeros(clock.intervals, dtype=torch.long)
         interval = torch.tensor([clock.timesteps.index(timestep) for timestep in data.timestep_of().tolist()])
+        if clock.conditional is not None:
+            half = data.half_of()
+            interval = interval + clock.times * torch.where(half < 0, clock.conditional, half)
         self.interval_of_sample = interval
         self.start_entropy = math.log(max(one.rows for one in searched.values()))
 
@@ -140,13 +143,14 @@ class _Search:
             self.interval_of_sample[self.pool[self.pool >= 0]], minlength=len(self.counts)
         )
         if self.options.selection == "normal":
-            share = normal_shares(list(self.clock.timesteps)) * (left > 0)
+            share = normal_shares(list(self.clock.timesteps)).repeat(self.clock.branches) * (left > 0)
             return int(torch.multinomial(share, 1, generator=generator))
         if self.options.selection == "uniform":
             score = -self.counts.float() + torch.rand(len(self.counts), generator=generator) / 2
         elif self.options.selection == "released":
             score = entropy - 2.0 * self.counts
-            score[len(score) - int(RELEASED_FIRST * len(score)) :] = -torch.inf
+            times = self.clock.times
+            score[torch.arange(len(score)) % times >= times - int(RELEASED_FIRST * times)] = -torch.inf
         else:
             score = entropy + self.options.bonus / (self.counts + 1)
         return int(score.masked_fill(left <= 0, -torch.inf).argmax())
@@ -185,7 +189,7 @@ class _Search:
         if self.options.learn_ranges:
             for one in self.steps:
                 one.place()
-        with self.mixed():
+        with self.mixed(), rows_of(self.model, self.data, picked):
             output = predicted(self.model, self.model(**arguments))
         interval = torch.as_tensor(self.clock.interval).expand(len(picked))
         error = (output.float() - target.float()).square().sum() / len(picked)
@@ -205,14 +209,14 @@ class _Search:
         name, _ = self.model.timestep_argument  # type: ignore[misc]
         first = next(key for key, value in arguments.items() if isinstance(value, Tensor) and key != name)
         interval = torch.randint(self.clock.intervals, (len(picked),), generator=generator)
-        timesteps = torch.tensor(self.clock.timesteps)[interval].to(arguments[name])
+        timesteps = torch.tensor(self.clock.timesteps)[interval % self.clock.times].to(arguments[name])
         levels = build_scheduler(self.data).alphas_cumprod[timesteps.long().cpu()].to(arguments[first])
         levels = levels.view(-1, *[1] * (arguments[first].dim() - 1))
         noise = torch.randn(arguments[first].shape, generator=generator).to(arguments[first])
         arguments |= {first: levels.sqrt() * arguments[first] + (1 - levels).sqrt() * noise, name: timesteps}
         if self.options.target == "noise":
             return arguments, noise
-        with torch.no_grad(), full_precision(self.model):
+        with torch.no_grad(), full_precision(self.model), rows_of(self.model, self.data, picked):
             return arguments, predicted(self.model, self.model(**arguments))
 
     @contextmanager
@@ -273,7 +277,8 @@ class _Search:
         with torch.no_grad():
             for picked in pool.split(self.options.batch_size):
                 arguments, target = self.data.batch(picked, device_of(self.model))
-                output = predicted(self.model, self.model(**arguments))
+                with rows_of(self.model, self.data, picked):
+                    output = predicted(self.model, self.model(**arguments))
                 found.append((output.float() - target.float()).square().flatten(1).sum(dim=1).cpu())
         return torch.cat(found)
 
@@ -310,7 +315,7 @@ def interval_ranges(
             quantizer.observer = watch(name, quantizer)
         with full_precision(model):
             for picked in batches:
-                model(**data.batch(picked, device_of(model))[0])
+                call_recorded(model, data, picked)
                 run.progress.advance(task)
     finally:
         for quantizer in searched.values():

@@ -19,11 +19,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, observe_unit
+from diffquant.calibration.fit import Run, call_recorded, observe_unit
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import SpecError
-from diffquant.core.surgery import device_of, full_precision
+from diffquant.core.surgery import full_precision
 from diffquant.methods.passes import Figures, Pass, evaluating
 from diffquant.methods.scaling import has_both, relative_error
 
@@ -111,7 +111,7 @@ def projected_embeddings(
     handles = [watch(name, block) for name, block in blocks.items()]
     try:
         for picked in batches:
-            model(**data.batch(picked, device_of(model))[0])
+            call_recorded(model, data, picked)
     finally:
         for handle in handles:
             handle.remove()

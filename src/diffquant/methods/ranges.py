@@ -19,14 +19,14 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run
+from diffquant.calibration.fit import Run, call_recorded
 from diffquant.calibration.selection import Timesteps, pick
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize, scale_from_range
 from diffquant.core.layers import smoothed_weight
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import CalibrationError, QuantSpec
-from diffquant.core.surgery import device_of, full_precision, quantized_layers, quantizers
+from diffquant.core.surgery import full_precision, quantized_layers, quantizers
 from diffquant.methods.passes import Figures, Pass, evaluating
 
 BINS = 2048
@@ -136,7 +136,7 @@ class CalibrateRanges(Pass):
         try:
             with full_precision(model):
                 for picked in batches:
-                    model(**data.batch(picked, device_of(model))[0])
+                    call_recorded(model, data, picked)
                     run.progress.advance(task)
         finally:
             for _, quantizer in watched:

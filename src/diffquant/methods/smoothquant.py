@@ -12,11 +12,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run
+from diffquant.calibration.fit import Run, call_recorded
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
 from diffquant.core.spec import SpecError
-from diffquant.core.surgery import device_of, full_precision, quantized_layers
+from diffquant.core.surgery import full_precision, quantized_layers
 from diffquant.methods.passes import Figures, Pass, evaluating
 
 SMALLEST = 1e-5  # of a channel's magnitude, and of the vector's entries
@@ -74,7 +74,7 @@ def input_maxima(
     try:
         with full_precision(model):
             for picked in batches:
-                model(**data.batch(picked, device_of(model))[0])
+                call_recorded(model, data, picked)
                 run.progress.advance(task)
     finally:
         for handle in handles:

@@ -17,10 +17,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, UnitInputs, load_tensors, lp_loss, observe_unit, output_tensors, save_tensors
+from diffquant.calibration.fit import (
+    Run,
+    UnitInputs,
+    call_recorded,
+    load_tensors,
+    lp_loss,
+    observe_unit,
+    output_tensors,
+    save_tensors,
+)
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.surgery import Unit, device_of, full_precision, quantizers, switched, units
+from diffquant.core.surgery import Unit, full_precision, quantizers, switched, units
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
 
 
@@ -114,7 +123,7 @@ def in_order(model: nn.Module, found: list[Unit], data: Trajectory, kind: str) -
     handles = [unit.module.register_forward_pre_hook(lambda module, _: seen.append(module)) for unit in found]
     try:
         with torch.no_grad(), full_precision(model):
-            model(**data.batch(torch.arange(1), device_of(model))[0])
+            call_recorded(model, data, torch.arange(1))
     finally:
         for handle in handles:
             handle.remove()

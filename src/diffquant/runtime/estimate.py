@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.observe import Calibration, Pipeline, evaluation_mode, find_denoiser, observe, run_pipeline
 from diffquant.core.spec import AttentionSpec, LayerSpec, SpecError
-from diffquant.core.surgery import PlannedLayer, plan
+from diffquant.core.surgery import PlannedLayer, first_with_guidance_sets, plan
 from diffquant.recipe import Recipe
 from diffquant.runtime.packing import SHIFT_BITS, packed_size
 
@@ -121,19 +121,20 @@ def _measure(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, int
     return operations, largest, seconds
 
 
-def _sets_bytes(sets: int, parts: int) -> int:
+def _sets_bytes(spec: LayerSpec | AttentionSpec, parts: int, branches: int) -> int:
     """Scales, zero points and the table of an input's parameter sets."""
-    sets = min(sets, INTERVALS)
-    return sets * parts * 5 + (INTERVALS if sets > 1 else 0)
+    sets = min(spec.sets, INTERVALS) * (branches if spec.guidance_sets else 1)
+    return sets * parts * 5 + (INTERVALS * branches if sets > 1 else 0)
 
 
 def _file_bytes(model: nn.Module, rows: Sequence[PlannedLayer]) -> int:
     """Codes at their bits, scales, zero points and tables, and the float parameters that stay."""
     total = 4 * sum(parameter.numel() for parameter in model.parameters())
+    branches = 1 if first_with_guidance_sets(rows) is None else 2
     for row in rows:
         if isinstance(row.spec, AttentionSpec):
             operands = sum(spec is not None for spec in (row.spec.query, row.spec.key, row.spec.value, row.spec.softmax))
-            total += operands * _sets_bytes(row.spec.sets, 1)
+            total += operands * _sets_bytes(row.spec, 1, branches)
         if not isinstance(row.spec, LayerSpec):
             continue
         parts = max(1, len(row.spec.splits))
@@ -142,7 +143,8 @@ def _file_bytes(model: nn.Module, rows: Sequence[PlannedLayer]) -> int:
             scales = (row.shape[0] if row.spec.weight.granularity == "channel" else 1) * parts
             total += packed_size(count, row.spec.weight.bits) - 4 * count + scales * (4 if row.spec.weight.symmetric else 5)
         if row.spec.input is not None:
-            total += _sets_bytes(row.spec.sets, parts)
-            total += packed_size(min(row.spec.sets, INTERVALS) * row.shape[1], SHIFT_BITS) if row.spec.shift else 0
+            total += _sets_bytes(row.spec, parts, branches)
+            shifts = min(row.spec.sets, INTERVALS) * (branches if row.spec.guidance_sets else 1) * row.shape[1]
+            total += packed_size(shifts, SHIFT_BITS) if row.spec.shift else 0
         total += 4 * row.shape[1] if row.spec.smooth else 0
     return total

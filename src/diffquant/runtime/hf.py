@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffquant.core.layers import AttentionProducts, present_spec
+from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec, SpecError
 from diffquant.core.surgery import PlannedLayer, enable, is_frozen, prepare, quantized_layers, quantizers
 from diffquant.methods.corrections import Correction, give, warn_unless_attached
@@ -78,6 +79,7 @@ class _Json(BaseModel):
     version: int
     recipe: str = ""
     timesteps: list[float] = []
+    conditional_half: Literal[0, 1] | None = None
     layers: list[_LayerGroup] = []
     attentions: list[_AttentionGroup] = []
     correction: Correction | None = None
@@ -85,12 +87,13 @@ class _Json(BaseModel):
 
 @dataclass(repr=False)
 class QuantizationConfig(QuantizationConfigMixin):
-    """What was quantized and how: the spec of every layer and attention by name, and the timesteps of the clock."""
+    """What was quantized and how: the spec of every layer and attention by name, and the clock: timesteps and conditional half."""
 
     quant_method: Method = Method.DIFFQUANT
     layers: dict[str, LayerSpec] = field(default_factory=dict)
     attentions: dict[str, AttentionSpec] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
+    conditional_half: int | None = None
     recipe: str = ""
     correction: Correction | None = None
 
@@ -113,6 +116,7 @@ class QuantizationConfig(QuantizationConfigMixin):
             layers={name: group.spec for group in read.layers for name in group.names},
             attentions={name: group.spec for group in read.attentions for name in group.names},
             timesteps=tuple(read.timesteps),
+            conditional_half=read.conditional_half,
             recipe=read.recipe,
             correction=read.correction,
         )
@@ -120,6 +124,10 @@ class QuantizationConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, names grouped by equal spec."""
+        optional = {
+            "conditional_half": self.conditional_half,
+            "correction": None if self.correction is None else self.correction.model_dump(mode="json"),
+        }
         return {
             "quant_method": self.quant_method.value,
             "version": VERSION,
@@ -127,7 +135,7 @@ class QuantizationConfig(QuantizationConfigMixin):
             "timesteps": list(self.timesteps),
             "layers": _grouped(self.layers),
             "attentions": _grouped(self.attentions),
-        } | ({} if self.correction is None else {"correction": self.correction.model_dump(mode="json")})
+        } | {name: value for name, value in optional.items() if value is not None}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As `to_dict`; diffusers prints it."""
@@ -157,12 +165,14 @@ def describe(model: nn.Module, recipe: str = "") -> QuantizationConfig:
         for name, module in model.named_modules()
         if isinstance(module, AttentionProducts)
     }
-    timesteps = model.step_clock.timesteps  # type: ignore[union-attr]
+    clock = model.step_clock
+    assert isinstance(clock, StepClock)
     correction = getattr(model, "correction", None)
     return QuantizationConfig(
         layers=layers,
         attentions=attentions,
-        timesteps=timesteps,  # type: ignore[arg-type]
+        timesteps=clock.timesteps,
+        conditional_half=clock.conditional,
         recipe=recipe,
         correction=correction,
     )
@@ -232,7 +242,7 @@ class DiffquantQuantizer(DiffusersQuantizer):
         specs: dict[str, LayerSpec | AttentionSpec] = {**self.quantization_config.layers, **self.quantization_config.attentions}
         rows = [PlannedLayer(name, kinds.get(name, ""), (), spec, "checkpoint") for name, spec in specs.items()]
         try:
-            prepare(model, rows, self.quantization_config.timesteps)
+            prepare(model, rows, self.quantization_config.timesteps, self.quantization_config.conditional_half)
         except SpecError as error:
             raise CheckpointError(f"{load.folder}: config.json does not fit the model: {error}; {AGAIN}") from error
         load.shapes = _make_packed(model)
@@ -369,7 +379,12 @@ def _grouped(specs: Mapping[str, LayerSpec] | Mapping[str, AttentionSpec]) -> li
     groups: dict[LayerSpec | AttentionSpec, list[str]] = {}
     for name, spec in specs.items():
         groups.setdefault(spec, []).append(name)
-    return [{"spec": spec.model_dump(mode="json"), "names": names} for spec, names in groups.items()]
+    return [{"spec": _plain(spec), "names": names} for spec, names in groups.items()]
+
+
+def _plain(spec: LayerSpec | AttentionSpec) -> dict[str, Any]:
+    """JSON values of a spec; those that came later are left out where they are off, so that older versions read the file."""
+    return spec.model_dump(mode="json", exclude=None if spec.guidance_sets else {"guidance_sets"})
 
 
 register()

@@ -128,6 +128,13 @@ def check(model: nn.Module, runtime: str) -> None:
         raise CheckpointError(
             f"{kind}: has parameters of {dtypes.pop()}; {runtime} graphs are made from float32; load it without a dtype"
         )
+    clock = model.step_clock
+    assert isinstance(clock, StepClock)
+    if clock.conditional is not None:
+        raise SpecError(
+            f"{kind}: has parameter sets for each half of a guided call (guidance_sets), which {runtime} graphs do not; "
+            "use engine 'int8' or 'simulate', or quantize without guidance_sets"
+        )
     for name, quantizer in quantizers(model):
         if quantizer.table is None:
             continue

@@ -1,0 +1,154 @@
+"""Protocol files: under which conditions a paper (or you) samples, in YAML, for recording and for evaluation alike.
+
+One file per model and data set, in ``protocols/*.yaml`` of the package, or a path to one of your own. Its keys are the fields of
+`SamplingProtocol`; ``calibration`` holds what a recording does otherwise, such as its number of samples. ``prompts`` is a text file
+with a prompt a line, a list, or ``builtin``; ``data`` a folder of real pictures, the reference of FID. `docs/reproduce.md` says
+what each shipped one is taken from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers import DDIMPipeline
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffquant.calibration.observe import Calibration, Pipeline
+from diffquant.calibration.record import record
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.spec import DiffquantError, EvaluationError
+from diffquant.evaluation.sampling import SamplingProtocol, scheduler_of
+
+BUILTIN = "builtin"  # prompts: the pipeline's own, or those of `calibration.observe`
+RECORDED = 64  # trajectories, where nothing says how many
+SHARED = ("steps", "seed", "prompts", "class_labels", "guidance_scale", "eta")  # of a recording and of an evaluation
+
+
+class ProtocolFile(BaseModel):
+    """A checked protocol: how an evaluation samples, and how calibration data are recorded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str = ""
+    summary: str = ""
+    source: str = ""
+    sampling: SamplingProtocol = SamplingProtocol()
+    calibration: Calibration = Calibration(samples=RECORDED)
+    data: Path | None = None
+
+
+def shipped_protocols() -> list[str]:
+    """Names of the protocols that come with the package."""
+    files = resources.files("diffquant") / "protocols"
+    return sorted(entry.name.removesuffix(".yaml") for entry in files.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_protocol(given: Sequence[str] = (), **options: Any) -> ProtocolFile:
+    """The protocol that `given` describes: at most one name or path of a YAML file, and assignments such as ``eta=1``.
+
+    `options` are fields too; None leaves a field as it is. Later values win, options over all. What neither says is the default of
+    `SamplingProtocol` and `Calibration`; a recording of a file or an assignment takes the steps, seed, eta, guidance and conditions
+    of the evaluation. Raises `EvaluationError` for unknown names, keys and values.
+    """
+    files = [text for text in given if "=" not in text]
+    if len(files) > 1:
+        raise EvaluationError(f"--protocol: {' and '.join(files)}; one name or file is allowed, and assignments such as eta=1")
+    raw, where = _read(files[0]) if files else ({}, "protocol")
+    for text in given:
+        if "=" in text:
+            path, value = (part.strip() for part in text.split("=", 1))
+            _assign(raw, path, value if path in ("prompts", "data") else yaml.safe_load(value), where)
+    for name, value in options.items():
+        if value is not None:
+            _assign(raw, name.replace("__", "."), value, where)
+    return _checked(raw, where)
+
+
+def record_under(pipe: Pipeline, protocol: ProtocolFile, folder: Path | None = None) -> Trajectory:
+    """Record `pipe` with the sampler of the protocol. Raises `EvaluationError` where it cannot sample as the protocol says."""
+    sampling = dataclasses.replace(protocol.sampling, steps=protocol.calibration.steps)
+    if isinstance(pipe, DDIMPipeline) and sampling.sampler not in ("pipeline", "ddim"):
+        raise EvaluationError(f'protocol.sampler: is "{sampling.sampler}"; DDIMPipeline itself, which is recorded, takes ddim only')
+    eta = protocol.calibration.eta or 0
+    if eta > 0 and "eta" not in inspect.signature(pipe.__call__).parameters:
+        raise EvaluationError(f"protocol.eta: is {eta}; {type(pipe).__name__} takes none; record with eta=0")
+    with scheduler_of(pipe, sampling):
+        return record(pipe, protocol.calibration, folder=folder)
+
+
+def _read(name: str) -> tuple[dict[str, Any], str]:
+    """The mapping of a protocol file, its prompts read, and how to call it in messages."""
+    own = name.endswith((".yaml", ".yml"))
+    known = shipped_protocols()
+    if not own and name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f'; did you mean "{near[0]}"' if near else ""
+        raise EvaluationError(f"protocol {name!r}: unknown; allowed are {', '.join(known)}, or a .yaml file{hint}")
+    if own and not Path(name).is_file():
+        raise EvaluationError(f"protocol {name!r}: no such file")
+    source = Path(name) if own else resources.files("diffquant") / "protocols" / f"{name}.yaml"
+    try:
+        raw = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise EvaluationError(f"protocol {name}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise EvaluationError(f"protocol {name}: holds {type(raw).__name__}; a protocol is a mapping such as steps: 50")
+    for key in ("prompts", "data"):  # beside the protocol file
+        if isinstance(found := raw.get(key), str) and found != BUILTIN:
+            raw[key] = str(Path(name).parent / found)
+    return raw, f"protocol {name}"
+
+
+def _assign(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
+    *parents, last = path.split(".")
+    if parents not in ([], ["calibration"]):
+        raise EvaluationError(f"{where}: {path}: leads nowhere; a key, or calibration and one of its keys, is allowed")
+    place = raw.setdefault("calibration", {}) if parents else raw
+    place[last] = value
+
+
+def _checked(raw: dict[str, Any], where: str) -> ProtocolFile:
+    raw = dict(raw)
+    about = {key: raw.pop(key) for key in ("name", "summary", "source", "data") if key in raw}
+    recorded = raw.pop("calibration", None) or {}
+    raw["prompts"] = _prompts(raw.get("prompts"), where)
+    for name in ("class_labels", "prompts"):
+        raw[name] = tuple(raw[name]) if isinstance(raw.get(name), list) else raw.get(name)
+    _known(raw, SamplingProtocol, where, more=("calibration", "data"))
+    _known(recorded, Calibration, f"{where}: calibration")
+    shared = {name: raw[name] for name in SHARED if raw.get(name) is not None}
+    try:
+        return ProtocolFile.model_validate(about | {"sampling": raw, "calibration": {"samples": RECORDED} | shared | recorded})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EvaluationError(f"{where}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error
+    except DiffquantError as error:
+        raise EvaluationError(f"{where}: {error}") from error
+
+
+def _known(raw: dict[str, Any], kind: type[Any], where: str, more: tuple[str, ...] = ()) -> None:
+    allowed = [field.name for field in dataclasses.fields(kind)]
+    for key in raw:
+        if key not in allowed:
+            raise EvaluationError(f"{where}: {key}: unknown key; allowed are {', '.join([*allowed, *more])}")
+
+
+def _prompts(value: Any, where: str) -> tuple[str, ...] | None:
+    """Prompts of a text file, of a list, or None for the built-in ones."""
+    if value is None or value == BUILTIN:
+        return None
+    if isinstance(value, (list, tuple)):
+        return tuple(str(prompt) for prompt in value)
+    path = Path(value)
+    if not path.is_file():
+        raise EvaluationError(f"{where}: prompts {str(value)!r}: no such file; a text file with a prompt a line, or {BUILTIN}")
+    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not lines:
+        raise EvaluationError(f"{where}: prompts {str(value)!r}: holds no line; write a prompt a line")
+    return lines

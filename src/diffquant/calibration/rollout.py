@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from diffquant.calibration.fit import rows_of
 from diffquant.calibration.memory import checkpointed, recomputed
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.trajectory import RecordedStep, Trajectory
@@ -252,11 +253,15 @@ class Chain:
         placed = torch.cat([scaled.to(given.dtype)] * (len(rows) // len(scaled)))
         beside = given[:, scaled.shape[1] :]  # channels that are not the latent's, such as a mask
         arguments[rollout._input_name] = torch.cat([placed, beside], dim=1) if beside.shape[1] else placed
-        call: Callable[..., Any] = rollout.model
-        if rollout.split_guidance and not rollout.checkpointing:
-            call = recomputed(call, getattr(rollout.model, "step_clock", None))
+
+        def call(**arguments: Any) -> Any:
+            with rows_of(rollout.model, rollout.data, rows):
+                return rollout.model(**arguments)
+
+        again = rollout.split_guidance and not rollout.checkpointing
+        run = recomputed(call, getattr(rollout.model, "step_clock", None)) if again else call
         with checkpointed(rollout.model, rollout.checkpointing):
-            output = predicted(rollout.model, call(**arguments))
+            output = predicted(rollout.model, run(**arguments))
         return leading_channels(output, self._recorded_step(i).model_output)
 
     def step(self, model_output: Tensor, latent: Tensor, i: int, state: State) -> tuple[Tensor, State]:

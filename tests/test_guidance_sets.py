@@ -13,16 +13,14 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import diffquant as dq
-from diffquant.calibration import fit
 from diffquant.calibration.fit import call_recorded
 from diffquant.calibration.observe import find_denoiser, run_pipeline
-from diffquant.calibration.rollout import Rollout, conditional_half
+from diffquant.calibration.rollout import conditional_half
 from diffquant.core.affine import scale_from_range
 from diffquant.core.layers import QuantizedConv2d, QuantizedLinear
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
-from diffquant.core.surgery import enable, full_precision, plan, prepare, quantized_layers, quantizers
-from diffquant.methods.ranges import CalibrateRanges
+from diffquant.core.surgery import full_precision, plan, prepare, quantized_layers, quantizers
 from diffquant.recipe import pass_names
 from diffquant.runtime.engines import openvino
 from diffquant.runtime.engines.int8_cpu import unsupported
@@ -266,21 +264,6 @@ def test_every_method_fits_them(name, tmp_path):
 
 
 # ---- what is refused, and what stays as it was
-
-
-@pytest.mark.parametrize("split", [False, True])
-def test_halves_that_are_called_apart_take_their_own_sets(split, tmp_path):
-    """Gradients reach the sets of both halves; called apart, neither looks like half of a guided call."""
-    pipe = pipelines.stable_diffusion(tmp_path)
-    data = dq.record(pipe, GUIDED, progress=False)
-    prepare(pipe.unet, plan(pipe.unet, SPLIT), data.timesteps, conditional_half(data))
-    with fit.run(show=False) as run:
-        CalibrateRanges(samples=4, batch_size=2).apply(pipe.unet, data, torch.Generator().manual_seed(0), run)
-    enable(pipe.unet)
-    scale = pipe.unet.conv_in.input_quantizer.scale.requires_grad_(True)
-    chain = Rollout(pipe.unet, data, split_guidance=split).chain(torch.tensor([0, 1]), range(1))
-    chain.predict(chain.recorded(0), 0, chain.state).square().sum().backward()
-    assert scale.shape == (2, 1) and scale.grad is not None and scale.grad.count_nonzero() == 2
 
 
 def test_graphs_of_other_runtimes_are_refused(tmp_path):

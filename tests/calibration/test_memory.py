@@ -16,7 +16,7 @@ import diffquant as dq
 from diffquant.calibration import fit, memory
 from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
-from diffquant.calibration.rollout import Rollout
+from diffquant.calibration.rollout import Rollout, conditional_half
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import CalibrationError, LayerRule
 from diffquant.core.surgery import enable, plan, prepare, quantizers, units
@@ -215,6 +215,26 @@ def test_checkpointing_gives_the_same_gradient_bit_for_bit(kind, split):
     kept = gradient(kind, split_guidance=split)
     assert kept.count_nonzero() > 100
     assert torch.equal(gradient(kind, split_guidance=split, checkpointing=True), kept)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_halves_that_are_called_apart_take_their_own_sets(split, tmp_path):
+    """Gradients reach the sets of both halves; called apart, neither looks like half of a guided call."""
+    pipe = pipelines.stable_diffusion(tmp_path)
+    data = record(pipe, Calibration(samples=2, steps=2, guidance_scale=3.0), progress=False)
+    prepare(
+        pipe.unet,
+        plan(pipe.unet, (LayerRule(match="@all", weight_bits=8, input_bits=8, guidance_sets=True),)),
+        data.timesteps,
+        conditional_half(data),
+    )
+    with fit.run(show=False) as run:
+        CalibrateRanges(samples=4, batch_size=2).apply(pipe.unet, data, torch.Generator().manual_seed(0), run)
+    enable(pipe.unet)
+    scale = pipe.unet.conv_in.input_quantizer.scale.requires_grad_(True)
+    chain = Rollout(pipe.unet, data, split_guidance=split).chain(torch.tensor([0, 1]), range(1))
+    chain.predict(chain.recorded(0), 0, chain.state).square().sum().backward()
+    assert scale.shape == (2, 1) and scale.grad is not None and scale.grad.count_nonzero() == 2
 
 
 def test_graphs_are_smaller():

@@ -20,10 +20,9 @@ from diffquant import zoo
 from diffquant.core.spec import AttentionSpec, DiffquantError, LayerSpec
 from diffquant.demo import progress_bars, run_demo
 from diffquant.evaluation import report as reports
-from diffquant.evaluation.clip import ClipScore
 from diffquant.evaluation.inception import InceptionFeatures
 from diffquant.evaluation.metrics import to_uint8
-from diffquant.evaluation.pictures import statistics_of, write_pictures
+from diffquant.evaluation.pictures import check_place, statistics_of, write_pictures
 from diffquant.evaluation.protocols import load_protocol, record_under, shipped_protocols
 from diffquant.evaluation.sampling import sample
 from diffquant.recipe import shipped
@@ -154,6 +153,7 @@ def sample_pictures(
 ) -> None:
     """Draw pictures with a pipeline, quantized or not."""
     given: dict[str, Any] = {"samples": count, "batch_size": min(count, 16), "steps": steps, "seed": seed, "sampler": sampler}
+    check_place(out)
     chosen = load_protocol(protocol or (), prompts=prompts, guidance_scale=guidance, **given)
     pipe = _load(model)
     with progress_bars(console) as progress:
@@ -180,7 +180,11 @@ def evaluate(
 ) -> None:
     """Send the same noise and prompts through full precision and quantized models; write what was lost."""
     chosen = load_protocol(protocol or (), samples=samples, steps=steps, prompts=prompts)
-    scorer = None if clip is None else ClipScore.from_directory(clip)
+    scorer = None
+    if clip is not None:
+        from diffquant.evaluation.clip import ClipScore  # takes transformers' CLIP along, which nothing else needs
+
+        scorer = ClipScore.from_directory(clip)
     known = reference in models.PIPELINES and inception is None
     features = zoo.load("glyph-classifier") if known else InceptionFeatures.from_file(inception) if inception else None
     data = zoo.load_statistics() if known else None

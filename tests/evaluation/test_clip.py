@@ -132,3 +132,20 @@ def test_pictures_written_are_the_pictures_read(tmp_path, generator):
         statistics_of(tmp_path / "drawn", Means())
     with pytest.raises(EvaluationError, match="holds no pictures"):
         statistics_of(tmp_path / "empty", Means())
+
+
+def test_pictures_never_mix_with_others_and_need_a_folder(tmp_path):
+    pictures = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    write_pictures(pictures, tmp_path / "drawn")
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (tmp_path / "drawn", "drawn: is a folder with files in it"),
+        (tmp_path / "file", "file: is a file"),
+        (tmp_path / "missing" / "x.npz", "missing is no folder"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            write_pictures(pictures[:1], path)
+    write_pictures(pictures, tmp_path / "x.npz")
+    write_pictures(pictures[:1], tmp_path / "x.npz")
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 4, 4, 3)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["drawn", "file", "x.npz"]

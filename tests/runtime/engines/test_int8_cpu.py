@@ -314,7 +314,7 @@ def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, masked: bool, scor
         quantizer.scale.fill_(1 / probabilities.code_max if name == "softmax" else 8 / 2**spec.bits)
         quantizer.zero_point.fill_(0 if name == "softmax" or spec.symmetric else 2 ** (spec.bits - 1) - 3)
         quantizer.enabled = True
-    query, key, value = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
+    query, key, value = (3 * torch.randn(2, 3, tokens, 8) for tokens in (20, 9, 9))  # some beyond all codes
     mask = (torch.rand(2, 1, 20, 9) > 0.3) if masked else None
     if mask is not None:
         mask[..., 0] = True

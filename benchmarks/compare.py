@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py --bits w4a6 --seeds 0 1 2 --arms brecq dmq "dmq LearnEquivalentScaling.weighting=uniform"
     python benchmarks/compare.py --bits w4a6 --arms "dmq drop=PowerOfTwoScaling" "brecq layers.0.sets=1000"
+    python benchmarks/compare.py --model glyph-sd --guidance 3 --bits w4a8 w4a6 --seeds 0 1 2 --arms brecq accuquant
 
 An arm is a recipe and what is changed in it: an option of a pass (PASS.option=value), a path as of --set, or drop=PASS. The first
 arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in --work, so a killed run goes on where it
@@ -21,6 +22,7 @@ from rich.console import Console
 
 import diffquant as dq
 from diffquant import zoo
+from diffquant.calibration.observe import find_denoiser
 from diffquant.demo import progress_bars
 from diffquant.evaluation.compare import compare_to, final_error_ratio, run_reference
 from diffquant.evaluation.report import make_report
@@ -31,8 +33,9 @@ TRAJECTORIES = 96
 CONSOLE = Console(stderr=True)
 
 
-def recording(pipe: Any, work: Path, seed: int) -> dq.Trajectory:
-    return dq.record(pipe, dq.Calibration(samples=TRAJECTORIES, steps=STEPS, seed=seed), folder=work / f"recording-{seed}")
+def recording(pipe: Any, work: Path, seed: int, guidance: float | None = None) -> dq.Trajectory:
+    calibration = dq.Calibration(samples=TRAJECTORIES, steps=STEPS, seed=seed, guidance_scale=guidance)
+    return dq.record(pipe, calibration, folder=work / f"recording-{seed}")
 
 
 def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
@@ -56,14 +59,20 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
 
 def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argparse.Namespace], dq.Recipe]) -> None:
     """Every arm at every bits and seed, on the same noise; the JSON file and the report grow with every arm."""
-    pipe = zoo.load("glyph-ddim")
-    protocol = dq.SamplingProtocol(samples=arguments.samples, steps=STEPS, seed=1000, accumulation_samples=arguments.accumulation)
+    pipe = zoo.load(arguments.model)
+    protocol = dq.SamplingProtocol(
+        samples=arguments.samples,
+        steps=STEPS,
+        seed=1000,
+        guidance_scale=arguments.guidance,
+        accumulation_samples=arguments.accumulation,
+    )
     reference = None
     found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"arms": {}}
     comparisons = {}
     for bits in arguments.bits:
         for seed in arguments.seeds:
-            data = recording(pipe, arguments.work, seed)
+            data = recording(pipe, arguments.work, seed, arguments.guidance)
             for arm in arguments.arms:
                 label = f"{bits} {arm} seed {seed}"
                 folder = arguments.work / "checkpoints" / label.replace(" ", "_")
@@ -87,6 +96,7 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     "median": asdict(result.final_error_median),
                     "fid": asdict(result.to_reference.fid),
                     "floor": reference.floor.fid.value,
+                    **({} if result.accuracy is None else {"accuracy": asdict(result.accuracy)}),
                     "drift": result.drift[:: max(1, STEPS // 10)],
                     "bytes": file_size(folder),
                     "seconds": {row["pass"]: row["seconds"] for row in passes},
@@ -110,14 +120,16 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     flush=True,
                 )
     if reference is not None:
-        sizes = {reference.name: float32_size(pipe.unet)}
+        sizes = {reference.name: float32_size(find_denoiser(pipe)[1])}
         make_report(reference, list(comparisons.values()), sizes).write(arguments.out.with_suffix(""))
 
 
 def add_arguments(parser: argparse.ArgumentParser, work: Path, arms: list[str]) -> None:
     """The options of a comparison."""
     parser.add_argument("--out", type=Path, help="a JSON file that grows with every arm; the report lies beside it")
-    parser.add_argument("--work", type=Path, default=work)
+    parser.add_argument("--work", type=Path, default=work, help="of one model")
+    parser.add_argument("--model", choices=zoo.models.PIPELINES, default="glyph-ddim")
+    parser.add_argument("--guidance", type=float, help="guidance scale of recordings and samples; default: the pipeline's")
     parser.add_argument("--bits", nargs="+", default=["w4a6"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--arms", nargs="+", default=arms, help="the first is the baseline")

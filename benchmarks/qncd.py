@@ -2,6 +2,7 @@
 
     python benchmarks/qncd.py layers --bits w4a8 w4a6
     python benchmarks/qncd.py corrections --bits w8a8 w4a8 w4a6 --eta 0 1
+    python benchmarks/qncd.py corrections --model glyph-sd --guidance 3 --work benchmarks/work/glyph-sd --bits w4a8
 
 Corrections are fitted to one model (brecq) and attached to it in turn; on full precision, all that the run-time estimate changes is
 its own bias. Rows of more steps spend a correction's further denoiser calls on steps instead. Recordings and passes stay in --work,
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration import fit
+from diffquant.calibration.observe import find_denoiser
 from diffquant.core.surgery import enable, freeze, full_precision, plan, prepare, quantized_layers
 from diffquant.evaluation.metrics import bootstrap_mean, distances, relative_l2, to_uint8
 from diffquant.evaluation.sampling import Sampled, StepResult, sample
@@ -38,15 +40,16 @@ CALLS = 64  # recorded calls over which layers are compared
 
 def quantized(arm: str, bits: str, seed: int, arguments: argparse.Namespace) -> tuple[Any, dq.Trajectory]:
     """A pipeline after an arm's passes, its weights still there so that full precision can run beside it."""
-    pipe = zoo.load("glyph-ddim")
-    data = recording(pipe, arguments.work, seed)
+    pipe = zoo.load(arguments.model)
+    model = find_denoiser(pipe)[1]
+    data = recording(pipe, arguments.work, seed, arguments.guidance)
     recipe = recipe_of(arm, bits, arguments)
     folder = arguments.work / f"passes-{seed}"
     dq.quantize(copy.deepcopy(pipe), recipe, data, seed=seed, folder=folder)
     last = pass_names(recipe, recipe.steps(), seed, data)[-1]
-    prepare(pipe.unet, plan(pipe.unet, recipe.layers), data.timesteps)
-    restore_quantizers(pipe.unet, fit.load_tensors(folder / f"{last}.safetensors")[0])
-    enable(pipe.unet)
+    prepare(model, plan(model, recipe.layers), data.timesteps)
+    restore_quantizers(model, fit.load_tensors(folder / f"{last}.safetensors")[0])
+    enable(model)
     return pipe, data
 
 
@@ -56,8 +59,9 @@ def layers(arguments: argparse.Namespace) -> dict[str, Any]:
     for bits in arguments.bits:
         for arm in ("brecq", "qncd drop=RuntimeNoiseEstimate", "qncd drop=RuntimeNoiseEstimate EmbeddingSmoothing.guard=false"):
             pipe, data = quantized(arm, bits, arguments.seeds[0], arguments)
-            rows = layer_errors(pipe.unet, data)
-            after = {f"{name}.conv2" for name in residual_blocks(pipe.unet)}
+            model = find_denoiser(pipe)[1]
+            rows = layer_errors(model, data)
+            after = {f"{name}.conv2" for name in residual_blocks(model)}
             found[f"{bits} {arm}"] = rows
             chosen = [row for name, row in rows.items() if name in after]
             worst = min(row["cosine"] for row in rows.values())
@@ -103,16 +107,19 @@ def corrections(arguments: argparse.Namespace) -> dict[str, Any]:
     """Final error and FID with each correction, eta by eta, on the int8 engine; and what its calls buy as further steps."""
     found: dict[str, Any] = {}
     for eta in arguments.eta:
-        protocol = dq.SamplingProtocol(samples=arguments.samples, steps=STEPS, seed=1000, eta=eta)
-        full = zoo.load("glyph-ddim")
+        protocol = dq.SamplingProtocol(
+            samples=arguments.samples, steps=STEPS, seed=1000, eta=eta, guidance_scale=arguments.guidance
+        )
+        full = zoo.load(arguments.model)
         reference = drawn(full, protocol, None)
         found |= row(f"full precision eta {eta}", reference, reference)
         found |= row(f"full precision eta {eta} estimate", drawn(full, protocol, NoiseEstimate()), reference)
         for bits in arguments.bits:
             for seed in arguments.seeds:
                 pipe, data = quantized("brecq", bits, seed, arguments)
-                fitted = {name: fitted_by(step, pipe.unet, data) for name, step in passes().items()}
-                freeze(pipe.unet)
+                model = find_denoiser(pipe)[1]
+                fitted = {name: fitted_by(step, model, data) for name, step in passes().items()}
+                freeze(model)
                 dq.use_engine(pipe)
                 label = f"{bits} seed {seed} eta {eta}"
                 lengths = set()
@@ -144,7 +151,7 @@ def drawn(pipe: Any, protocol: dq.SamplingProtocol, correction: Any) -> Drawn:
         after = result.sample_after
         moments.setdefault(result.step, []).append((float(after.mean()), float(after.square().mean())))
 
-    handle = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    handle = find_denoiser(pipe)[1].register_forward_hook(lambda *_: calls.append(1))
     if correction is not None:
         attach(pipe, correction)
     try:

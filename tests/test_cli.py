@@ -27,7 +27,7 @@ def recording(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["mse", "accuquant", "dmq"])  # the last has the most to store; all are run in test_recipe.py
+@pytest.mark.parametrize("name", ["mse", "dmq"])  # the last has the most to store; all are run in test_recipe.py
 def test_quantize_sample_and_evaluate(name, recording, tmp_path, capsys):
     sets = [part for option in pipelines.small_budget(f"{name}-w4a8") for part in ("--set", option)]
     out = tmp_path / "out"

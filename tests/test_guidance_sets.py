@@ -248,7 +248,7 @@ def test_rows_of_a_recording_take_their_half_in_any_order(tmp_path):
     assert pipe.unet.step_clock.interval.tolist() == wanted and len(set(wanted)) > 2
 
 
-@pytest.mark.parametrize("name", ["brecq", "accuquant", "adp-dm", "dmq"])
+@pytest.mark.parametrize("name", ["accuquant", "adp-dm", "dmq"])  # the first begins as brecq does
 def test_every_method_fits_them(name, tmp_path):
     pipe = pipelines.dit()  # few layers
     data = dq.record(pipe, GUIDED, progress=False)

@@ -189,6 +189,36 @@ def test_the_gradient_of_the_scale_is_that_of_lsq(symmetric: bool) -> None:
         assert x.grad.item() == (0.0 if clamped else 1.0)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("of_scale", "of_zero_point"),
+    [
+        ((1, 1, 1, 1), (1, 1, 1, 1)),
+        ((3, 1, 1, 1), (3, 1, 1, 1)),
+        ((3, 5, 1, 1), (3, 5, 1, 1)),
+        ((3, 5, 1, 1), (3, 1, 1, 1)),
+        ((), ()),
+    ],
+)
+def test_gradients_are_those_of_the_steps_one_by_one(
+    of_scale: tuple[int, ...], of_zero_point: tuple[int, ...], symmetric: bool
+) -> None:
+    """Quantizing and dequantizing at once against autograd through one after the other, whatever broadcasts; a part is clamped."""
+    spec = QuantSpec(bits=3, symmetric=symmetric)
+    x = torch.randn(3, 5, 4, 2, dtype=torch.float64)
+    given = (x, 0.2 + torch.rand(of_scale, dtype=torch.float64), torch.randint(0, 4, of_zero_point).double())
+    towards = torch.randn_like(x)
+    for asked in ((True, True, True), (True, False, False), (False, True, False), (False, False, True), (False, True, True)):
+        found = []
+        for function in (fake_quantize, lambda x, s, z, spec: dequantize(quantize(x, s, z, spec), s, z)):
+            leaves = [tensor.clone().requires_grad_(needed) for tensor, needed in zip(given, asked, strict=True)]
+            value = function(*leaves, spec)
+            gradients = torch.autograd.grad(value, [leaf for leaf in leaves if leaf.requires_grad], towards)
+            found.append([value, *gradients])
+        assert torch.equal(found[0][0], found[1][0])
+        torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-12, atol=1e-12)
+
+
 def test_dequantize_is_code_less_zero_point_times_scale() -> None:
     codes = torch.tensor([0.0, 3.0, 15.0])
     assert dequantize(codes, torch.tensor(0.25), torch.tensor(4.0)).tolist() == [-1.0, -0.25, 2.75]

@@ -47,6 +47,49 @@ class _FloorStraightThrough(torch.autograd.Function):
         return gradient
 
 
+class _FakeQuantize(torch.autograd.Function):
+    """`dequantize` of `quantize` and its gradients, in as few passes over memory as there are operators for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+        code = (x / scale).round_().add_(zero_point)
+        value = code.clamp(spec.code_min, spec.code_max).sub_(zero_point).mul_(scale)
+        slope = None  # times the scale
+        if scale.requires_grad:
+            slope = _where_free(x, code, spec)
+            torch.sub(value, slope, out=slope)
+        ctx.spec = spec
+        ctx.save_for_backward(code, slope, scale, zero_point)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        code, slope, scale, zero_point = ctx.saved_tensors
+        of_x, of_scale, of_zero_point = ctx.needs_input_grad[:3]
+        passed = _where_free(gradient, code, ctx.spec) if of_x or of_zero_point else gradient
+        return (
+            passed if of_x else None,
+            _summed(gradient, slope, scale) / scale if of_scale else None,
+            _summed(passed, scale, zero_point) - _summed(gradient, scale, zero_point) if of_zero_point else None,
+            None,
+        )
+
+
+def _where_free(x: Tensor, code: Tensor, spec: QuantSpec) -> Tensor:
+    """`x` where the integer `code` is within bounds, else 0: in one pass, by the gradient of a clamp half a code further out."""
+    kept: Tensor = torch.ops.aten.hardtanh_backward(x, code, spec.code_min - 0.5, spec.code_max + 0.5)
+    return kept
+
+
+def _summed(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """A * b, summed to the shape of `like`; without the product in memory where that is one number."""
+    if b.shape == like.shape:
+        return a.sum_to_size(like.shape) * b
+    if like.numel() == 1 and a.shape == b.shape:
+        return torch.dot(a.flatten(), b.flatten()).view(like.shape)
+    return (a * b).sum_to_size(like.shape)
+
+
 def round_straight_through(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Round half to even, with the gradient of the identity (Bengio et al. 2013, arXiv 1308.3432)."""
     rounded: Tensor = _RoundStraightThrough.apply(x)  # type: ignore[no-untyped-call]
@@ -106,5 +149,8 @@ def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor) -> Float[Tensor,
 
 
 def fake_quantize(x: Float[Tensor, "*shape"], scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Float[Tensor, "*shape"]:
-    """Quantize and dequantize: what the integer engine computes with, in floating point."""
-    return dequantize(quantize(x, scale, zero_point, spec), scale, zero_point)
+    """Quantize and dequantize: what the integer engine computes with, in floating point; differentiable in all three tensors."""
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, scale, zero_point))):
+        return dequantize(quantize(x, scale, zero_point, spec), scale, zero_point)
+    value: Tensor = _FakeQuantize.apply(x, scale, zero_point, spec)  # type: ignore[no-untyped-call]
+    return value

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ def _check_places(model: nn.Module, rows: Sequence[PlannedLayer], modules: Mappi
 
 def device_of(module: nn.Module) -> torch.device:
     """Where the module's parameters are (of a frozen one: its buffers); the CPU where it has neither."""
-    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
 def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

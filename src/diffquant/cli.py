@@ -1,10 +1,11 @@
 """The command line: the public verbs with arguments, and no logic of its own.
 
-A model is a directory, a hub id, or the name of a reference model (``glyph-ddim``).
+A model is a directory, a hub id, or the name of a reference model (``glyph-ddim``, ``glyph-sd``).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +13,9 @@ from typing import Annotated, Any
 import typer
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import diffquant as dq
 from diffquant import zoo
@@ -33,16 +35,17 @@ from diffquant.zoo.data import render_letters
 
 HELP = (
     "Post-training quantization for diffusion models: calibrate on a pipeline's own sampling, pack, sample, compare. "
-    "A model is a directory, a hub id, or a reference model (glyph-ddim). "
+    "A model is a directory, a hub id, or a reference model (glyph-ddim, glyph-sd). "
     "What quantized models compute with is chosen by the CPU, or by the variable DIFFQUANT_ENGINE: int8, openvino or simulate."
 )
+WIDE = 200  # columns where nothing says how many: in a pipe or a file
 app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 zoo_app = typer.Typer(help="Reference models that come with the package.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 errors = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="Directory of a pipeline, hub id, or name of a reference model (glyph-ddim).")]
+Model = Annotated[str, typer.Argument(help="Directory of a pipeline, hub id, or name of a reference model (glyph-ddim, glyph-sd).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override in the recipe by path, e.g. passes.1.iterations=100.")]
 PROTOCOL_HELP = (
@@ -216,7 +219,9 @@ def inspect(
     """Show what a recipe will do to every layer, and the file, memory and time it will take."""
     chosen = dq.load_recipe(recipe, set_ or ())
     found = dq.inspect(_load(model), chosen)
-    table = Table("layer", "shape", "weight", "input", "MACs", "decided by")
+    others = (Column(name, overflow="fold") for name in ("shape", "weight", "input", "MACs", "decided by"))
+    # names whole, on several lines where it is narrow
+    table = Table(Column("layer", overflow="fold", min_width=24), *others, box=SIMPLE_HEAD, padding=0)
     for row in found.layers:
         weight, activation = _describe(row.spec)
         share = f"{100 * found.shares[row.name]:.1f} %" if row.name in found.shares else ""

@@ -177,6 +177,7 @@ def test_training_from_the_autoencoder_to_the_pipelines(letters, tmp_path):
     assert figures["glyph-vae"]["scaling_factor"] == latent.trained_vae(tmp_path).config.scaling_factor
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "glyph-dit")
     assert pipe.vae.config.scaling_factor == figures["glyph-vae"]["scaling_factor"]
+    assert not [file for file in tmp_path.rglob("*.json") if str(tmp_path) in file.read_text()]  # says nothing of where it was made
 
 
 @pytest.mark.parametrize("name", ["glyph-sd", "glyph-dit"])

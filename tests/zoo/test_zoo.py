@@ -13,6 +13,7 @@ from torch import nn
 from diffquant import zoo
 from diffquant.calibration import fit
 from diffquant.core.spec import ZooError
+from diffquant.evaluation.metrics import to_uint8
 from diffquant.evaluation.sampling import SamplingProtocol, sample
 from diffquant.zoo import models
 from diffquant.zoo.data import Letters, draw_letters, render_font, render_letters
@@ -22,8 +23,10 @@ from diffquant.zoo.train import denoising_loss, train, warm_constant_decay
 
 def test_weights_are_the_ones_that_comparisons_rest_on():
     fixed = json.loads((models.folder() / "hashes.json").read_text())
-    assert set(fixed) <= set(models.NAMES)
+    assert set(fixed) == {path.name for path in models.folder().iterdir() if path.is_dir()} <= set(models.NAMES)
     for name, files in fixed.items():
+        weights = {str(path.relative_to(models.folder() / name)) for path in (models.folder() / name).rglob("*.safetensors")}
+        assert weights <= set(files)
         for file, sha256 in files.items():
             assert models.file_hash(models.folder() / name / file) == sha256
 
@@ -40,8 +43,19 @@ def test_samples_are_legible():
     """A few steps suffice for letters that the classifier names with confidence."""
     pipe, features = zoo.load("glyph-ddim"), zoo.load("glyph-classifier")
     pictures = sample(pipe, SamplingProtocol(samples=8, steps=10, seed=0)).pictures
-    confidence = features.confidence(((pictures + 1) * 127.5).round().to(torch.uint8))
+    confidence = features.confidence(to_uint8(pictures))
     assert confidence.median() > 0.5  # 1/26 is chance
+
+
+def test_prompts_are_obeyed():
+    """Letters and style words: of 8 pictures the letter asked for, and bold ones are blacker than light ones."""
+    pipe, features = zoo.load("glyph-sd"), zoo.load("glyph-classifier")
+    prompts = tuple(f"{style} sans letter {letter}" for style in ("bold", "light") for letter in "EHNZ")
+    protocol = SamplingProtocol(samples=8, steps=10, batch_size=8, seed=0, prompts=prompts, guidance_scale=3.0)
+    pictures = to_uint8(sample(pipe, protocol).pictures)
+    assert features.agreement(pictures, prompts).mean() >= 0.75  # 1/26 is chance
+    ink = (255 - pictures.float()).mean(dim=(1, 2, 3))
+    assert ink[:4].mean() > 1.5 * ink[4:].mean()
 
 
 def test_statistics_fit_the_classifier():

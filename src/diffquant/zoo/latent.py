@@ -239,7 +239,9 @@ def train_glyph_dit(letters: Letters, out: Path, steps: int, seed: int) -> None:
 
 def trained_vae(out: Path) -> AutoencoderKL:
     """The autoencoder of ``out/glyph-vae``, which computes in float32."""
-    return AutoencoderKL.from_pretrained(out / "glyph-vae", dtype=torch.float32).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(out / "glyph-vae", dtype=torch.float32).to(memory_format=torch.channels_last)
+    vae.register_to_config(_name_or_path="glyph-vae")  # not where it lay, which a pipeline would carry on
+    return vae
 
 
 def save(pipe: DiffusionPipeline, folder: Path) -> None:

@@ -20,7 +20,20 @@ from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import AttentionSpec, LayerSpec, SpecError
 
 
-class QuantizedLinear(nn.Linear):
+class _Frozen:
+    """What the class of a layer says of its integer weight."""
+
+    @property
+    def qweight(self) -> Tensor:
+        """The codes of a frozen layer, whose `weight` is None: where peft looks for the device of a LoRA adapter's base layer."""
+        quantizer = vars(self)["_modules"].get("weight_quantizer")
+        if quantizer is None or quantizer.codes is None or vars(self)["_parameters"]["weight"] is not None:
+            raise AttributeError("qweight: the layer has its float weight")
+        codes: Tensor = quantizer.codes
+        return codes
+
+
+class QuantizedLinear(_Frozen, nn.Linear):
     """A linear layer with quantizers of weight and input; made by `make_quantizable`, never constructed."""
 
     weight_quantizer: Quantizer | None
@@ -33,7 +46,7 @@ class QuantizedLinear(nn.Linear):
         return functional.linear(x, weight, self.bias)
 
 
-class QuantizedConv2d(nn.Conv2d):
+class QuantizedConv2d(_Frozen, nn.Conv2d):
     """A convolution with quantizers of weight and input; made by `make_quantizable`, never constructed."""
 
     weight_quantizer: Quantizer | None

@@ -79,8 +79,13 @@ def timestep_argument(model: nn.Module) -> tuple[str, int]:
 def plan(model: nn.Module, rules: Sequence[LayerRule]) -> list[PlannedLayer]:
     """What `rules` make of every layer of `model` that holds weights, without changing it.
 
-    Raises `SpecError` for a pattern that matches nothing, naming the nearest layer.
+    Raises `SpecError` for a pattern that matches nothing, naming the nearest layer, and where LoRA adapters are loaded.
     """
+    if (adapted := first_adapter(model)) is not None:
+        raise SpecError(
+            f"layer {adapted!r}: a LoRA adapter is loaded; fuse it into the weights and then unload it (fuse_lora, "
+            f"unload_lora_weights), or load it when the model is quantized"
+        )
     modules = [(name, module) for name, module in model.named_modules() if name]
     attentions = [(name, module) for name, module in modules if _is_attention(module)]
     layers = [(name, module) for name, module in modules if type(module) in QUANTIZABLE]
@@ -95,6 +100,11 @@ def plan(model: nn.Module, rules: Sequence[LayerRule]) -> list[PlannedLayer]:
             rows.append(_plan_attention(name, module, structure, rules))
         rows += _float_parameters(name, module)
     return rows + _float_parameters("", model)
+
+
+def first_adapter(model: nn.Module) -> str | None:
+    """The first layer of `model` that peft has put an adapter in the place of."""
+    return next((name for name, module in model.named_modules() if type(module).__module__.partition(".")[0] == "peft"), None)
 
 
 def prepare(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffquant.core.spec import CheckpointError
-from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
+from diffquant.core.surgery import first_adapter, is_frozen, quantized_layers, quantizers
 from diffquant.runtime import engines
 from diffquant.runtime.correction import attach
 from diffquant.runtime.hf import AGAIN, DiffquantQuantizer, Method, QuantizationConfig, describe, mark_quantized, written_digest
@@ -45,8 +45,8 @@ def save(
     that `quantize` ran, or the one a loaded model has. Between moving the old checkpoint away and the new one in there is an
     instant without either; a kill then leaves both beside it, complete.
 
-    Raises `CheckpointError` when nothing is quantized or not frozen, when `folder` holds something else, cannot be written, or what
-    was written differs from what is in memory.
+    Raises `CheckpointError` when nothing is quantized or not frozen, when a LoRA adapter is loaded, when `folder` holds something
+    else, cannot be written, or what was written differs from what is in memory.
     """
     folder = Path(folder).expanduser().resolve()
     models = _quantized_models(pipe_or_model)
@@ -131,6 +131,8 @@ def _quantized_models(pipe_or_model: DiffusionPipeline | nn.Module) -> dict[str,
             )
         if not is_frozen(model):
             raise CheckpointError(f"{type(model).__name__}: its weights are not integer codes; quantize first")
+        if (adapted := first_adapter(model)) is not None:
+            raise CheckpointError(f"layer {adapted!r}: a LoRA adapter is loaded; unload it (unload_lora_weights) to save")
     if not found:
         raise CheckpointError(f"{type(pipe_or_model).__name__}: no component of it is quantized; quantize first")
     return found

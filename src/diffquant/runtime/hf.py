@@ -7,7 +7,7 @@ What a file holds is in `packing`; its metadata state a digest over all tensors.
 asked for before we see them placed; the parameters of quantizers are therefore kept aside as they are read, shard by shard, and put
 back at the end.
 
-Not here: which folder, and what happens to the one that was there (`checkpoint`); LoRA; offloading to disk.
+Not here: which folder, and what happens to the one that was there (`checkpoint`); offloading to disk.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from diffquant.calibration.observe import find_denoiser
 from diffquant.core.surgery import enable, freeze, full_precision, plan, prepare, quantized_layers
 from diffquant.evaluation.metrics import bootstrap_mean, distances, relative_l2, to_uint8
 from diffquant.evaluation.sampling import Sampled, StepResult, sample
-from diffquant.methods.corrections import FitCoefficients, FitProportional, NoiseEstimate
+from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.passes import restore_quantizers
 from diffquant.methods.qncd import residual_blocks
 from diffquant.recipe import pass_names
@@ -113,12 +113,16 @@ def corrections(arguments: argparse.Namespace) -> dict[str, Any]:
         full = zoo.load(arguments.model)
         reference = drawn(full, protocol, None)
         found |= row(f"full precision eta {eta}", reference, reference)
-        found |= row(f"full precision eta {eta} estimate", drawn(full, protocol, NoiseEstimate()), reference)
+        recorded = recording(full, arguments.work, arguments.seeds[0], arguments.guidance)
+        for name, step in chosen(arguments):
+            if isinstance(step, RuntimeNoiseEstimate):
+                control = fitted_by(step, find_denoiser(full)[1], recorded)
+                found |= row(f"full precision eta {eta} {name}", drawn(full, protocol, control), reference)
         for bits in arguments.bits:
             for seed in arguments.seeds:
                 pipe, data = quantized("brecq", bits, seed, arguments)
                 model = find_denoiser(pipe)[1]
-                fitted = {name: fitted_by(step, model, data) for name, step in passes().items()}
+                fitted = {name: fitted_by(step, model, data) for name, step in chosen(arguments)}
                 freeze(model)
                 dq.use_engine(pipe)
                 label = f"{bits} seed {seed} eta {eta}"
@@ -167,18 +171,22 @@ def drawn(pipe: Any, protocol: dq.SamplingProtocol, correction: Any) -> Drawn:
 
 def passes() -> dict[str, Any]:
     return {
-        "estimate": NoiseEstimate(),
-        "estimate interval=5": NoiseEstimate(interval=5),
-        "estimate once": NoiseEstimate(hold=False),
+        "estimate": RuntimeNoiseEstimate(),
+        "estimate interval=5": RuntimeNoiseEstimate(interval=5),
+        "estimate once": RuntimeNoiseEstimate(hold=False),
+        "estimate calibrated": RuntimeNoiseEstimate(baseline="calibrated"),
+        "estimate calibrated batch": RuntimeNoiseEstimate(baseline="calibrated", scope="batch"),
         "proportional": FitProportional(),
         "coefficients": FitCoefficients(),
         "coefficients without bias": FitCoefficients(input_bias=False),
     }
 
 
+def chosen(arguments: argparse.Namespace) -> list[tuple[str, Any]]:
+    return [(name, step) for name, step in passes().items() if arguments.only is None or name in arguments.only]
+
+
 def fitted_by(step: Any, model: nn.Module, data: dq.Trajectory) -> Any:
-    if isinstance(step, NoiseEstimate):
-        return step
     with fit.run() as run:
         step.apply(model, data, torch.Generator().manual_seed(0), run)
     correction = model.correction
@@ -223,6 +231,7 @@ def main() -> None:
     parser.add_argument("what", choices=["layers", "corrections"])
     add_arguments(parser, Path("benchmarks/work/accuquant"), [])
     parser.add_argument("--eta", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--only", nargs="+", choices=list(passes()), help="these corrections (default: all)")
     arguments = parser.parse_args()
     arguments.out = arguments.out or Path(f"benchmarks/results/qncd-{arguments.what}.json")
     write(arguments, {"layers": layers, "corrections": corrections}[arguments.what](arguments))

@@ -281,6 +281,25 @@ def test_fitted_corrections_lower_the_error_of_single_steps(step, quantized):
         assert (fixed - noises).square().mean() <= (given - noises).square().mean() * (1 + 1e-4)
 
 
+def test_a_calibrated_baseline_is_what_full_precision_is_found_to_get_wrong():
+    """On the recorded trajectories themselves nothing is left to subtract; without the baseline much is."""
+    pipe = pipelines.micro()
+    data = dq.record(pipe, dq.Calibration(samples=4, steps=STEPS, batch_size=4), progress=False)
+    start = data.step(torch.arange(4), 0).sample
+    plain = drawn(pipe.unet, pipe.scheduler, start)
+    for baseline in ("calibrated", "none"):
+        with fit.run(show=False) as run:
+            RuntimeNoiseEstimate(scope="batch", baseline=baseline).apply(pipe.unet, data, torch.Generator(), run)
+        attachment = attach(pipe)
+        change = float((drawn(pipe.unet, pipe.scheduler, start) - plain).norm() / plain.norm())
+        assert attachment.extra_calls == len(pipe.unet.correction.refreshes(STEPS)) > 1
+        assert change < 1e-5 if baseline == "calibrated" else change > 0.01
+        if baseline == "calibrated":
+            with pytest.raises(SpecError, match="was measured on DDIMScheduler, 10 steps; this is DDIMScheduler, 20 steps"):
+                drawn(pipe.unet, pipe.scheduler, start, steps=20)
+        detach(pipe)
+
+
 def test_an_input_bias_holds_for_what_it_was_fitted_on(quantized):
     pipe, data = quantized
     model = copy.deepcopy(pipe.unet)

@@ -27,7 +27,7 @@ from diffquant.calibration.rollout import Rollout, build_scheduler
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import SpecError
-from diffquant.core.surgery import switched
+from diffquant.core.surgery import full_precision, switched
 from diffquant.methods.passes import Figures, Pass, evaluating
 
 VARIANCE_PRESERVING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
@@ -46,9 +46,13 @@ class NoiseEstimate(_Value):
     """Ask the quantized model for noise that is known, and subtract what it gets wrong on the mean.
 
     Every ``interval`` steps (None: five times a run), first at half of that plus 2; ``hold`` keeps the estimate until the next one.
+    ``expected`` is what a right model is found to get wrong, by timestep, on the ``scheduler`` it was measured with; not counted.
     """
 
     kind: Literal["noise-estimate"] = "noise-estimate"
+    timesteps: tuple[float, ...] = ()
+    expected: tuple[float, ...] = ()
+    scheduler: str = ""
     interval: int | None = Field(default=None, ge=2)
     hold: bool = True
     scope: Literal["image", "batch"] = "image"
@@ -134,6 +138,23 @@ def from_noise(scheduler: Any, noise: Tensor, sample: Tensor, timestep: float) -
     return noise
 
 
+def known_noise(after: Tensor, step: int, correction: NoiseEstimate) -> Float[Tensor, "1 channels ..."]:
+    """The noise of an estimate at `step` (from 1): one for all images, so that none depends on its place among them."""
+    generator = torch.Generator().manual_seed(correction.seed * 100_003 + step)
+    known = torch.randn(after.shape[1:], generator=generator)[None].to(after)
+    return known - known.mean() if correction.zero_mean else known
+
+
+def noised_to(scheduler: Any, after: Tensor, noise: Tensor, timestep: Any, following: Any) -> Tensor:
+    """`after`, a latent at timestep `following`, with as much noise more as belongs to `timestep`."""
+    if type(scheduler).__name__ in SIGMA_SPACE:
+        here, there = (scheduler.sigmas[scheduler.index_for_timestep(t)] for t in (timestep, following))
+        return after + noise * float((here**2 - there**2).clamp(min=0).sqrt())
+    ratio = signal_level(scheduler, float(timestep)) / signal_level(scheduler, float(following))
+    noised: Tensor = after * ratio**0.5 + noise * (1 - ratio) ** 0.5
+    return noised
+
+
 def row_at(timesteps: tuple[float, ...], timestep: float) -> int:
     """The row of `timestep`: that of the interval it lies in."""
     clock = StepClock(timesteps)
@@ -145,25 +166,6 @@ def row_at(timesteps: tuple[float, ...], timestep: float) -> int:
 # ---- passes
 
 
-@final
-class RuntimeNoiseEstimate(Pass):
-    """Have the sampler estimate the mean error of the quantized model while it runs, without full precision."""
-
-    interval: int | None = Field(default=None, ge=2)
-    hold: bool = True
-    scope: Literal["image", "batch"] = "image"
-    zero_mean: bool = True
-
-    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
-        """Nothing is fitted. Raises `SpecError` where the recorded scheduler is not supported."""
-        check_scheduler(build_scheduler(data))
-        return _kept(model, NoiseEstimate(**self.model_dump()))
-
-    def sample_forwards(self) -> float:
-        """None."""
-        return 0.0
-
-
 class _Fitted(Pass):
     samples: int = Field(default=64, ge=2)
     batch_size: int = Field(default=32, ge=1)
@@ -171,6 +173,58 @@ class _Fitted(Pass):
     def sample_forwards(self) -> float:
         """A call for each step of every trajectory: a recording of 50 steps is assumed."""
         return 50.0 * self.samples
+
+
+@final
+class RuntimeNoiseEstimate(_Fitted):
+    """Have the sampler estimate the mean error of the quantized model while it runs.
+
+    ``baseline`` ``calibrated`` subtracts what the same estimate finds on full precision, by timestep: the model's own prediction is
+    part of it (not in the paper). With ``none`` full precision is not needed and nothing is fitted.
+    """
+
+    interval: int | None = Field(default=None, ge=2)
+    hold: bool = True
+    scope: Literal["image", "batch"] = "image"
+    zero_mean: bool = True
+    baseline: Literal["none", "calibrated"] = "none"
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Measure the baseline. Raises `SpecError` where the recorded scheduler is not supported."""
+        options = self.model_dump(include={"interval", "hold", "scope", "zero_mean"})
+        if self.baseline == "none":
+            check_scheduler(build_scheduler(data))
+            return _kept(model, NoiseEstimate(**options))
+        rollout = checked(model, data)
+        expected: list[list[float]] = []
+        task = run.progress.add_task("baseline", total=rollout.steps)
+        with evaluating(model), full_precision(model), torch.no_grad():
+            for k in range(rollout.steps):
+                expected.append([self._found(rollout, k)])
+                run.progress.advance(task)
+        run.progress.remove_task(task)
+        timesteps, of_timestep = steps_by_timestep(rollout)
+        rows = tuple(row[0] for row in of_timestep(expected))
+        return _kept(model, NoiseEstimate(**options, timesteps=timesteps, expected=rows, scheduler=_named(rollout)))
+
+    def _found(self, rollout: Rollout, k: int) -> float:
+        """The estimate at step `k` of the recorded trajectories; 0 at the last, where none is taken."""
+        if k + 1 == rollout.steps:
+            return 0.0
+        trajectories = torch.arange(min(self.samples, rollout.trajectories))
+        here, following = (float(rollout.data.step(trajectories[:1], step).timestep) for step in (k, k + 1))
+        found = []
+        for picked in trajectories.split(self.batch_size):
+            chain = rollout.chain(picked, range(k, k + 1))
+            known = known_noise(chain.recorded(1), k + 1, NoiseEstimate(zero_mean=self.zero_mean))
+            noised = noised_to(rollout.scheduler, chain.recorded(1), known, here, following)
+            noise = as_noise(rollout.scheduler, chain.predict(noised, 0, chain.state), noised, here)
+            found.append((noise - known).flatten(1).mean(dim=1))
+        return float(torch.cat(found).mean())
+
+    def sample_forwards(self) -> float:
+        """Those of a fitted pass, where there is something to fit."""
+        return super().sample_forwards() if self.baseline == "calibrated" else 0.0
 
 
 @final
@@ -225,7 +279,7 @@ class FitCoefficients(_Fitted):
                 run.progress.advance(task)
             bias = self._biases(rollout, factors) if self.input_bias else None
         run.progress.remove_task(task)
-        scheduler = f"{type(rollout.scheduler).__name__}, {rollout.steps} steps" if bias else ""
+        scheduler = _named(rollout) if bias else ""
         timesteps, of_timestep = steps_by_timestep(rollout)
         biases = of_timestep(bias) if bias else None
         return _kept(model, Coefficients(timesteps=timesteps, factor=of_timestep(factors), bias=biases, scheduler=scheduler))
@@ -284,6 +338,10 @@ def steps_by_timestep(rollout: Rollout) -> tuple[tuple[float, ...], Callable[[li
     steps = {float(rollout.data.step(first, k).timestep): k for k in range(rollout.steps)}
     timesteps = tuple(sorted(steps, reverse=True))
     return timesteps, lambda rows: tuple(tuple(rows[steps[timestep]]) for timestep in timesteps)
+
+
+def _named(rollout: Rollout) -> str:
+    return f"{type(rollout.scheduler).__name__}, {rollout.steps} steps"
 
 
 def give(model: nn.Module, correction: NoiseEstimate | Proportional | Coefficients) -> None:

@@ -22,13 +22,14 @@ from diffquant.calibration.rollout import guidance_weight, leading_channels, res
 from diffquant.core.spec import SpecError
 from diffquant.methods.corrections import (
     ATTACHED,
-    SIGMA_SPACE,
     Coefficients,
     NoiseEstimate,
     Proportional,
     as_noise,
     check_scheduler,
     from_noise,
+    known_noise,
+    noised_to,
     row_at,
     signal_level,
 )
@@ -169,24 +170,21 @@ class Attachment:
             result = self._original["step"](output, timestep, sample, *arguments, **keywords)
         after = result.prev_sample if hasattr(result, "prev_sample") else result[0]
         restore(self.scheduler, state)
-        generator = torch.Generator().manual_seed(correction.seed * 100_003 + self._number)
-        known = torch.randn(sample.shape[1:], generator=generator)[None].to(sample)  # one for all images: none depends on its place
-        if correction.zero_mean:
-            known = known - known.mean()
-        noised = self._noised(after, known, timestep)
+        known = known_noise(sample, self._number, correction)
+        noised = noised_to(self.scheduler, after, known, timestep, self.scheduler.timesteps[self._number])
         wrong = as_noise(self.scheduler, self._predict(noised, timestep, output), noised, float(timestep)) - known
         self.extra_calls += 1
-        return wrong.mean(dim=tuple(range(0 if correction.scope == "batch" else 1, wrong.dim())), keepdim=True)
+        mean = wrong.mean(dim=tuple(range(0 if correction.scope == "batch" else 1, wrong.dim())), keepdim=True)
+        if not correction.expected:
+            return mean
+        self._check_fitted_here(correction.scheduler, "its baseline was measured", "baseline: none")
+        return mean - correction.expected[row_at(correction.timesteps, float(timestep))]
 
-    def _noised(self, after: Tensor, noise: Tensor, timestep: Any) -> Tensor:
-        """`after`, a latent at the next timestep, with as much noise more as belongs to `timestep`."""
-        following = self.scheduler.timesteps[self._number]
-        if type(self.scheduler).__name__ in SIGMA_SPACE:
-            here, there = (self.scheduler.sigmas[self.scheduler.index_for_timestep(t)] for t in (timestep, following))
-            return after + noise * float((here**2 - there**2).clamp(min=0).sqrt())
-        ratio = signal_level(self.scheduler, float(timestep)) / signal_level(self.scheduler, float(following))
-        noised: Tensor = after * ratio**0.5 + noise * (1 - ratio) ** 0.5
-        return noised
+    def _check_fitted_here(self, scheduler: str, what: str, instead: str) -> None:
+        """Raises `SpecError` unless `scheduler` names the present one and its number of steps."""
+        here = f"{type(self.scheduler).__name__}, {self.scheduler.num_inference_steps} steps"
+        if here != scheduler:
+            raise SpecError(f"correction: {what} on {scheduler}; this is {here}; fit it with {instead}")
 
     def _predict(self, latent: Tensor, timestep: Any, model_output: Tensor) -> Tensor:
         """What would reach the scheduler for another latent: the last call of the denoiser again, its halves combined as they were.
@@ -249,11 +247,8 @@ class Attachment:
     def _coefficients(
         self, correction: Coefficients, output: Tensor, timestep: Any, sample: Tensor, arguments: tuple[Any, ...], keywords: Any
     ) -> Any:
-        here = f"{type(self.scheduler).__name__}, {self.scheduler.num_inference_steps} steps"
-        if correction.bias is not None and here != correction.scheduler:
-            raise SpecError(
-                f"correction: its input bias was fitted on {correction.scheduler}; this is {here}; fit it with input_bias: false"
-            )
+        if correction.bias is not None:
+            self._check_fitted_here(correction.scheduler, "its input bias was fitted", "input_bias: false")
         factor = _shaped(correction.factor[row_at(correction.timesteps, float(timestep))], sample)
         corrected = self._changed(output, sample, float(timestep), lambda noise: noise * factor)
         result = self._original["step"](corrected, timestep, sample, *arguments, **keywords)

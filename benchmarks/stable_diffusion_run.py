@@ -43,7 +43,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import diffquant as dq
 from diffquant.calibration import memory
 from diffquant.core.surgery import plan, prepare, units
-from diffquant.methods.units import UnitPass
 from diffquant.recipe import Recipe
 from diffquant.runtime.checkpoint import file_size
 
@@ -259,9 +258,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     blocks = len(units(model))
     forwards: dict[str, float] = {"record": 2.0 * FULL["trajectories"] * FULL["steps"]}
     for step in whole.steps():
-        count = step.sample_forwards()
-        if isinstance(step, UnitPass):  # its own estimate assumes 20 units
-            count += (blocks - 20.0) * step.samples
+        count = step.sample_forwards(blocks)
         guided = 2.0 if type(step).__name__ == "AccuQuant" else 1.0  # its samples are trajectories
         forwards[type(step).__name__] = count * guided
     teraflops = counter.get_total_flops() / 1e12

@@ -19,11 +19,12 @@ from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout, conditional_half
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import CalibrationError, LayerRule
-from diffquant.core.surgery import enable, plan, prepare, quantizers, units
+from diffquant.core.surgery import Unit, enable, plan, prepare, quantizers, units
 from diffquant.methods.accuquant import AccuQuant, segment_gradient
 from diffquant.methods.passes import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
+from diffquant.methods.units import _Targets
 from diffquant.recipe import load_recipe
 from tests import pipelines
 
@@ -74,10 +75,11 @@ def open_files(folder) -> list[str]:
 
 @pytest.mark.parametrize("name", PASSES)
 def test_units_learn_the_same_from_files(name, recorded, spilled, tmp_path):
+    """And with targets that were observed for all units at once, or for each."""
     kept = learned(recorded, PASSES[name], memory.BUDGET)
     assert not spilled
     found = learned(recorded, PASSES[name], 0, tmp_path)
-    assert len(spilled) > 4 * 10
+    assert len(spilled) >= 2 * 10
     assert kept.keys() == found.keys() and all(torch.equal(kept[key], found[key]) for key in kept)
     names = {file.name for file in tmp_path.rglob("*") if file.is_file()}
     assert names == {"unit.safetensors"}
@@ -109,22 +111,30 @@ def test_a_failure_leaves_no_file(recorded, spilled, tmp_path, monkeypatch):
 
 
 def test_the_budget_is_that_of_one_unit(recorded, spilled):
-    """The largest unit's inputs and outputs, given and wanted, just fit, or just do not."""
+    """The largest that a unit is given, or wanted to put out, just fits into its half, or just does not."""
     pipe, data = recorded
     model = copy.deepcopy(pipe.unet)
     prepare(model, plan(model, (LayerRule(match="@all", weight_bits=4),)), data.timesteps)
 
-    def bytes_of(seen: fit.UnitInputs) -> int:
-        tensors = [*seen.arguments, *seen.keywords.values(), *seen.outputs]
+    def bytes_of(tensors: list[object]) -> int:
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
-    indices = torch.arange(8)
-    sizes = [bytes_of(fit.observe_unit(model, unit.module, data, indices)) for unit in units(model)]
+    seen = [fit.observe_unit(model, unit.module, data, torch.arange(8)) for unit in units(model)]
+    sizes = [bytes_of(tensors) for one in seen for tensors in ([*one.arguments, *one.keywords.values()], one.outputs)]
     step = ReconstructRounding(iterations=1, samples=8, batch_size=8)
     learned(recorded, step, 2 * max(sizes))
     assert not spilled
     learned(recorded, step, 2 * max(sizes) - 1)
-    assert sum(spilled) == 2 * sum(size for size in sizes if size == max(sizes))
+    assert sum(spilled) == sum(size for size in sizes if size == max(sizes))
+
+
+def test_targets_are_observed_for_as_many_units_as_fit(recorded):
+    pipe, data = recorded
+    ordered = [Unit(str(i), nn.Identity(), ()) for i in range(5)]
+    targets = _Targets(pipe.unet, ordered, data, torch.arange(2), 1)
+    targets.sizes = [3, 1, 2, 20, 2]  # bytes that a sample takes
+    groups = [[unit.name for unit in targets._group(first, memory=10)] for first in ordered]
+    assert groups == [["0", "1"], ["1", "2"], ["2"], ["3"], ["4"]]
 
 
 def test_a_full_disk_is_said(monkeypatch, tmp_path):
@@ -147,14 +157,18 @@ def test_columns_refuse_other_shapes():
 def test_one_unit_and_its_optimizer_are_held_at_a_time(recorded, monkeypatch):
     """What a unit was given and its optimizer are gone before the next unit is observed, without the garbage collector."""
     alive: list[weakref.ref] = []
-    most = 0
-    original = fit.observe_unit
+    most: list[int] = []
+    of_unit, of_outputs = fit.observe_unit, fit.observe_outputs
 
-    def observed(*arguments, **keywords):
-        nonlocal most
-        most = max(most, sum(reference() is not None for reference in alive))
-        seen = original(*arguments, **keywords)
-        alive.append(weakref.ref(seen.outputs[0]))
+    def given(*arguments, **keywords):
+        most.append(sum(reference() is not None for reference in alive))
+        seen = of_unit(*arguments, **keywords)
+        alive.append(weakref.ref(seen.arguments[0]))
+        return seen
+
+    def wanted(*arguments, **keywords):
+        seen = of_outputs(*arguments, **keywords)
+        alive.extend(weakref.ref(one.outputs[0]) for one in seen)
         return seen
 
     class Watched(torch.optim.Adam):
@@ -162,15 +176,16 @@ def test_one_unit_and_its_optimizer_are_held_at_a_time(recorded, monkeypatch):
             super().__init__(*arguments)
             alive.append(weakref.ref(self))
 
-    monkeypatch.setattr("diffquant.methods.units.observe_unit", observed)
+    monkeypatch.setattr("diffquant.methods.units.observe_unit", given)
+    monkeypatch.setattr("diffquant.methods.units.observe_outputs", wanted)
     monkeypatch.setattr("diffquant.methods.rounding.fit", functools.partial(fit.fit, optimizer_type=Watched))
     gc.disable()
     try:
-        learned(recorded, PASSES["rounding"], memory.BUDGET)
+        learned(recorded, PASSES["scales"], 0)
     finally:
         gc.enable()
-    assert len(alive) == 30  # of each of 10 units
-    assert most == 1  # the full-precision outputs, while the quantized inputs are observed
+    assert len(alive) == 40  # of each of 10 units, one sample's outputs among them
+    assert most == [0] * 10
 
 
 @functools.cache

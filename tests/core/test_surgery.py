@@ -543,8 +543,10 @@ def test_an_uncalibrated_model_is_not_frozen() -> None:
 
 def test_units_hold_every_layer_once(make: Made) -> None:
     model, _ = make()
+    counted = surgery.unit_count(model)
     surgery.prepare(model, surgery.plan(model, [W4A8]))
     units = surgery.units(model)
+    assert counted == surgery.unit_count(model) == len(units)
     names = [name for unit in units for name, _ in unit.layers]
     assert sorted(names) == sorted(name for name, _ in surgery.quantized_layers(model))
     modules = dict(model.named_modules())

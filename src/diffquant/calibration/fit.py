@@ -246,39 +246,84 @@ def observe_unit(
     *,
     memory: float = math.inf,
     folder: Path | None = None,
+    outputs: bool = True,
 ) -> UnitInputs:
-    """Run `model` on the recorded samples `indices` as far as `unit`, and keep what goes in and comes out of it.
+    """Run `model` on the recorded samples `indices` as far as `unit`, and keep what goes in and, with `outputs`, comes out of it.
 
     The model runs as it is switched: quantizers on give the inputs of the quantized prefix, off those of full precision. What would
     take more than `memory` bytes is kept in files in `folder` (see `memory.mapped`).
     """
-    columns, device = Columns(len(indices), memory, folder), device_of(model)
+    return _observed(model, [unit], data, indices, batch_size, memory, folder, True, outputs)[0]
+
+
+def observe_outputs(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    data: Trajectory,
+    indices: Int[Tensor, " n"],
+    batch_size: int = 32,
+    *,
+    memory: float = math.inf,
+    folder: Path | None = None,
+) -> list[UnitInputs]:
+    """As `observe_unit`, but what comes out of each of `modules`, given in the order the model runs them, and nothing else.
+
+    `memory` bytes are for each of them.
+    """
+    return _observed(model, modules, data, indices, batch_size, memory, folder, False, True)
+
+
+def _observed(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    data: Trajectory,
+    indices: Int[Tensor, " n"],
+    batch_size: int,
+    memory: float,
+    folder: Path | None,
+    inputs: bool,
+    outputs: bool,
+) -> list[UnitInputs]:
+    """The first call of each of `modules` in every call of the model, which ends with that of the last."""
+    columns = {module: Columns(len(indices), memory, folder) for module in modules}
+    seen: set[nn.Module] = set()  # in the present call of the model
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        batch: dict[Key, Any] = {("argument", i): value for i, value in enumerate(arguments)}
-        batch |= {("keyword", name): value for name, value in keywords.items()}
-        batch |= {("output", i): value for i, value in enumerate(output_tensors(output))}
-        columns.add(len(picked), batch)
-        raise _Stop
+        batch: dict[Key, Any] = {}
+        if inputs:
+            batch |= {("argument", i): value for i, value in enumerate(arguments)}
+            batch |= {("keyword", name): value for name, value in keywords.items()}
+        if outputs:
+            batch |= {("output", i): value for i, value in enumerate(output_tensors(output))}
+        if module not in seen:
+            seen.add(module)
+            columns[module].add(len(picked), batch)
+        if module is modules[-1]:
+            raise _Stop
 
     intervals = []
-    handle = unit.register_forward_hook(keep, with_kwargs=True)
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
     try:
         for picked in indices.split(batch_size):
+            seen.clear()
             clock = model.step_clock
             with torch.no_grad(), suppress(_Stop):
                 call_recorded(model, data, picked)
             interval = clock.interval  # type: ignore[union-attr]
             intervals.append(torch.as_tensor(interval).expand(len(picked)).clone())
     finally:
-        handle.remove()
-    return UnitInputs(
-        arguments=list(columns.of("argument").values()),
-        keywords={str(name): value for name, value in columns.of("keyword").items()},
-        outputs=list(columns.of("output").values()),
-        intervals=torch.cat(intervals),
-        device=device,
-    )
+        for handle in handles:
+            handle.remove()
+    return [
+        UnitInputs(
+            arguments=list(found.of("argument").values()),
+            keywords={str(name): value for name, value in found.of("keyword").items()},
+            outputs=list(found.of("output").values()),
+            intervals=torch.cat(intervals),
+            device=device_of(model),
+        )
+        for found in columns.values()
+    ]
 
 
 def lp_loss(output: list[Float[Tensor, "n ..."]], target: list[Float[Tensor, "n ..."]], power: float = 2.0) -> Tensor:

@@ -220,18 +220,25 @@ def is_frozen(model: nn.Module) -> bool:
 def units(model: nn.Module) -> list[Unit]:
     """Blocks (residual, transformer, attention) and the single layers outside them, in order of registration."""
     found: list[Unit] = []
-
-    def visit(name: str, module: nn.Module) -> None:
-        if type(module).__name__.endswith(BLOCKS) or isinstance(module, (QuantizedLinear, QuantizedConv2d)):
-            layers = tuple((f"{name}.{inner}".rstrip("."), layer) for inner, layer in quantized_layers(module))
-            if layers:
-                found.append(Unit(name, module, layers))
-            return
-        for child_name, child in module.named_children():
-            visit(f"{name}.{child_name}".lstrip("."), child)
-
-    visit("", model)
+    for name, module in _blocks("", model):
+        layers = tuple((f"{name}.{inner}".rstrip("."), layer) for inner, layer in quantized_layers(module))
+        if layers:
+            found.append(Unit(name, module, layers))
     return found
+
+
+def unit_count(model: nn.Module) -> int:
+    """How many units `model` has, or would have once all its layers are quantizable."""
+    return sum(any(isinstance(layer, tuple(QUANTIZABLE)) for layer in module.modules()) for _, module in _blocks("", model))
+
+
+def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks below `module`, and the layers outside them, by name."""
+    if type(module).__name__.endswith(BLOCKS) or isinstance(module, tuple(QUANTIZABLE)):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _blocks(f"{name}.{child_name}".lstrip("."), child)
 
 
 def _is_attention(module: nn.Module) -> bool:

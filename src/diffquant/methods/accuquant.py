@@ -71,7 +71,7 @@ class AccuQuant(Pass):
     checkpointing: bool = False
     split_guidance: bool = False
 
-    def sample_forwards(self) -> float:
+    def sample_forwards(self, blocks: int) -> float:
         """A forward, and one with its backward and what it computes again, for each step; the measuring beside it is small."""
         again = 1.0 if self.checkpointing or self.split_guidance else 0.0
         return (4.0 + again) * self.iterations * self.batch_size * self.steps_per_segment

@@ -80,7 +80,7 @@ class SearchParameterSets(Pass):
             curve = self._fit(search, seed, run)
             return search.harden(nearest) | {"loss": curve[:: max(1, len(curve) // 50)]}
 
-    def sample_forwards(self) -> float:
+    def sample_forwards(self, blocks: int) -> float:
         """The observed ranges, and three passes an update, each with G quantizations in place of one (counted as twice)."""
         return self.images + 6.0 * self.rounds * self.updates * self.batch_size
 

@@ -170,7 +170,7 @@ class _Fitted(Pass):
     samples: int = Field(default=64, ge=2)
     batch_size: int = Field(default=32, ge=1)
 
-    def sample_forwards(self) -> float:
+    def sample_forwards(self, blocks: int) -> float:
         """A call for each step of every trajectory: a recording of 50 steps is assumed."""
         return 50.0 * self.samples
 
@@ -222,9 +222,9 @@ class RuntimeNoiseEstimate(_Fitted):
             found.append((noise - known).flatten(1).mean(dim=1))
         return float(torch.cat(found).mean())
 
-    def sample_forwards(self) -> float:
+    def sample_forwards(self, blocks: int) -> float:
         """Those of a fitted pass, where there is something to fit."""
-        return super().sample_forwards() if self.baseline == "calibrated" else 0.0
+        return super().sample_forwards(blocks) if self.baseline == "calibrated" else 0.0
 
 
 @final

@@ -177,9 +177,9 @@ class PowerOfTwoScaling(Pass):
         run.progress.remove_task(task)
         return {"layers": rows, "samples": len(indices)}
 
-    def sample_forwards(self) -> float:
-        """About half the model for each of some ten layers."""
-        return 5.0 * self.samples
+    def sample_forwards(self, blocks: int) -> float:
+        """Half the model for each shortcut: taken to be in every other unit."""
+        return 0.25 * blocks * self.samples
 
     def _refusal(self, layer: QuantizedLayer) -> str:
         if layer.weight_quantizer is None:

@@ -32,8 +32,8 @@ class Pass(BaseModel):
         """Change the quantizers of `model` in place; return figures that JSON can hold, ``layers`` among them a row per layer."""
         raise TypeError(f"{type(self).__name__}: not a pass")
 
-    def sample_forwards(self) -> float:
-        """About how many times one sample goes through the model, a backward pass counted as two: for the estimate of time."""
+    def sample_forwards(self, blocks: int) -> float:
+        """About how many times one sample goes through a model of `blocks` units, a backward pass counted as two: for estimates."""
         raise TypeError(f"{type(self).__name__}: not a pass")
 
 

@@ -77,9 +77,9 @@ class EmbeddingSmoothing(Pass):
         run.progress.remove_task(task)
         return {"layers": rows, "samples": len(indices)}
 
-    def sample_forwards(self) -> float:
-        """Once for the embeddings, and half the model for each of some ten blocks."""
-        return (6.0 if self.guard else 1.0) * self.samples
+    def sample_forwards(self, blocks: int) -> float:
+        """Once for the embeddings, and half the model for each residual block: taken to be every other unit."""
+        return (1.0 + (0.25 * blocks if self.guard else 0.0)) * self.samples
 
 
 def residual_blocks(model: nn.Module) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class CalibrateRanges(Pass):
             rows += self.calibrate_activations(model, data, generator, run)
         return {"layers": rows, "samples": self.samples}
 
-    def sample_forwards(self) -> float:
+    def sample_forwards(self, blocks: int) -> float:
         """Once over the samples for the extremes, once more for histograms."""
         return self.samples * (2.0 if self.activations in ("mse", "percentile") else 1.0)
 

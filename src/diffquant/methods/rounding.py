@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffquant.calibration.fit import Run, UnitInputs, constant, cosine, fit
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.layers import smoothed_weight
-from diffquant.core.quantizer import logits_of, rectified_sigmoid
+from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
 from diffquant.core.surgery import Unit, quantizers
 from diffquant.methods.passes import Figures, quantizer_state, restore_quantizers
 from diffquant.methods.steps import LearnedSteps
@@ -45,9 +45,11 @@ class ReconstructRounding(UnitPass):
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Decide the codes of every quantized weight. Raises `SpecError` where ranges were not calibrated."""
-        return self.walk(
-            model, data, generator, run, "rounding", lambda quantizer: self.activations or quantizer.clock is None, self._fit_unit
-        )
+
+        def prefix(quantizer: Quantizer) -> bool:
+            return self.activations or quantizer.clock is None
+
+        return self.walk(model, data, generator, run, "rounding", prefix, self._fit_unit, mixed=self.mix > 0)
 
     def _fit_unit(self, unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> Fitted:
         learned = [layer for _, layer in unit.layers if layer.weight_quantizer is not None]
@@ -106,7 +108,7 @@ class LearnScales(UnitPass):
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Learn the scales of every unit with all quantizers on. Raises `SpecError` where ranges were not calibrated."""
-        return self.walk(model, data, generator, run, "scales", lambda quantizer: True, self._fit_unit)
+        return self.walk(model, data, generator, run, "scales", lambda quantizer: True, self._fit_unit, mixed=self.mix > 0)
 
     def _fit_unit(self, unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> Fitted:
         before = unit_error(unit, given, wanted, self.batch_size)

@@ -49,7 +49,7 @@ class SmoothQuant(Pass):
                 rows.append({"layer": name, "operand": "smooth", "least": float(smooth.min()), "largest": float(smooth.max())})
         return {"layers": rows, "samples": len(indices)}
 
-    def sample_forwards(self) -> float:
+    def sample_forwards(self, blocks: int) -> float:
         """Once over the samples."""
         return float(self.samples)
 

@@ -6,6 +6,7 @@ it can make up for their errors; or, where nothing is quantized yet, on its full
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from diffquant.calibration.fit import (
     call_recorded,
     load_tensors,
     lp_loss,
+    observe_outputs,
     observe_unit,
     output_tensors,
     save_tensors,
@@ -50,9 +52,9 @@ class UnitPass(Pass):
     batch_size: int = Field(default=32, ge=1)
     samples: int = Field(default=512, ge=1)
 
-    def sample_forwards(self) -> float:
-        """Inputs and targets of about 20 units, half the model each, and three times the unit's own pass an iteration."""
-        return 20.0 * self.samples + 3.0 * self.iterations * self.batch_size
+    def sample_forwards(self, blocks: int) -> float:
+        """Inputs of every unit, half the model each, targets of all, and three times the unit's own pass an iteration."""
+        return (0.5 * blocks + 1.0) * self.samples + 3.0 * self.iterations * self.batch_size
 
     def walk(
         self,
@@ -64,11 +66,12 @@ class UnitPass(Pass):
         prefix: Callable[[Quantizer], bool] | None,
         fit_unit: Callable[[Unit, UnitInputs, UnitInputs, int, Run], Fitted],
         wanted_unit: Callable[[Unit], bool] = lambda unit: True,
+        mixed: bool = False,
     ) -> Figures:
         """Fit every unit that `wanted_unit` names.
 
         `prefix` says which quantizers are on while inputs are recorded and the unit is fitted; None: none is, and none needs to be
-        calibrated.
+        calibrated. `mixed`: the full-precision inputs of a unit are needed too.
         """
         indices = data.subset(min(self.samples, len(data)), generator)
         rows: list[dict[str, object]] = []
@@ -76,6 +79,7 @@ class UnitPass(Pass):
             for _, quantizer in quantizers(model):
                 quantizer.enabled = prefix is not None and prefix(quantizer)
             ordered = [unit for unit in in_order(model, units(model), data, self.units) if wanted_unit(unit)]
+            targets = _Targets(model, ordered, data, indices, self.batch_size)
             task = run.progress.add_task(label, total=len(ordered))
             for position, unit in enumerate(ordered):
                 seed = draw_seed(generator)
@@ -86,7 +90,9 @@ class UnitPass(Pass):
                     restore_quantizers(unit.module, tensors)
                     fitted = Fitted(**json.loads(metadata["fitted"]))
                 else:
-                    fitted = fit_unit(unit, *self._observed(model, unit, data, indices, prefix is not None, here), seed, here)
+                    given, wanted = self._observed(unit, targets, prefix is not None, mixed, here)
+                    fitted = fit_unit(unit, given, wanted, seed, here)
+                    del given, wanted  # before those of the next unit are there
                     if done is not None:
                         save_tensors(done, quantizer_state(unit.module), {"fitted": json.dumps(asdict(fitted))})
                         _leave_only(done)
@@ -95,17 +101,49 @@ class UnitPass(Pass):
             run.progress.remove_task(task)
         return {"layers": rows, "iterations": self.iterations, "samples": len(indices)}
 
-    def _observed(
-        self, model: nn.Module, unit: Unit, data: Trajectory, indices: Tensor, prefixed: bool, run: Run
-    ) -> tuple[UnitInputs, UnitInputs]:
+    def _observed(self, unit: Unit, targets: _Targets, prefixed: bool, mixed: bool, run: Run) -> tuple[UnitInputs, UnitInputs]:
         """What the unit is given, through the quantized prefix where there is one, and what it is wanted to put out."""
 
-        def observed(memory: float) -> UnitInputs:
-            return observe_unit(model, unit.module, data, indices, self.batch_size, memory=memory, folder=run.folder)
+        def observed(memory: float, outputs: bool) -> UnitInputs:
+            calls = (targets.model, unit.module, targets.data, targets.indices, self.batch_size)
+            return observe_unit(*calls, memory=memory, folder=run.folder, outputs=outputs)
 
-        with full_precision(model):
-            wanted = observed(run.memory / 2 if prefixed else run.memory)
-        return (observed(run.memory / 2) if prefixed else wanted), wanted
+        if prefixed and not mixed:
+            return observed(run.memory / 2, False), targets.of(unit, run)
+        with full_precision(targets.model):
+            wanted = observed(run.memory / 2 if prefixed else run.memory, True)
+        return (observed(run.memory / 2, False) if prefixed else wanted), wanted
+
+
+class _Targets:
+    """What units are wanted to put out, in full precision: observed for as many units to come as fit into memory together."""
+
+    def __init__(self, model: nn.Module, ordered: list[Unit], data: Trajectory, indices: Tensor, batch_size: int) -> None:
+        self.model, self.ordered, self.data, self.indices, self.batch_size = model, ordered, data, indices, batch_size
+        self.sizes: list[int] = []  # bytes that a unit puts out for a sample
+        self.ready: dict[str, UnitInputs] = {}
+
+    def of(self, unit: Unit, run: Run) -> UnitInputs:
+        """The outputs of a unit over all samples; half of the run's memory is for them and those that are ready."""
+        if unit.name not in self.ready:
+            self.ready = {}
+            with full_precision(self.model):
+                group = self._group(unit, run.memory / 2)
+                modules, memory = [member.module for member in group], math.inf if len(group) > 1 else run.memory / 2
+                calls = (self.model, modules, self.data, self.indices, self.batch_size)
+                found = observe_outputs(*calls, memory=memory, folder=run.folder)
+            self.ready = {member.name: seen for member, seen in zip(group, found, strict=True)}
+        return self.ready.pop(unit.name)
+
+    def _group(self, unit: Unit, memory: float) -> list[Unit]:
+        """`unit` and those after it whose outputs fit into `memory` bytes with its own."""
+        if not self.sizes:
+            modules = [member.module for member in self.ordered]
+            one = observe_outputs(self.model, modules, self.data, self.indices[:1], 1)
+            self.sizes = [sum(tensor.nbytes for tensor in seen.outputs) for seen in one]
+        start = self.ordered.index(unit)
+        totals = list(itertools.accumulate(size * len(self.indices) for size in self.sizes[start:]))
+        return self.ordered[start : start + max(1, sum(total <= memory for total in totals))]
 
 
 def _leave_only(done: Path) -> None:

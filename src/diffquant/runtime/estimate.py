@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.observe import Calibration, Pipeline, evaluation_mode, find_denoiser, observe, run_pipeline
 from diffquant.core.spec import AttentionSpec, LayerSpec, SpecError
-from diffquant.core.surgery import PlannedLayer, first_with_guidance_sets, plan
+from diffquant.core.surgery import PlannedLayer, first_with_guidance_sets, plan, unit_count
 from diffquant.recipe import Recipe
 from diffquant.runtime.packing import SHIFT_BITS, packed_size
 
@@ -50,7 +50,7 @@ def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
     total = sum(operations.values()) or 1
     rows_per_call = max(value.shape[0] for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1)
     steps = recipe.steps()
-    forwards = sum(step.sample_forwards() for step in steps)
+    forwards = sum(step.sample_forwards(unit_count(model)) for step in steps)
     kept = max((getattr(step, "samples", 0) for step in steps if hasattr(step, "iterations")), default=0)
     parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = max((4 * math.prod(row.shape) for row in rows), default=0)

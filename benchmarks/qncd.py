@@ -1,6 +1,7 @@
 """QNCD's two parts on a reference model: what smoothing does to layers, and corrections while sampling against each other.
 
     python benchmarks/qncd.py layers --bits w4a8 w4a6
+    python benchmarks/qncd.py layers --bits w4a6 --arms mse "qncd drop=ReconstructRounding drop=LearnScales"
     python benchmarks/qncd.py corrections --bits w8a8 w4a8 w4a6 --eta 0 1
     python benchmarks/qncd.py corrections --model glyph-sd --guidance 3 --work benchmarks/work/glyph-sd --bits w4a8
 
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from compare import STEPS, add_arguments, recipe_of, recording
+from matplotlib import pyplot
 from torch import Tensor, nn
 
 import diffquant as dq
@@ -57,7 +59,7 @@ def layers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Cosine and SQNR of every layer's output, quantized against full precision on the same recorded calls."""
     found: dict[str, Any] = {}
     for bits in arguments.bits:
-        for arm in ("brecq", "qncd drop=RuntimeNoiseEstimate", "qncd drop=RuntimeNoiseEstimate EmbeddingSmoothing.guard=false"):
+        for arm in arguments.arms:
             pipe, data = quantized(arm, bits, arguments.seeds[0], arguments)
             model = find_denoiser(pipe)[1]
             rows = layer_errors(model, data)
@@ -72,6 +74,24 @@ def layers(arguments: argparse.Namespace) -> dict[str, Any]:
                 flush=True,
             )
     return found
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """The layers' SQNR in the order of the model, a line for each arm, a picture for each bits; a mark after each embedding."""
+    bits = sorted({label.split()[0] for label in found})
+    figure, panels = pyplot.subplots(len(bits), 1, figsize=(9, 3.2 * len(bits)), squeeze=False, sharex=True, layout="constrained")
+    for panel, each in zip(panels[:, 0], bits, strict=True):
+        arms = {label.partition(" ")[2]: rows for label, rows in found.items() if label.split()[0] == each}
+        for arm, rows in arms.items():
+            panel.plot([row["sqnr"] for row in rows.values()], linewidth=1.2, label=arm)
+        first = next(iter(arms.values()))
+        for index, name in enumerate(first):
+            if name.endswith("conv2"):
+                panel.axvline(index, color="0.85", linewidth=3, zorder=0)
+        panel.set(title=each, ylabel="SQNR of the output, dB")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    panels[-1, 0].set_xlabel("layer; grey: convolution after an embedding")
+    figure.savefig(path, dpi=110)
 
 
 def layer_errors(model: nn.Module, data: dq.Trajectory) -> dict[str, dict[str, float]]:
@@ -229,12 +249,15 @@ def write(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["layers", "corrections"])
-    add_arguments(parser, Path("benchmarks/work/accuquant"), [])
+    add_arguments(parser, Path("benchmarks/work/accuquant"), ["brecq", "qncd", "qncd EmbeddingSmoothing.guard=false"])
     parser.add_argument("--eta", nargs="+", type=float, default=[0.0])
     parser.add_argument("--only", nargs="+", choices=list(passes()), help="these corrections (default: all)")
     arguments = parser.parse_args()
     arguments.out = arguments.out or Path(f"benchmarks/results/qncd-{arguments.what}.json")
-    write(arguments, {"layers": layers, "corrections": corrections}[arguments.what](arguments))
+    found = {"layers": layers, "corrections": corrections}[arguments.what](arguments)
+    write(arguments, found)
+    if arguments.what == "layers":
+        draw(found, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

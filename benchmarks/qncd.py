@@ -29,7 +29,7 @@ from diffquant import zoo
 from diffquant.calibration import fit
 from diffquant.calibration.observe import find_denoiser
 from diffquant.core.surgery import enable, freeze, full_precision, plan, prepare, quantized_layers
-from diffquant.evaluation.metrics import bootstrap_mean, distances, relative_l2, to_uint8
+from diffquant.evaluation.metrics import bootstrap_mean, distances, relative_l2
 from diffquant.evaluation.sampling import Sampled, StepResult, sample
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.passes import restore_quantizers
@@ -218,7 +218,7 @@ def row(label: str, result: Drawn, reference: Drawn) -> dict[str, Any]:
     """Against full precision at `STEPS` steps and, where the noise is the same, its samples one by one."""
     generator = torch.Generator().manual_seed(0)
     classifier, data = zoo.load("glyph-classifier"), zoo.load_statistics()
-    pictures, wanted = (to_uint8(each.sampled.pictures) for each in (result, reference))
+    pictures, wanted = (each.sampled.pictures for each in (result, reference))
     features = classifier.features(pictures)
     errors = relative_l2(reference.sampled.last_samples, result.sampled.last_samples)
     found: dict[str, Any] = {

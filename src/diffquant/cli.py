@@ -23,7 +23,6 @@ from diffquant.core.spec import AttentionSpec, DiffquantError, LayerSpec
 from diffquant.demo import progress_bars, run_demo
 from diffquant.evaluation import report as reports
 from diffquant.evaluation.inception import InceptionFeatures
-from diffquant.evaluation.metrics import to_uint8
 from diffquant.evaluation.pictures import check_place, statistics_of, write_pictures
 from diffquant.evaluation.protocols import load_protocol, record_under, shipped_protocols
 from diffquant.evaluation.sampling import sample
@@ -161,7 +160,7 @@ def sample_pictures(
     pipe = _load(model)
     with progress_bars(console) as progress:
         drawn = sample(pipe, chosen.sampling, progress=progress)
-    pictures = to_uint8(drawn.pictures)
+    pictures = drawn.pictures
     if out.suffix in ("", ".npz"):
         write_pictures(pictures, out)
     else:

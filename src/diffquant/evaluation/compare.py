@@ -234,7 +234,7 @@ def run_reference(
     keeper = _Keeper(name, protocol)
     snapshots = _Snapshots(keeper, pipe, protocol, features)
     drawn = sample(pipe, protocol, on_step=snapshots, progress=progress, name=name)
-    pictures = to_uint8(drawn.pictures)
+    pictures = drawn.pictures
     with scheduler_of(pipe, protocol) as scheduler:
         scheduler_config = _scheduler_config(scheduler)
 
@@ -245,7 +245,7 @@ def run_reference(
         other = sample(pipe, protocol, seed=protocol.floor_seed, on_step=others, progress=progress, name=f"{name}, other noise")
         for (steps, mine), theirs in zip(snapshots.features().items(), others.features().values(), strict=True):
             step_features[steps] = mine, distances(mine, theirs, "independent", _generator())
-        extracted, other_extracted = (_extract(features, p) for p in (pictures, to_uint8(other.pictures)))
+        extracted, other_extracted = (_extract(features, p) for p in (pictures, other.pictures))
         floor = distances(extracted, other_extracted, "independent", _generator())
         legibility, accuracy = _legibility(features, pictures), _accuracy(features, pictures, protocol)
         if data is not None:
@@ -292,7 +292,7 @@ def compare_to(
     differ = _Differ(name, reference.trajectory)
     snapshots = _Snapshots(differ, quantized_pipe, protocol, reference.extractor)
     drawn = sample(quantized_pipe, protocol, on_step=snapshots, progress=progress, name=name)
-    pictures = to_uint8(drawn.pictures)
+    pictures = drawn.pictures
     final_errors = relative_l2(reference.last_samples, drawn.last_samples)
 
     to_reference = to_data = legibility = accuracy = None

@@ -26,11 +26,12 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from diffquant.calibration.observe import Calibration, Pipeline, conditions, evaluation_mode, find_denoiser, observe
 from diffquant.core.spec import EvaluationError
+from diffquant.evaluation.metrics import to_uint8
 from diffquant.runtime.correction import attachment_of
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -111,12 +112,12 @@ OnStep = Callable[[range, StepResult], None]  # the numbers of the samples in th
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a pipeline drew: pictures in [-1, 1], and its last samples (of a pixel model: before clamping; else latents).
+    """What a pipeline drew: pictures as grey values, and its last samples (of a pixel model: before clamping; else latents).
 
-    `seconds` is the wall time of sampling, without that of observers. On the CPU, float32.
+    `seconds` is the wall time of sampling, without that of observers. On the CPU; last samples in float32.
     """
 
-    pictures: Float[Tensor, "n c h w"]
+    pictures: UInt8[Tensor, "n c h w"]
     last_samples: Float[Tensor, "n *shape"]
     seconds: float
 
@@ -187,7 +188,7 @@ def sample(
 ) -> Sampled:
     """Draw `protocol.samples` samples in batches; `seed` replaces the protocol's.
 
-    Raises EvaluationError where the pipeline cannot be sampled as the protocol says.
+    Raises EvaluationError where the pipeline cannot be sampled as the protocol says, or draws what is not finite.
     """
     observers = 0.0
 
@@ -205,7 +206,7 @@ def sample(
     for start in range(0, protocol.samples, protocol.batch_size):
         indices = range(start, min(start + protocol.batch_size, protocol.samples))
         batch, last = draw(pipe, protocol, seed, indices, timed)
-        pictures.append(batch)
+        pictures.append(to_uint8(batch))
         last_samples.append(last)
         if progress is not None:
             progress(name, indices.stop, protocol.samples)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline
+from rich.console import Console
 from torch.nn import Conv2d, Linear
 
 from diffquant import cli, zoo
@@ -48,7 +49,8 @@ def test_quantize_sample_and_evaluate(name, recording, tmp_path, capsys):
     assert {path.name for path in report.iterdir()} == {"report.json", "report.md", "pairs.png", "drift.png", "accumulation.png"}
 
 
-def test_inspect_names_every_layer_and_the_cost(capsys):
+def test_inspect_names_every_layer_and_the_cost(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=cli.WIDE))  # pytest-xdist sets COLUMNS
     assert run("inspect", "glyph-ddim", "--recipe", "q-diffusion-w4a8") == 0
     printed = capsys.readouterr().out
     assert "of float32" in printed and "peak memory about" in printed

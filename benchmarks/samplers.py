@@ -22,15 +22,24 @@ from diffquant.evaluation.compare import compare_to, run_reference
 SAMPLERS = ("ddim", "ddim eta 1", "ddpm", "pndm", "dpm-solver++", "euler", "unipc")
 
 
-def protocol(sampler: str, steps: int, samples: int) -> dq.SamplingProtocol:
+def protocol(sampler: str, steps: int, arguments: argparse.Namespace) -> dq.SamplingProtocol:
     kind, _, eta = sampler.partition(" eta ")
-    return dq.SamplingProtocol(samples=samples, steps=steps, seed=1000, sampler=kind, eta=float(eta or 0), accumulation_samples=0)
+    return dq.SamplingProtocol(
+        samples=arguments.samples,
+        steps=steps,
+        seed=1000,
+        sampler=kind,
+        eta=float(eta or 0),
+        guidance_scale=arguments.guidance,
+        accumulation_samples=0,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--model", default="glyph-ddim", help="the reference model in full precision")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the pipeline's")
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     parser.add_argument("--steps", nargs="+", type=int, default=[10, 20, 50, 100])
     parser.add_argument("--samples", type=int, default=64)
@@ -43,7 +52,7 @@ def main() -> None:
             labels = {folder: f"{arguments.model} {folder.name}, {sampler}, {steps} steps" for folder in arguments.checkpoints}
             if all(found.get(label, {}).get("samples") == arguments.samples for label in labels.values()):
                 continue
-            reference = run_reference(full, protocol(sampler, steps, arguments.samples), features=classifier, data=data)
+            reference = run_reference(full, protocol(sampler, steps, arguments), features=classifier, data=data)
             for folder, label in labels.items():
                 result = compare_to(reference, dq.load(folder), name=label)
                 assert result.to_reference is not None and reference.floor is not None
@@ -53,6 +62,7 @@ def main() -> None:
                     "median": asdict(result.final_error_median),
                     "fid": asdict(result.to_reference.fid),
                     "floor": reference.floor.fid.value,
+                    "accuracy": asdict(result.accuracy) if result.accuracy else None,
                     "legibility": asdict(result.legibility) if result.legibility else None,
                     "legibility_full_precision": asdict(reference.legibility) if reference.legibility else None,
                 }

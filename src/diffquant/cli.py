@@ -22,6 +22,7 @@ from diffquant import zoo
 from diffquant.core.spec import AttentionSpec, DiffquantError, LayerSpec
 from diffquant.demo import progress_bars, run_demo
 from diffquant.evaluation import report as reports
+from diffquant.evaluation.drawing import draw_grid
 from diffquant.evaluation.inception import InceptionFeatures
 from diffquant.evaluation.pictures import check_place, statistics_of, write_pictures
 from diffquant.evaluation.protocols import load_protocol, record_under, shipped_protocols
@@ -164,7 +165,7 @@ def sample_pictures(
     if out.suffix in ("", ".npz"):
         write_pictures(pictures, out)
     else:
-        reports.draw_grid(pictures.numpy()).save(out)
+        draw_grid(pictures.numpy()).save(out)
     console.print(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each")
 
 

@@ -14,11 +14,12 @@ from PIL import Image
 from rich.console import Console
 
 from diffquant.core.spec import EvaluationError
+from diffquant.evaluation import drawing
 from diffquant.evaluation import report as reporting
 from diffquant.evaluation.accumulation import Accumulation, Stretch
 from diffquant.evaluation.compare import Comparison, ReferenceRun, StepDistances, Trajectory
 from diffquant.evaluation.metrics import Distances, FrechetDistance, Interval, KernelDistance
-from diffquant.evaluation.report import Report, check_comparable, draw_pairs, make_report, markdown, read, table
+from diffquant.evaluation.report import Report, check_comparable, make_report, markdown, read, table
 from diffquant.evaluation.sampling import SamplingProtocol
 
 NEAR = Distances(FrechetDistance(1.5, 1.25, 1.0, 1.5), KernelDistance(0.01, 0.002))
@@ -207,7 +208,7 @@ def test_markdown_holds_table_pictures_and_protocol():
 def test_pairs_are_enlarged_without_smoothing(channels):
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (2, channels, 32, 32), generator=generator, dtype=torch.uint8).numpy()
-    image = np.asarray(draw_pairs({"full precision": batch, "q": 255 - batch}, {"q": "PSNR 3.0 dB"}))
+    image = np.asarray(drawing.draw_pairs({"full precision": batch, "q": 255 - batch}, {"q": "PSNR 3.0 dB"}))
     right, bottom = image.shape[1] - 12, image.shape[0] - 12  # margins
     cell = image[bottom - 96 : bottom, right - 96 : right]  # last model, last noise
     expected = np.broadcast_to((255 - batch[1]).transpose(1, 2, 0), (32, 32, 3)).repeat(3, axis=0).repeat(3, axis=1)
@@ -217,11 +218,11 @@ def test_pairs_are_enlarged_without_smoothing(channels):
 
 
 def test_names_at_line_ends_are_moved_apart():
-    assert reporting._spread([0.0, 100.0], 25) == [0.0, 100.0]
-    assert reporting._spread([51.0, 50.0, 52.0, 200.0], 25) == [51.0, 26.0, 76.0, 200.0]
+    assert drawing._spread([0.0, 100.0], 25) == [0.0, 100.0]
+    assert drawing._spread([51.0, 50.0, 52.0, 200.0], 25) == [51.0, 26.0, 76.0, 200.0]
 
 
 @pytest.mark.parametrize("lines", [{"a": [0.0, 0.0]}, {"a": [0.1]}, {"a": [0.1, 0.2], "b": [0.0, 0.3]}])
 def test_drift_is_drawn_whatever_the_values(lines):
-    image = reporting.draw_drift(lines)
+    image = drawing.draw_drift(lines)
     assert isinstance(image, Image.Image) and image.size == (1200, 690)

@@ -1,0 +1,157 @@
+"""The pictures of an evaluation: grids of what was drawn, and plots of errors over the steps."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+
+from diffquant.evaluation.accumulation import Accumulation
+
+CELL = 96  # pixels: smaller pictures are enlarged by a whole factor up to this side
+GAP = 2  # pixels between pictures
+LABEL_GAP = 25.0  # pixels between the names of lines: their height at 150 dots an inch
+INK, GREY, RULE = "#1a1a1a", "#6b6b6b", "#dddddd"
+LINES = ("#0b62a4", "#d1495b", "#2e8540", "#b8860b", "#7b4fa3", "#007c89", "#8c564b", "#555555")
+
+
+def draw_pairs(pictures: Mapping[str, UInt8[np.ndarray, "n c h w"]], captions: Mapping[str, str]) -> Image.Image:
+    """One row of pictures per model, name and caption at the left, the same noise in each column; enlarged without smoothing."""
+    first = next(iter(pictures.values()))
+    columns, _, height, width = first.shape
+    factor = max(1, CELL // max(height, width))
+    cell_height, cell_width = height * factor, width * factor
+    large, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
+    texts = [(name, large) for name in pictures] + [(text, small) for text in captions.values()]
+    margin = 12
+    left = 2 * margin + math.ceil(max(font.getlength(text) for text, font in texts))
+    size = (left + columns * (cell_width + GAP) - GAP + margin, 2 * margin + len(pictures) * (cell_height + GAP) - GAP)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((left, margin, size[0] - margin - 1, size[1] - margin - 1), fill=RULE)  # shows through the gaps
+    for row, (name, batch) in enumerate(pictures.items()):
+        top = margin + row * (cell_height + GAP)
+        middle = top + cell_height // 2
+        caption = captions.get(name, "")
+        draw.text((margin, middle - (3 if caption else 0)), name, fill=INK, font=large, anchor="ls" if caption else "lm")
+        draw.text((margin, middle + 14), caption, fill=GREY, font=small, anchor="ls")
+        for column, picture in enumerate(batch):
+            canvas.paste(_enlarged(picture, cell_width, cell_height), (left + column * (cell_width + GAP), top))
+    return canvas
+
+
+def draw_grid(pictures: UInt8[np.ndarray, "n c h w"]) -> Image.Image:
+    """The pictures in a nearly square grid, small ones enlarged without smoothing."""
+    count, _, height, width = pictures.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    factor = max(1, CELL // max(height, width))
+    cell_height, cell_width = height * factor, width * factor
+    canvas = Image.new("RGB", (columns * (cell_width + GAP) - GAP, rows * (cell_height + GAP) - GAP), RULE)
+    for index, picture in enumerate(pictures):
+        place = (index % columns * (cell_width + GAP), index // columns * (cell_height + GAP))
+        canvas.paste(_enlarged(picture, cell_width, cell_height), place)
+    return canvas
+
+
+def _enlarged(picture: UInt8[np.ndarray, "c h w"], width: int, height: int) -> Image.Image:
+    pixels = picture[0] if len(picture) == 1 else picture[:3].transpose(1, 2, 0)  # [h, w] or [h, w, 3]
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+
+
+def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
+    """Relative L2 of the latents over steps, one line per model, named at its end; zeros have no place on a logarithmic axis."""
+    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    longest = max(len(line) for line in lines.values())
+    ends: list[tuple[str, str, int, float]] = []
+    for index, (name, line) in enumerate(lines.items()):
+        color = LINES[index % len(LINES)]
+        values = [value if value > 0 else math.nan for value in line]
+        if all(math.isnan(value) for value in values):
+            axes.plot([], [], color=color, label=f"{name}: identical")
+            continue
+        steps = range(1, len(values) + 1)
+        axes.plot(steps, values, color=color, linewidth=1.8, marker="o" if longest <= 30 else None, markersize=3, clip_on=False)
+        last = max(step for step, value in zip(steps, values, strict=True) if not math.isnan(value))
+        ends.append((name, color, last, values[last - 1]))
+    axes.set_yscale("log")
+    axes.set_xlim(1 if longest > 1 else 0.5, max(longest, 1.5))
+    positive = [value for line in lines.values() for value in line if value > 0]
+    if positive and max(positive) < 10 * min(positive):  # less than a decade: show the whole one, or two, for marks on the axis
+        axes.set_ylim(10 ** math.floor(math.log10(min(positive))), 10 ** math.ceil(math.log10(max(positive)) + 1e-9))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    _dress(axes, "Relative L2 distance of the latents from full precision", "sampling steps done")
+    if len(ends) < len(lines):
+        axes.legend(frameon=False, loc="upper left")
+    figure.draw_without_rendering()  # fixes the axes' place, which the names at the ends of lines need
+    heights = [float(axes.transData.transform((step, value))[1]) for _, _, step, value in ends]
+    for (name, color, _, _), height in zip(ends, _spread(heights, LABEL_GAP), strict=True):
+        place = (1.01, axes.transAxes.inverted().transform((0, height))[1])
+        axes.annotate(name, place, xycoords="axes fraction", color=color, va="center", fontsize=10)
+    return _rendered(figure)
+
+
+def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
+    """Left: local, accumulated and predicted error over steps. Right: final error when only one stretch of steps is quantized."""
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    over_steps, by_stretch = figure.subplots(1, 2, width_ratios=(3, 2))
+    for index, (name, found) in enumerate(traced.items()):
+        color = LINES[index % len(LINES)]
+        steps = range(1, len(found.timesteps) + 1)
+        for values, style, width in ((found.accumulated, "-", 1.8), (found.predicted, "--", 1.2), (found.local, ":", 1.2)):
+            over_steps.plot(steps, [value if value > 0 else math.nan for value in values], style, color=color, linewidth=width)
+        middles = [(one.first + one.last) / 2 + 1 for one in found.stretches]
+        by_stretch.plot(middles, [one.final_error.value for one in found.stretches], "o-", color=color, markersize=4, label=name)
+    for style, what in (("-", "accumulated"), ("--", "as local errors predict"), (":", "local: one step")):
+        over_steps.plot([], [], style, color=GREY, label=what)
+    over_steps.set_yscale("log")
+    over_steps.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    over_steps.yaxis.set_minor_formatter(lambda value, _: "")
+    by_stretch.set_ylim(bottom=0)
+    _dress(over_steps, "Error after each step", "sampling steps done")
+    _dress(by_stretch, "Final error, only one stretch quantized", "middle of the stretch, sampling steps")
+    for axes in (over_steps, by_stretch):
+        axes.legend(frameon=False, fontsize=9)
+    return _rendered(figure)
+
+
+def _dress(axes: Axes, title: str, horizontal: str) -> None:
+    axes.set_xlabel(horizontal, color=GREY)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.grid(axis="y", which="major", color=RULE, linewidth=0.8)
+    axes.tick_params(colors=GREY, which="both", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+
+
+def _rendered(figure: Figure) -> Image.Image:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return Image.open(png).convert("RGB")
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved apart until neighbours are `gap` pixels from each other, each cluster around its own middle."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    clusters: list[list[int]] = []
+    starts: list[float] = []
+    for index in order:
+        members, start = [index], heights[index]
+        while clusters and starts[-1] + gap * len(clusters[-1]) > start:
+            members = clusters.pop() + members
+            starts.pop()
+            start = sum(heights[i] for i in members) / len(members) - gap * (len(members) - 1) / 2
+        clusters.append(members)
+        starts.append(start)
+    placed = {i: start + gap * n for members, start in zip(clusters, starts, strict=True) for n, i in enumerate(members)}
+    return [placed[i] for i in range(len(heights))]

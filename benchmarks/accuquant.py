@@ -15,7 +15,7 @@ import copy
 import gc
 import json
 import multiprocessing
-import resource
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +33,7 @@ from diffquant.core.surgery import enable, plan, prepare
 from diffquant.methods.accuquant import AccuQuant, gradient_of
 from diffquant.methods.passes import evaluating, restore_quantizers
 from diffquant.recipe import pass_names
+from diffquant.runtime.engines.int8_cpu import release_freed_memory
 
 STAGE_TWO = 2  # position of the last pass in both recipes
 
@@ -55,25 +56,30 @@ def stage_one(bits: str, arguments: argparse.Namespace, seed: int = 0) -> tuple[
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Peak minus resting memory of one calibration iteration: resident bytes, and bytes that autograd saves.
 
-    Every row is measured in a process of its own: an allocator keeps what an earlier row needed.
+    Every row is measured in a process of its own: an allocator keeps what an earlier row needed. `given_back`: with glibc told to
+    give every large tensor back when it is freed (MALLOC_MMAP_THRESHOLD_), so that no holes are counted.
     """
-    stage_one("w4a8", arguments)
+    stage_one(arguments.bits[0], arguments)
     rows = []
-    for gradient in ("identity", "exact", "accumulate", "chain"):
-        for steps in (1, 2, 5, 10, 20):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows.append(pool.apply(memory_of, (arguments, gradient, steps)))
-            print(json.dumps(rows[-1]), flush=True)
+    for given_back in (False, True):
+        if given_back:
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read when a process starts
+        for gradient in ("identity", "exact", "accumulate", "chain"):
+            for steps in (1, 2, 5, 10, 20):
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    rows.append({"given_back": given_back, **pool.apply(memory_of, (arguments, gradient, steps))})
+                print(json.dumps(rows[-1]), flush=True)
     return {"batch": arguments.batch, "rows": rows}
 
 
 def memory_of(arguments: argparse.Namespace, gradient: str, steps: int) -> dict[str, Any]:
-    """One row, after a forward pass without gradients."""
-    model, data = stage_one("w4a8", arguments)
+    """One row: of an iteration after the first, as all but one of a calibration are; before it, what was freed is given back."""
+    model, data = stage_one(arguments.bits[0], arguments)
     learned = AccuQuant()._learned(model)
     with evaluating(model):
         chain = Rollout(model, data).chain(torch.arange(arguments.batch), range(STEPS - steps, STEPS))
-        chain.run()
+        gradient_of(chain, gradient, learned)
+        release_freed_memory()
         resident = resident_bytes(lambda: gradient_of(chain, gradient, learned))
         saved = saved_bytes(lambda: gradient_of(chain, gradient, learned))
     return {"gradient": gradient, "M": steps, "saved": saved, "resident": resident}
@@ -100,12 +106,12 @@ def saved_bytes(run: Callable[[], object]) -> int:
 
 
 def resident_bytes(run: Callable[[], object]) -> int:
-    """Peak minus resting resident memory, sampled every millisecond."""
+    """Peak minus resting resident memory, sampled every millisecond; without pages of the recording's files."""
     gc.collect()
-    page = resource.getpagesize()
 
     def now() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
     resting = most = now()
     done = threading.Event()

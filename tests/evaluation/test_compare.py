@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 
 from diffquant.core.spec import CalibrationError, EvaluationError
 from diffquant.evaluation import compare as comparing
-from diffquant.evaluation import metrics
+from diffquant.evaluation import metrics, observers
 from diffquant.evaluation.compare import DataStatistics, compare, compare_to, final_error_ratio, run_reference
 from diffquant.evaluation.sampling import SamplingProtocol, sample
 from tests import pipelines
@@ -188,7 +188,7 @@ def test_another_scheduler_is_refused(pipe, reference):
 
 
 def test_trajectories_beyond_the_memory_limit_are_refused(pipe, monkeypatch):
-    monkeypatch.setattr(comparing, "MEMORY_LIMIT", 3 * 2 * 192 * 4 * 14)  # 3 steps, latents and noise, 192 float32, 14 samples
+    monkeypatch.setattr(observers, "MEMORY_LIMIT", 3 * 2 * 192 * 4 * 14)  # 3 steps, latents and noise, 192 float32, 14 samples
     with pytest.raises(EvaluationError, match=r"trajectory_samples: the steps of 15 samples take .*; at most 14 samples fit"):
         run_reference(pipe, PROTOCOL)
     run_reference(pipe, dataclasses.replace(PROTOCOL, samples=2, trajectory_samples=14))

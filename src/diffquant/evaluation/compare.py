@@ -34,10 +34,10 @@ from diffquant.evaluation.metrics import (
     pooled_psnr,
     psnr,
     relative_l2,
-    sqnr_db,
     ssim,
     to_uint8,
 )
+from diffquant.evaluation.observers import Differ, Keeper, Trajectory, finite_only
 from diffquant.evaluation.sampling import (
     OnProgress,
     OnStep,
@@ -51,7 +51,6 @@ from diffquant.evaluation.sampling import (
 )
 from diffquant.runtime.engines import engine_of
 
-MEMORY_LIMIT = 2**30  # bytes of trajectories kept for comparison
 INTERVAL_SEED = 0  # of bootstrap draws and of jackknife groups
 FEATURE_BATCH = 256  # pictures per call of an extractor
 SNAPSHOTS = (0.2, 0.4, 0.6, 0.8)  # shares of the sampling steps after which pixel models are compared as sets of pictures
@@ -109,15 +108,6 @@ class DataStatistics:
 
     features: Float[Tensor, "n d"]
     sha256: str
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The first samples' latents after every step and the noise predicted at it, on the CPU."""
-
-    timesteps: tuple[float, ...]
-    latents: Float[Tensor, "steps kept *shape"]
-    noise: Float[Tensor, "steps kept *output"]
 
 
 @dataclass(frozen=True)
@@ -231,7 +221,7 @@ def run_reference(
     protocol = resolved(pipe, protocol)
     if clip is not None and protocol.prompts is None:
         raise EvaluationError(f"clip: {type(pipe).__name__} takes no prompts to compare pictures with; leave it out")
-    keeper = _Keeper(name, protocol)
+    keeper = Keeper(name, protocol)
     snapshots = _Snapshots(keeper, pipe, protocol, features)
     drawn = sample(pipe, protocol, on_step=snapshots, progress=progress, name=name)
     pictures = drawn.pictures
@@ -241,7 +231,7 @@ def run_reference(
     extracted = floor = to_data = floor_to_data = legibility = accuracy = None
     step_features: dict[int, tuple[Tensor, Distances]] = {}
     if features is not None:
-        others = _Snapshots(_finite_only(name), pipe, protocol, features)
+        others = _Snapshots(finite_only(name), pipe, protocol, features)
         other = sample(pipe, protocol, seed=protocol.floor_seed, on_step=others, progress=progress, name=f"{name}, other noise")
         for (steps, mine), theirs in zip(snapshots.features().items(), others.features().values(), strict=True):
             step_features[steps] = mine, distances(mine, theirs, "independent", _generator())
@@ -289,7 +279,7 @@ def compare_to(
     protocol = reference.protocol
     with scheduler_of(quantized_pipe, protocol) as scheduler:
         _check_schedulers(reference, _scheduler_config(scheduler), name)
-    differ = _Differ(name, reference.trajectory)
+    differ = Differ(name, reference.trajectory)
     snapshots = _Snapshots(differ, quantized_pipe, protocol, reference.extractor)
     drawn = sample(quantized_pipe, protocol, on_step=snapshots, progress=progress, name=name)
     pictures = drawn.pictures
@@ -340,69 +330,6 @@ def final_error_ratio(numerator: Comparison, denominator: Comparison) -> Interva
     return bootstrap_ratio_of_means(numerator.final_errors, denominator.final_errors, _generator())
 
 
-class _Keeper:
-    """Observer of the reference run: keeps latents and predicted noise of the first samples."""
-
-    def __init__(self, name: str, protocol: SamplingProtocol) -> None:
-        self.name = name
-        self.kept = min(protocol.trajectory_samples, protocol.samples)
-        self.steps = protocol.steps
-        self.timesteps: list[float] = []
-        self.latents: list[list[Tensor]] = []
-        self.noise: list[list[Tensor]] = []
-
-    def __call__(self, indices: range, result: StepResult) -> None:
-        _check_finite(self.name, result)
-        count = min(len(indices), self.kept - indices.start)
-        if count <= 0:
-            return
-        if result.step == len(self.timesteps):
-            self._check_memory(result)
-            self.timesteps.append(result.timestep)
-            self.latents.append([])
-            self.noise.append([])
-        self.latents[result.step].append(result.sample_after[:count].float().cpu().clone())
-        self.noise[result.step].append(result.noise_prediction[:count].float().cpu().clone())
-
-    def trajectory(self) -> Trajectory:
-        latents, noise = (torch.stack([torch.cat(step) for step in kept]) for kept in (self.latents, self.noise))
-        return Trajectory(tuple(self.timesteps), latents, noise)
-
-    def _check_memory(self, result: StepResult) -> None:
-        per_step = 4 * self.kept * (result.sample_after[0].numel() + result.noise_prediction[0].numel())  # bytes, float32
-        needed = per_step * max(self.steps, result.step + 1)
-        if needed > MEMORY_LIMIT:
-            raise EvaluationError(
-                f"protocol.trajectory_samples: the steps of {self.kept} samples take {needed / 2**30:.1f} GiB; "
-                f"{MEMORY_LIMIT / 2**30:.0f} GiB are allowed; at most {self.kept * MEMORY_LIMIT // needed} samples fit"
-            )
-
-
-class _Differ:
-    """Observer of a quantized run: compares every step with the trajectory of the reference."""
-
-    def __init__(self, name: str, reference: Trajectory) -> None:
-        self.name = name
-        self.reference = reference
-        self.drift = torch.zeros(reference.latents.shape[:2], dtype=torch.float64)  # [steps, kept]
-        self.noise_sqnr_db = torch.zeros_like(self.drift)
-
-    def __call__(self, indices: range, result: StepResult) -> None:
-        _check_finite(self.name, result)
-        step, kept = result.step, self.drift.shape[1]
-        rows = slice(indices.start, min(indices.stop, kept))
-        if rows.start >= kept:
-            return
-        timesteps = self.reference.timesteps
-        if step >= len(timesteps) or timesteps[step] != result.timestep:
-            expected = f"{timesteps[step]:g}" if step < len(timesteps) else "over"
-            raise EvaluationError(f"{self.name}: step {step} is at timestep {result.timestep:g}, full precision at {expected}")
-        count = rows.stop - rows.start
-        latents, noise = (x[:count].float().cpu() for x in (result.sample_after, result.noise_prediction))
-        self.drift[step, rows] = relative_l2(self.reference.latents[step, rows], latents)
-        self.noise_sqnr_db[step, rows] = sqnr_db(self.reference.noise[step, rows], noise)
-
-
 class _Snapshots:
     """Observer that passes every step on, and keeps the noisy samples after some steps, as pictures, where they are pictures."""
 
@@ -438,20 +365,6 @@ def _accumulation(reference: ReferenceRun, pipe: Pipeline, name: str, progress: 
         return None
     with evaluation_mode(pipe):
         return accumulation(reference.traced, find_denoiser(pipe)[1], name=name, progress=progress)
-
-
-def _finite_only(name: str) -> OnStep:
-    return lambda indices, result: _check_finite(name, result)
-
-
-def _check_finite(name: str, result: StepResult) -> None:
-    finite = torch.isfinite(result.sample_after).flatten(1).all(dim=1)
-    if not finite.all():
-        bad = int((~finite).sum())
-        raise EvaluationError(
-            f"{name}: step {result.step} (timestep {result.timestep:g}): {bad} of {len(finite)} samples hold non-finite values; "
-            "such a model cannot be evaluated"
-        )
 
 
 def _scheduler_config(scheduler: Any) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""What watches the steps of a comparison: one keeps the trajectory of full precision, one measures how far another is from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffquant.core.spec import EvaluationError
+from diffquant.evaluation.metrics import relative_l2, sqnr_db
+from diffquant.evaluation.sampling import OnStep, SamplingProtocol, StepResult
+
+MEMORY_LIMIT = 2**30  # bytes of trajectories kept for comparison
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The first samples' latents after every step and the noise predicted at it, on the CPU."""
+
+    timesteps: tuple[float, ...]
+    latents: Float[Tensor, "steps kept *shape"]
+    noise: Float[Tensor, "steps kept *output"]
+
+
+class Keeper:
+    """Observer of the reference run: keeps latents and predicted noise of the first samples."""
+
+    def __init__(self, name: str, protocol: SamplingProtocol) -> None:
+        self.name = name
+        self.kept = min(protocol.trajectory_samples, protocol.samples)
+        self.steps = protocol.steps
+        self.timesteps: list[float] = []
+        self.latents: list[list[Tensor]] = []
+        self.noise: list[list[Tensor]] = []
+
+    def __call__(self, indices: range, result: StepResult) -> None:
+        """Take over what belongs to the first samples. Raises EvaluationError beyond `MEMORY_LIMIT`, and for values not finite."""
+        check_finite(self.name, result)
+        count = min(len(indices), self.kept - indices.start)
+        if count <= 0:
+            return
+        if result.step == len(self.timesteps):
+            self._check_memory(result)
+            self.timesteps.append(result.timestep)
+            self.latents.append([])
+            self.noise.append([])
+        self.latents[result.step].append(result.sample_after[:count].float().cpu().clone())
+        self.noise[result.step].append(result.noise_prediction[:count].float().cpu().clone())
+
+    def trajectory(self) -> Trajectory:
+        """What was kept."""
+        latents, noise = (torch.stack([torch.cat(step) for step in kept]) for kept in (self.latents, self.noise))
+        return Trajectory(tuple(self.timesteps), latents, noise)
+
+    def _check_memory(self, result: StepResult) -> None:
+        per_step = 4 * self.kept * (result.sample_after[0].numel() + result.noise_prediction[0].numel())  # bytes, float32
+        needed = per_step * max(self.steps, result.step + 1)
+        if needed > MEMORY_LIMIT:
+            raise EvaluationError(
+                f"protocol.trajectory_samples: the steps of {self.kept} samples take {needed / 2**30:.1f} GiB; "
+                f"{MEMORY_LIMIT / 2**30:.0f} GiB are allowed; at most {self.kept * MEMORY_LIMIT // needed} samples fit"
+            )
+
+
+class Differ:
+    """Observer of a quantized run: compares every step with the trajectory of the reference."""
+
+    def __init__(self, name: str, reference: Trajectory) -> None:
+        self.name = name
+        self.reference = reference
+        self.drift = torch.zeros(reference.latents.shape[:2], dtype=torch.float64)  # [steps, kept]
+        self.noise_sqnr_db = torch.zeros_like(self.drift)
+
+    def __call__(self, indices: range, result: StepResult) -> None:
+        """Compare one step. Raises EvaluationError where it is at another timestep, and for values that are not finite."""
+        check_finite(self.name, result)
+        step, kept = result.step, self.drift.shape[1]
+        rows = slice(indices.start, min(indices.stop, kept))
+        if rows.start >= kept:
+            return
+        timesteps = self.reference.timesteps
+        if step >= len(timesteps) or timesteps[step] != result.timestep:
+            expected = f"{timesteps[step]:g}" if step < len(timesteps) else "over"
+            raise EvaluationError(f"{self.name}: step {step} is at timestep {result.timestep:g}, full precision at {expected}")
+        count = rows.stop - rows.start
+        latents, noise = (x[:count].float().cpu() for x in (result.sample_after, result.noise_prediction))
+        self.drift[step, rows] = relative_l2(self.reference.latents[step, rows], latents)
+        self.noise_sqnr_db[step, rows] = sqnr_db(self.reference.noise[step, rows], noise)
+
+
+def finite_only(name: str) -> OnStep:
+    """Observer that keeps nothing."""
+    return lambda indices, result: check_finite(name, result)
+
+
+def check_finite(name: str, result: StepResult) -> None:
+    """Raises EvaluationError where samples after a step are not finite."""
+    finite = torch.isfinite(result.sample_after).flatten(1).all(dim=1)
+    if not finite.all():
+        bad = int((~finite).sum())
+        raise EvaluationError(
+            f"{name}: step {result.step} (timestep {result.timestep:g}): {bad} of {len(finite)} samples hold non-finite values; "
+            "such a model cannot be evaluated"
+        )

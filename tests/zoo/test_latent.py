@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 from diffquant import zoo
 from diffquant.calibration import fit
+from diffquant.calibration.observe import default_prompts
 from diffquant.core.spec import ZooError
 from diffquant.zoo import latent, models, train
 from diffquant.zoo.data import Letters
@@ -218,3 +219,11 @@ def test_training_resumes_bit_equal(name, letters, tmp_path):
 def test_default_prompts_go_through_the_letters():
     assert len(set(DEFAULT_PROMPTS)) == 6 * 26 and DEFAULT_PROMPTS[:2] == ("letter A", "bold sans letter B")
     assert labels_of(DEFAULT_PROMPTS).tolist() == list(range(26)) * 6
+
+
+def test_default_prompts_go_with_the_pipeline_wherever_it_is_saved(tmp_path):
+    zoo.load("glyph-sd").save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert default_prompts(pipe) == DEFAULT_PROMPTS == default_prompts(latent.glyph_sd(latent.glyph_vae()))
+    pipe.default_prompts = ("letter Q",)
+    assert default_prompts(pipe) == ("letter Q",)

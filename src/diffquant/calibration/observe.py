@@ -279,8 +279,13 @@ def conditions(pipe: Pipeline, calibration: Calibration, trajectories: range) ->
 
 
 def default_prompts(pipe: Pipeline) -> tuple[str, ...]:
-    """The prompts that a pipeline brings (its attribute ``default_prompts``, as reference models have it), or a built-in list."""
-    return tuple(getattr(pipe, "default_prompts", PROMPTS))
+    """The prompts that a pipeline brings, or a built-in list.
+
+    Its own are the attribute ``default_prompts`` of the pipeline, or what its tokenizer was made with under that name, which goes
+    with the tokenizer's files (as that of ``glyph-sd`` does).
+    """
+    of_tokenizer = getattr(getattr(pipe, "tokenizer", None), "init_kwargs", {}).get("default_prompts")
+    return tuple(getattr(pipe, "default_prompts", None) or of_tokenizer or PROMPTS)
 
 
 def _default_labels(pipe: Pipeline, samples: int) -> tuple[int, ...]:

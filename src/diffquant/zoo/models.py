@@ -25,7 +25,7 @@ from diffquant.core.spec import ZooError
 from diffquant.evaluation.compare import DataStatistics
 from diffquant.evaluation.metrics import accuracy, confidence
 from diffquant.zoo.data import LARGE_SIZE, SIZE, Letters, to_samples
-from diffquant.zoo.prompts import DEFAULT_PROMPTS, LETTERS, labels_of
+from diffquant.zoo.prompts import LETTERS, labels_of
 from diffquant.zoo.train import classification_loss, denoising_loss, train, two_rounds
 
 PIPELINES = ("glyph-ddim", "glyph-sd", "glyph-dit")
@@ -143,8 +143,6 @@ def load(name: str) -> Any:
         return GlyphFeatures(classifier, file_hash(found / "model.safetensors"))
     pipe = DiffusionPipeline.from_pretrained(found, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    if name == "glyph-sd":
-        pipe.default_prompts = DEFAULT_PROMPTS
     return pipe
 
 

@@ -102,7 +102,7 @@ def labels_of(prompts: Sequence[str]) -> Int[Tensor, " n"]:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A stock `CLIPTokenizer` with one token for each word and each letter; it spells other words.
+    """A stock `CLIPTokenizer` with one token for each word and each letter; it spells other words, and brings `DEFAULT_PROMPTS`.
 
     Words grow from the left, one merge a character, so their beginnings are tokens as well. Longer words come first: a merge of
     a shorter one must not break them up.
@@ -114,7 +114,9 @@ def tokenizer() -> CLIPTokenizer:
         for index in range(1, len(pieces)):
             merges["".join(pieces[:index]), pieces[index]] = None
     tokens = ["<|startoftext|>", "<|endoftext|>", *characters, *(f"{c}</w>" for c in characters), *map("".join, merges)]
-    return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges=list(merges), model_max_length=PROMPT_TOKENS)
+    words = CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges=list(merges), model_max_length=PROMPT_TOKENS)
+    words.init_kwargs["default_prompts"] = list(DEFAULT_PROMPTS)  # written with its files
+    return words
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[Tensor, "n 16"]:

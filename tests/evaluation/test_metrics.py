@@ -246,6 +246,13 @@ def test_paired_kid_is_the_mean_over_pairs_of_pairs(generator):
     assert found.standard_error == pytest.approx(math.sqrt(np.var(left_out) * 5), rel=1e-9)
 
 
+@pytest.mark.parametrize("pairing", ["independent", "fixed"])
+def test_kid_with_what_is_known_of_the_reference_is_kid(pairing, generator):
+    x, y = gaussian(9, 3, generator), gaussian(8, 3, generator)
+    assert metrics.kid(x, y, pairing, metrics.within_sums(y)) == metrics.kid(x, y, pairing)
+    assert metrics.kid(x, y, pairing, 2 * metrics.within_sums(y)) != metrics.kid(x, y, pairing)
+
+
 def test_kid_in_blocks_is_kid(generator, monkeypatch):
     x, y = gaussian(9, 3, generator), gaussian(8, 3, generator)
     whole = metrics.kid(x, y, "independent")

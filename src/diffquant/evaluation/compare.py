@@ -9,6 +9,7 @@ value below the floor says that quantization moves the distribution less than dr
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from diffquant.evaluation.metrics import (
     relative_l2,
     ssim,
     to_uint8,
+    within_sums,
 )
 from diffquant.evaluation.observers import Differ, Keeper, Trajectory, finite_only
 from diffquant.evaluation.sampling import (
@@ -108,6 +110,15 @@ class DataStatistics:
 
     features: Float[Tensor, "n d"]
     sha256: str
+
+    @functools.cached_property
+    def within(self) -> Float[Tensor, " n"]:
+        """What `metrics.kid` sums over the data alone: the same for every comparison, and the most of its time."""
+        return within_sums(self.features)
+
+    def distances(self, extracted: Float[Tensor, "m d"]) -> Distances:
+        """FID and KID of pictures with these features to the data."""
+        return distances(extracted, self.features, "fixed", _generator(), self.within)
 
 
 @dataclass(frozen=True)
@@ -239,8 +250,7 @@ def run_reference(
         floor = distances(extracted, other_extracted, "independent", _generator())
         legibility, accuracy = _legibility(features, pictures), _accuracy(features, pictures, protocol)
         if data is not None:
-            to_data = distances(extracted, data.features, "fixed", _generator())
-            floor_to_data = distances(other_extracted, data.features, "fixed", _generator())
+            to_data, floor_to_data = data.distances(extracted), data.distances(other_extracted)
     traced, untraced = _trace(pipe, protocol)
     return ReferenceRun(
         name=name,
@@ -291,7 +301,7 @@ def compare_to(
         to_reference = distances(extracted, reference.features, "paired", _generator())
         legibility, accuracy = _legibility(reference.extractor, pictures), _accuracy(reference.extractor, pictures, protocol)
         if reference.data is not None:
-            to_data = distances(extracted, reference.data.features, "fixed", _generator())
+            to_data = reference.data.distances(extracted)
     return Comparison(
         name=name,
         timesteps=reference.trajectory.timesteps,

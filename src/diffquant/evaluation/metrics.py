@@ -252,11 +252,13 @@ def _groups(count: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(count, generator=generator) % GROUPS
 
 
-def kid(samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], pairing: Pairing) -> KernelDistance:
+def kid(
+    samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], pairing: Pairing, within: Float[Tensor, " m"] | None = None
+) -> KernelDistance:
     """Unbiased squared maximum mean discrepancy under k(x, y) = (x.y / d + 1)^3, with its delete-one jackknife standard error.
 
     `paired` leaves k(x_i, y_i) out of the cross term: pairs are dependent, and with it a set would be at a negative distance from
-    itself. Then the two sets are one sample of pairs.
+    itself. Then the two sets are one sample of pairs. `within`: `within_sums` of the reference, where they are known already.
     Source: Binkowski et al. 2018 (arXiv 1801.01401), section 4; Gretton et al. 2012 (JMLR 13), lemma 6 and equation 4.
     *Differs*: all samples at once instead of random subsets of 1000, so no draw of subsets adds to the error.
     Raises EvaluationError for fewer than three samples, non-finite features, or paired sets of different size.
@@ -264,8 +266,7 @@ def kid(samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], pairing:
     _check_features(samples, reference, pairing, least=3)
     x, y = samples.double(), reference.double()
     n, m = len(x), len(y)
-    within_x = _kernel_sums(x, x) - _kernel(x, x)  # [n]: sum over the others of k(x_i, .)
-    within_y = _kernel_sums(y, y) - _kernel(y, y)  # [m]
+    within_x, within_y = within_sums(x), within_sums(y) if within is None else within
     across_x, across_y = _kernel_sums(x, y), _kernel_sums(y, x)
     if pairing == "paired":
         h = within_x + within_y - (across_x - _kernel(x, y)) - (across_y - _kernel(x, y))  # [n]: sum over j of h(z_i, z_j)
@@ -281,10 +282,14 @@ def kid(samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], pairing:
 
 
 def distances(
-    samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], pairing: Pairing, generator: torch.Generator
+    samples: Float[Tensor, "n d"],
+    reference: Float[Tensor, "m d"],
+    pairing: Pairing,
+    generator: torch.Generator,
+    within: Float[Tensor, " m"] | None = None,
 ) -> Distances:
-    """FID and KID of `samples` to `reference`."""
-    return Distances(fid(samples, reference, pairing, generator), kid(samples, reference, pairing))
+    """FID and KID of `samples` to `reference`; `within` as for `kid`."""
+    return Distances(fid(samples, reference, pairing, generator), kid(samples, reference, pairing, within))
 
 
 def _jackknife_error(left_out: Tensor) -> float:
@@ -296,6 +301,12 @@ def _jackknife_error(left_out: Tensor) -> float:
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     """k(x_i, y_i) of each row."""
     return ((x * y).sum(dim=1) / x.shape[1] + 1.0) ** 3
+
+
+def within_sums(features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """Sum over the others of the kernel of `kid`, for each row. Float64."""
+    x = features.double()
+    return _kernel_sums(x, x) - _kernel(x, x)
 
 
 def _kernel_sums(x: Tensor, y: Tensor) -> Tensor:

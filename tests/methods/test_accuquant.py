@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,15 +162,22 @@ def test_memory_does_not_grow_with_the_steps(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def recorded():
+def recorded(tmp_path_factory):
+    """A pipeline, its recording, and a folder with the passes that come before, which every test starts from."""
     pipe = pipelines.micro()
-    return pipe, record(pipe, SMALL, progress=False)
+    data, begun = record(pipe, SMALL, progress=False), tmp_path_factory.mktemp("begun")
+    recipe = load_recipe("accuquant-w4a4", QUICK)
+    dq.quantize(copy.deepcopy(pipe), recipe.model_copy(update={"passes": recipe.passes[:2]}), data, folder=begun, progress=False)
+    return pipe, data, begun
 
 
 def quantized(recorded, *overrides, folder=None):
-    pipe, data = recorded
+    pipe, data, begun = recorded
     pipe = copy.deepcopy(pipe)
-    report = dq.quantize(pipe, load_recipe("accuquant-w4a4", [*QUICK, *overrides]), data, folder=folder, progress=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or Path(temporary)
+        shutil.copytree(begun, folder, dirs_exist_ok=True)
+        report = dq.quantize(pipe, load_recipe("accuquant-w4a4", [*QUICK, *overrides]), data, folder=folder, progress=False)
     return pipe.unet, report
 
 
@@ -221,7 +231,7 @@ def test_a_parameter_set_per_segment(recorded, tmp_path):
 
 def test_codes_of_weights_stay_while_their_steps_move(recorded):
     model, _ = quantized(recorded, "passes.2.rate=0.02")
-    pipe, data = recorded
+    pipe, data, _ = recorded
     start = copy.deepcopy(pipe)
     recipe = load_recipe("accuquant-w4a4", QUICK)
     dq.quantize(start, recipe.model_copy(update={"passes": recipe.passes[:2]}), data, progress=False)

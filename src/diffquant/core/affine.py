@@ -82,7 +82,7 @@ def _where_free(x: Tensor, code: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _summed(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """A * b, summed to the shape of `like`; without the product in memory where that is one number."""
+    """The product of `a` and `b`, summed to the shape of `like`; without the product in memory where that is one number."""
     if b.shape == like.shape:
         return a.sum_to_size(like.shape) * b
     if like.numel() == 1 and a.shape == b.shape:

@@ -10,9 +10,17 @@ import pytest
 import torch
 from hypothesis import settings
 
+import shape_checks
+
 settings.register_profile("diffquant", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("diffquant")
 torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it brings, and results depend on the count
+
+
+@pytest.fixture(autouse=True)
+def checked() -> None:
+    """The first calls of every function in a test have their shapes checked."""
+    shape_checks.check_again()
 
 
 @pytest.fixture(autouse=True)

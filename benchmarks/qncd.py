@@ -4,10 +4,11 @@
     python benchmarks/qncd.py layers --bits w4a6 --arms mse "qncd drop=ReconstructRounding drop=LearnScales"
     python benchmarks/qncd.py corrections --bits w8a8 w4a8 w4a6 --eta 0 1
     python benchmarks/qncd.py corrections --model glyph-sd --guidance 3 --work benchmarks/work/glyph-sd --bits w4a8
+    python benchmarks/qncd.py corrections --arms accuquant --bits w4a6 --only proportional
 
-Corrections are fitted to one model (brecq) and attached to it in turn; on full precision, all that the run-time estimate changes is
-its own bias. Rows of more steps spend a correction's further denoiser calls on steps instead. Recordings and passes stay in --work,
-where compare.py and accuquant.py find them.
+Corrections are fitted to one model (the first arm) and attached to it in turn; on full precision, all that the run-time estimate
+changes is its own bias. Rows of more steps spend a correction's further denoiser calls on steps instead. Recordings and passes
+stay in --work, where compare.py and accuquant.py find them.
 """
 
 import argparse
@@ -140,12 +141,12 @@ def corrections(arguments: argparse.Namespace) -> dict[str, Any]:
                 found |= row(f"full precision eta {eta} {name}", drawn(full, protocol, control), reference)
         for bits in arguments.bits:
             for seed in arguments.seeds:
-                pipe, data = quantized("brecq", bits, seed, arguments)
+                pipe, data = quantized(arguments.arms[0], bits, seed, arguments)
                 model = find_denoiser(pipe)[1]
                 fitted = {name: fitted_by(step, model, data) for name, step in chosen(arguments)}
                 freeze(model)
                 dq.use_engine(pipe)
-                label = f"{bits} seed {seed} eta {eta}"
+                label = f"{bits} {arguments.arms[0]} seed {seed} eta {eta}"
                 lengths = set()
                 for name, correction in [("none", None), *fitted.items()]:
                     result = drawn(pipe, protocol, correction)

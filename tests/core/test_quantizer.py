@@ -156,6 +156,8 @@ def test_a_quantizer_follows_the_clock_through_its_table() -> None:
     for timestep, (scale, zero_point) in {900: (0.25, 3), 500: (0.5, 0), 100: (0.25, 3)}.items():
         clock.set_timestep(timestep)
         assert torch.equal(quantizer(x), by_hand(x, scale, zero_point, UINT8))
+    quantizer.table.copy_(torch.tensor([1, 0, 0]))  # as when a state is loaded after a call
+    assert torch.equal(quantizer(x), by_hand(x, 0.5, 0, UINT8))
 
 
 def test_a_batch_of_mixed_timesteps_gathers_per_sample() -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from diffquant.core.affine import dequantize, fake_quantize, quantize, quantize_rounded, scale_around, scale_from_range
@@ -162,6 +162,7 @@ class Quantizer(nn.Module):
         self.spec, self.splits, self.axis, self.clock, self.enabled = spec, tuple(splits), axis, clock, False
         self.observer: Callable[[Tensor], None] | None = None
         self.shared_zero_point = False
+        self._listed: tuple[Tensor, int, list[int]] | None = None  # the table, its version, its numbers
         parts = max(1, len(splits))
         self.register_buffer("scale", torch.full((rows, parts), torch.nan))
         self.register_buffer("zero_point", torch.zeros(rows, parts))
@@ -208,15 +209,22 @@ class Quantizer(nn.Module):
             return self.table.to(device)[self.clock.position.to(device)].long()
         interval = self.clock.interval
         if isinstance(interval, int):
-            return int(self.table[interval])
+            return self._row(self.table, interval)
         return self.table.to(device)[interval.to(device)].long()
+
+    def _row(self, table: Integer[Tensor, " intervals"], interval: int) -> int:
+        """``table[interval]``, of a list: reading a number off an accelerator waits for all that it has to do."""
+        version = 0 if table.is_inference() else table._version
+        if self._listed is None or self._listed[0] is not table or self._listed[1] != version:
+            self._listed = table, version, table.tolist()
+        return self._listed[2][interval]
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, shaped to broadcast against `x`."""
         if self.clock is None:
             return self._shape(self.scale, x), self._shape(self.zero_point, x)
         rows = self.present_rows(x.device)
-        picked = [rows] if isinstance(rows, int) else rows
+        picked = slice(rows, rows + 1) if isinstance(rows, int) else rows
         if not isinstance(rows, int) and len(rows) not in (1, x.shape[0]):
             raise SpecError(f"quantizer: {len(rows)} timesteps for a batch of {x.shape[0]}; give one timestep per sample")
         scale, zero_point = self._shape(self.scale[picked], x), self._shape(self.zero_point[picked], x)
@@ -288,9 +296,8 @@ class Quantizer(nn.Module):
         """``[rows, parts]`` to a shape that broadcasts against `x`: rows along the first axis, parts spread over the channels."""
         if not self.splits:
             return values.view(-1, *[1] * (x.dim() - 1))
-        sizes = torch.tensor(self.splits, device=values.device)
-        channels = sum(self.splits)
-        return values.repeat_interleave(sizes, dim=1, output_size=channels).view(self._view(x, channels))
+        parts = [part.expand(-1, size) for part, size in zip(values.split(1, dim=1), self.splits, strict=True)]
+        return torch.cat(parts, dim=1).view(self._view(x, sum(self.splits)))
 
     def extra_repr(self) -> str:
         """The spec, for `print(model)`."""

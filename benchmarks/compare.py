@@ -24,7 +24,8 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.observe import find_denoiser
 from diffquant.demo import progress_bars
-from diffquant.evaluation.compare import compare_to, final_error_ratio, run_reference
+from diffquant.evaluation.compare import compare_to, final_error_ratio
+from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import make_report
 from diffquant.runtime.checkpoint import file_size, float32_size
 
@@ -86,7 +87,9 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     report.write(folder / "quantization.json")
                     print(f"{label}: quantized in {time.monotonic() - begun:.0f} s", flush=True)
                 if reference is None:
-                    reference = run_reference(pipe, protocol, features=zoo.load("glyph-classifier"), data=zoo.load_statistics())
+                    classifier, statistics = zoo.load("glyph-classifier"), zoo.load_statistics()
+                    draws = arguments.work / "full-precision"
+                    reference = run_reference(pipe, protocol, features=classifier, data=statistics, folder=draws)
                 with progress_bars(CONSOLE) as progress:
                     comparisons[label] = compare_to(reference, dq.load(folder), name=label, progress=progress)
                 passes = json.loads((folder / "quantization.json").read_text())["passes"]

@@ -17,7 +17,8 @@ from rich.table import Table
 
 import diffquant as dq
 from diffquant import zoo
-from diffquant.evaluation.compare import compare_to, run_reference
+from diffquant.evaluation.compare import compare_to
+from diffquant.evaluation.reference import run_reference
 
 SAMPLERS = ("ddim", "ddim eta 1", "ddpm", "pndm", "dpm-solver++", "euler", "unipc")
 

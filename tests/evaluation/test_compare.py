@@ -12,9 +12,11 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffquant.core.spec import CalibrationError, EvaluationError
-from diffquant.evaluation import compare as comparing
 from diffquant.evaluation import metrics, observers
-from diffquant.evaluation.compare import DataStatistics, compare, compare_to, final_error_ratio, run_reference
+from diffquant.evaluation import reference as references
+from diffquant.evaluation.compare import compare, compare_to, final_error_ratio
+from diffquant.evaluation.features import DataStatistics
+from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.sampling import SamplingProtocol, sample
 from tests import pipelines
 
@@ -216,7 +218,7 @@ def test_a_reference_that_cannot_be_replayed_says_why(monkeypatch):
     def refuse(pipe, protocol):
         raise CalibrationError("DDIMPipeline with DDIMScheduler: no")
 
-    monkeypatch.setattr(comparing, "trace", refuse)
+    monkeypatch.setattr(references, "trace", refuse)
     pipe = pipelines.micro()
     reference = run_reference(pipe, dataclasses.replace(PROTOCOL, samples=8, trajectory_samples=8))
     assert reference.traced is None and reference.untraced == "DDIMPipeline with DDIMScheduler: no"

@@ -17,9 +17,10 @@ from diffquant.core.spec import EvaluationError
 from diffquant.evaluation import drawing
 from diffquant.evaluation import report as reporting
 from diffquant.evaluation.accumulation import Accumulation, Stretch
-from diffquant.evaluation.compare import Comparison, ReferenceRun, StepDistances
+from diffquant.evaluation.compare import Comparison, StepDistances
 from diffquant.evaluation.metrics import Distances, FrechetDistance, Interval, KernelDistance
 from diffquant.evaluation.observers import Trajectory
+from diffquant.evaluation.reference import ReferenceRun
 from diffquant.evaluation.report import Report, check_comparable, make_report, markdown, read, table
 from diffquant.evaluation.sampling import SamplingProtocol
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffquant.calibration.observe import Pipeline, find_denoiser
-from diffquant.evaluation.compare import DataStatistics, FeatureExtractor, PromptScorer, compare_to, run_reference
+from diffquant.evaluation.compare import compare_to
+from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer
+from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import Report, make_report
 from diffquant.evaluation.sampling import OnProgress, SamplingProtocol
 from diffquant.runtime.checkpoint import file_size, float32_size, load
@@ -22,6 +24,7 @@ def evaluate(
     data: DataStatistics | None = None,
     clip: PromptScorer | None = None,
     out: str | Path | None = None,
+    work: str | Path | None = None,
     progress: OnProgress | None = None,
 ) -> Report:
     """Send the same noise through `reference` and every model of `quantized`, and report what was lost.
@@ -31,12 +34,16 @@ def evaluate(
     (`diffquant.evaluation.clip.ClipScore`). With `out` the report is written there:
     ``report.json``, ``report.md``, ``pairs.png``, ``drift.png``, ``accumulation.png``.
 
+    With `work` full precision's samples and trajectories are kept in that folder, and taken from it where nothing that decides them
+    has changed; the report then has no sampling time of full precision.
+
     Raises `EvaluationError` where samples are not finite or the schedulers differ.
     """
     protocol = protocol or (SamplingProtocol() if samples is None else SamplingProtocol(samples=samples))
     named = dict(quantized) if isinstance(quantized, Mapping) else {"quantized": quantized}
     full = load(reference) if isinstance(reference, str | Path) else reference
-    run = run_reference(full, protocol, features=features, data=data, clip=clip, progress=progress)
+    folder = None if work is None else Path(work)
+    run = run_reference(full, protocol, features=features, data=data, clip=clip, folder=folder, progress=progress)
     sizes = {run.name: float32_size(find_denoiser(full)[1])}
     comparisons = []
     for name, model in named.items():

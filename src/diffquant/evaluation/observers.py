@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from diffquant.core.spec import EvaluationError
-from diffquant.evaluation.metrics import relative_l2, sqnr_db
+from diffquant.evaluation.metrics import relative_l2, sqnr_db, to_uint8
 from diffquant.evaluation.sampling import OnStep, SamplingProtocol, StepResult
 
 MEMORY_LIMIT = 2**30  # bytes of trajectories kept for comparison
@@ -88,6 +89,24 @@ class Differ:
         latents, noise = (x[:count].float().cpu() for x in (result.sample_after, result.noise_prediction))
         self.drift[step, rows] = relative_l2(self.reference.latents[step, rows], latents)
         self.noise_sqnr_db[step, rows] = sqnr_db(self.reference.noise[step, rows], noise)
+
+
+class Snapshots:
+    """Observer that passes every step on, and keeps the noisy samples after some numbers of steps, as pictures."""
+
+    def __init__(self, inner: OnStep, steps: Sequence[int]) -> None:
+        self.inner = inner
+        self.kept: dict[int, list[Tensor]] = {count: [] for count in steps}
+
+    def __call__(self, indices: range, result: StepResult) -> None:
+        """Keep what is wanted."""
+        self.inner(indices, result)
+        if result.step + 1 in self.kept:
+            self.kept[result.step + 1].append(to_uint8(result.sample_after.float().cpu()))
+
+    def pictures(self) -> dict[int, UInt8[Tensor, "n c h w"]]:
+        """Grey values of all samples, by the number of steps done."""
+        return {steps: torch.cat(batches) for steps, batches in self.kept.items()}
 
 
 def finite_only(name: str) -> OnStep:

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from diffquant.core.spec import EvaluationError
-from diffquant.evaluation.compare import DataStatistics, FeatureExtractor
+from diffquant.evaluation.features import DataStatistics, FeatureExtractor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BATCH = 64  # pictures read at a time

@@ -23,9 +23,10 @@ from rich.table import Table
 
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.accumulation import Accumulation
-from diffquant.evaluation.compare import Comparison, ReferenceRun, StepDistances
+from diffquant.evaluation.compare import Comparison, StepDistances
 from diffquant.evaluation.drawing import draw_accumulation, draw_drift, draw_pairs
 from diffquant.evaluation.metrics import GROUPS, RESAMPLES, SSIM_RULE, UINT8_RULE, Distances, Interval
+from diffquant.evaluation.reference import ReferenceRun
 from diffquant.evaluation.sampling import SamplingProtocol
 
 FORMAT = 1  # of report.json
@@ -84,7 +85,7 @@ class Row(BaseModel):
     legibility: Interval | None = None
     accuracy: Interval | None = None
     clip: Interval | None = None
-    seconds: float
+    seconds: float | None
     engine: str = ""
     timesteps: tuple[float, ...] = ()
     drift: tuple[float, ...] = ()
@@ -311,11 +312,15 @@ def _cells(report: Report, newline: str) -> tuple[list[str], list[list[str]]]:
         "legibility": lambda row: _interval(row.legibility, "{:.3f}", newline),
         "accuracy": lambda row: _interval(row.accuracy, "{:.3f}", newline),
         "CLIP": lambda row: _interval(row.clip, "{:.2f}", newline),
-        "seconds": lambda row: f"{row.seconds:.1f}{newline + row.engine if row.engine else ''}",
+        "seconds": lambda row: _seconds(row, newline),
     }
     texts = {name: [cell(row) for row in report.rows] for name, cell in columns.items()}
     shown = [name for name, cells in texts.items() if any(cell != "-" for cell in cells)]
     return shown, [[texts[name][index] for name in shown] for index in range(len(report.rows))]
+
+
+def _seconds(row: Row, newline: str) -> str:
+    return "-" if row.seconds is None else f"{row.seconds:.1f}{newline + row.engine if row.engine else ''}"
 
 
 def _file(row: Row, newline: str) -> str:

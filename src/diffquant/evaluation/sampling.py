@@ -8,6 +8,7 @@ other pipeline runs its own ``__call__``, watched at ``scheduler.step``.
 from __future__ import annotations
 
 import inspect
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -221,6 +222,13 @@ def resolved(pipe: Pipeline, protocol: SamplingProtocol) -> SamplingProtocol:
     found = conditions(pipe, _asked(protocol), range(protocol.samples))
     prompts, class_labels = (tuple(found[name]) if name in found else None for name in ("prompt", "class_labels"))
     return replace(protocol, prompts=prompts, class_labels=class_labels)
+
+
+def scheduler_config(pipe: Pipeline, protocol: SamplingProtocol) -> dict[str, Any]:
+    """Class and configuration of the scheduler that samples, as JSON values, without where and by which version it was written."""
+    with scheduler_of(pipe, protocol) as scheduler:
+        config: dict[str, Any] = json.loads(scheduler.to_json_string())
+    return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
 
 
 def conditions_of(protocol: SamplingProtocol) -> list[str | int]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import run
 from diffquant.core.spec import ZooError
-from diffquant.evaluation.compare import DataStatistics
+from diffquant.evaluation.features import DataStatistics
 from diffquant.evaluation.metrics import accuracy, confidence
 from diffquant.zoo.data import LARGE_SIZE, SIZE, Letters, to_samples
 from diffquant.zoo.prompts import LETTERS, labels_of

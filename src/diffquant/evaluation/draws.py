@@ -1,0 +1,117 @@
+"""What full precision draws through one noise, kept in a folder for the next comparison.
+
+A draw is found again by everything that decides it: weights of all components, scheduler, protocol, seed, device, dtype, and the
+versions of torch, diffusers and this package. It is a safetensors file whose header holds these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from diffquant.calibration.fit import load_tensors, save_tensors
+from diffquant.calibration.observe import Pipeline, find_denoiser
+from diffquant.calibration.trajectory import model_hash
+from diffquant.core.spec import EvaluationError
+from diffquant.evaluation.observers import Keeper, Snapshots, Trajectory, finite_only
+from diffquant.evaluation.sampling import OnProgress, SamplingProtocol, sample, scheduler_config
+from diffquant.runtime.correction import attachment_of
+from diffquant.runtime.engines import engine_of
+
+FORMAT = 1
+_NOISY = "noisy."
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Pictures and last samples; the first samples' trajectory where it was asked for; the noisy samples after some steps.
+
+    `seconds` is None where the draw comes from disk: a time of another run says nothing beside this one's.
+    """
+
+    pictures: UInt8[Tensor, "n c h w"]
+    last_samples: Float[Tensor, "n *shape"]
+    seconds: float | None
+    trajectory: Trajectory | None = None
+    noisy: dict[int, Tensor] = field(default_factory=dict)
+
+
+def draw(
+    pipe: Pipeline,
+    protocol: SamplingProtocol,
+    *,
+    seed: int,
+    name: str,
+    trajectory: bool = False,
+    snapshots: Sequence[int] = (),
+    folder: Path | None = None,
+    progress: OnProgress | None = None,
+) -> Draw:
+    """Sample `pipe`, or take what it drew before from `folder`; `snapshots` are numbers of steps.
+
+    Raises EvaluationError on samples that are not finite, and for a damaged file.
+    """
+    key = _key(pipe, protocol, seed, trajectory, snapshots) if folder is not None else ""
+    path = None if folder is None else Path(folder) / f"draw-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if path is not None and path.exists():
+        return _load(path, key)
+    keeper = Keeper(name, protocol) if trajectory else None
+    watch = Snapshots(keeper or finite_only(name), snapshots)
+    drawn = sample(pipe, protocol, seed=seed, on_step=watch, progress=progress, name=name)
+    kept = keeper.trajectory() if keeper is not None else None
+    found = Draw(drawn.pictures, drawn.last_samples, drawn.seconds, kept, watch.pictures())
+    if path is not None:
+        _save(path, key, found)
+    return found
+
+
+def _key(pipe: Pipeline, protocol: SamplingProtocol, seed: int, trajectory: bool, snapshots: Sequence[int]) -> str:
+    _, denoiser = find_denoiser(pipe)
+    attached = attachment_of(pipe)
+    modules = {name: part for name, part in sorted(pipe.components.items()) if isinstance(part, nn.Module)}
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "versions": {name: metadata.version(name) for name in ("diffquant", "torch", "diffusers")},
+        "pipeline": type(pipe).__name__,
+        "weights": {name: model_hash(module) for name, module in modules.items()},
+        "scheduler": scheduler_config(pipe, protocol),
+        "protocol": asdict(protocol) | {"seed": seed},
+        "kept": {"trajectory": trajectory, "snapshots": list(snapshots)},
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype),
+        "engine": engine_of(denoiser),
+        "correction": attached.correction.model_dump(mode="json") if attached is not None else None,
+    }
+    return json.dumps(values, sort_keys=True)
+
+
+def _save(path: Path, key: str, found: Draw) -> None:
+    tensors = {"pictures": found.pictures, "last_samples": found.last_samples}
+    tensors |= {f"{_NOISY}{steps}": pictures for steps, pictures in found.noisy.items()}
+    if found.trajectory is not None:
+        tensors |= {
+            "timesteps": torch.tensor(found.trajectory.timesteps, dtype=torch.float64),
+            "latents": found.trajectory.latents,
+            "noise": found.trajectory.noise,
+        }
+    save_tensors(path, tensors, {"key": key})
+
+
+def _load(path: Path, key: str) -> Draw:
+    tensors, header = load_tensors(path)
+    if header.get("key") != key:
+        raise EvaluationError(f"{path}: holds another draw than its name says; delete it")
+    kept = None
+    if "timesteps" in tensors:
+        kept = Trajectory(tuple(tensors["timesteps"].tolist()), tensors["latents"], tensors["noise"])
+    noisy = {int(name.removeprefix(_NOISY)): tensor for name, tensor in tensors.items() if name.startswith(_NOISY)}
+    return Draw(tensors["pictures"], tensors["last_samples"], None, kept, dict(sorted(noisy.items())))

@@ -2,10 +2,11 @@
 
     python benchmarks/compare.py --bits w4a6 --seeds 0 1 2 --arms brecq dmq "dmq LearnEquivalentScaling.weighting=uniform"
     python benchmarks/compare.py --bits w4a6 --arms "dmq drop=PowerOfTwoScaling" "brecq layers.0.sets=1000"
+    python benchmarks/compare.py --bits w4a6 --arms "dmq insert=PowerOfTwoScaling:LearnScales,iterations=250,samples=512"
     python benchmarks/compare.py --model glyph-sd --guidance 3 --bits w4a8 w4a6 --seeds 0 1 2 --arms brecq accuquant
 
-An arm is a recipe and what is changed in it: an option of a pass (PASS.option=value), a path as of --set, or drop=PASS. The first
-arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in --work, so a killed run goes on where it
+An arm is a recipe and what is changed in it: an option of a pass (PASS.option=value), a path as of --set, drop=PASS, or
+insert=BEFORE:PASS,option=value. The first arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in --work, so a killed run goes on where it
 stopped, and arms whose first passes are the same share them.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 import diffquant as dq
@@ -44,7 +46,7 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
     name, *changes = arm.split()
     recipe = dq.load_recipe(f"{name}-{bits}")
     places = {options["pass"]: index for index, options in enumerate(recipe.passes)}
-    dropped, given = set(), list(arguments.overrides)
+    dropped, inserted, given = set(), [], list(arguments.overrides)
     for change in changes:
         path, _, value = change.partition("=")
         first, _, rest = path.partition(".")
@@ -52,10 +54,19 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
             if value not in places:
                 raise SystemExit(f"arm {arm!r}: {name} has no pass {value}; it has {', '.join(places)}")
             dropped.add(value)
+        elif path == "insert":
+            before, _, described = value.partition(":")
+            if before not in places:
+                raise SystemExit(f"arm {arm!r}: {name} has no pass {before}; it has {', '.join(places)}")
+            inserted.append((before, described.split(",")))
         else:
             given.append(f"passes.{places[first]}.{rest}={value}" if first in places else change)
     recipe = dq.load_recipe(f"{name}-{bits}", given)
-    return recipe.model_copy(update={"passes": tuple(options for options in recipe.passes if options["pass"] not in dropped)})
+    passes = [options for options in recipe.passes if options["pass"] not in dropped]
+    for before, (kind, *options) in inserted:
+        index = next(i for i, found in enumerate(passes) if found["pass"] == before)
+        passes.insert(index, {"pass": kind} | {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in options)})
+    return recipe.model_copy(update={"passes": tuple(passes)})
 
 
 def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argparse.Namespace], dq.Recipe]) -> None:

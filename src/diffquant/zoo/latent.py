@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffquant.calibration.fit import run
 from diffquant.zoo.data import LARGE_SIZE, Letters, rgb_samples
 from diffquant.zoo.prompts import LETTERS, PROMPT_TOKENS, prompt_of, tokenize, tokenizer
-from diffquant.zoo.train import Condition, denoising_loss, hybrid_loss, reconstruction_loss, train
+from diffquant.zoo.train import Condition, denoising_loss, hybrid_loss, reconstruction_loss, train, two_rounds
 
 LATENT_SIZE = 16
 LATENT_CHANNELS = 4
@@ -233,7 +233,7 @@ def train_glyph_dit(letters: Letters, out: Path, steps: int, seed: int) -> None:
     latents = encode(pipe.vae, training.pictures)
     loss = hybrid_loss(latents, pipe.scheduler.alphas_cumprod, batch=64, condition=label_condition(training))
     with run(out / "training" / "glyph-dit") as where:
-        train(LabelDenoiser(pipe), loss, steps=steps, peak_rate=1e-3, seed=seed, run=where)
+        train(LabelDenoiser(pipe), loss, steps=steps, peak_rate=1e-3, seed=seed, run=where, schedule=two_rounds)
     save(pipe, out / "glyph-dit")
 
 

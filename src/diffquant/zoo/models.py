@@ -33,7 +33,7 @@ NAMES = (*PIPELINES, "glyph-classifier")
 TRAINABLE = (*NAMES, "glyph-vae")  # the autoencoder comes inside of the pipelines
 FEATURES = 64  # width of the classifier's penultimate layer, the feature space of FID and KID
 STATISTICS = "letters.safetensors"
-DEFAULT_STEPS = {"glyph-ddim": 10000, "glyph-classifier": 2000, "glyph-vae": 2500, "glyph-sd": 6500, "glyph-dit": 3000}
+DEFAULT_STEPS = {"glyph-ddim": 10000, "glyph-classifier": 2000, "glyph-vae": 2500, "glyph-sd": 6500, "glyph-dit": 7500}
 DATA_SAMPLES = 8192  # real letters whose features are shipped
 
 

@@ -129,19 +129,23 @@ def denoising_loss(
 
     def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
         drawn = add_noise(samples, alphas_cumprod, batch, generator, condition)
-        snr = (alphas_cumprod / (1 - alphas_cumprod))[drawn.timestep]
-        weight = snr.clamp(max=SNR_CAP) / snr
         predicted = model(drawn.noisy, drawn.timestep, *drawn.conditions).sample
-        mean: Tensor = (weight * (predicted - drawn.noise).square().mean(dim=(1, 2, 3))).mean()
-        return mean
+        return _noise_error(predicted, drawn, alphas_cumprod)
 
     return loss
+
+
+def _noise_error(predicted: Float[Tensor, "k c h w"], drawn: Noised, alphas_cumprod: Float[Tensor, " t"]) -> Tensor:
+    snr = (alphas_cumprod / (1 - alphas_cumprod))[drawn.timestep]
+    weight = snr.clamp(max=SNR_CAP) / snr
+    mean: Tensor = (weight * (predicted - drawn.noise).square().mean(dim=(1, 2, 3))).mean()
+    return mean
 
 
 def hybrid_loss(
     samples: Float[Tensor, "n c h w"], alphas_cumprod: Float[Tensor, " t"], batch: int, condition: Condition
 ) -> StepLoss:
-    """Squared error of the noise, and the variational bound of the variance; the model returns both, stacked along channels.
+    """`denoising_loss`, and the variational bound of the variance; the model returns noise and variance, stacked along channels.
 
     Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 16: the bound is the sum over timesteps, here of one timestep times their
     number, and moves the variance only.
@@ -151,8 +155,7 @@ def hybrid_loss(
         drawn = add_noise(samples, alphas_cumprod, batch, generator, condition)
         noise, variance = model(drawn.noisy, drawn.timestep, *drawn.conditions).sample.chunk(2, dim=1)
         bound = variance_term(drawn.noise, noise.detach(), variance, drawn.timestep, alphas_cumprod).mean()
-        total: Tensor = (noise - drawn.noise).square().mean() + VARIANCE_WEIGHT * len(alphas_cumprod) * bound
-        return total
+        return _noise_error(noise, drawn, alphas_cumprod) + VARIANCE_WEIGHT * len(alphas_cumprod) * bound
 
     return loss
 

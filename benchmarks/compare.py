@@ -6,8 +6,8 @@
     python benchmarks/compare.py --model glyph-sd --guidance 3 --bits w4a8 w4a6 --seeds 0 1 2 --arms brecq accuquant
 
 An arm is a recipe and what is changed in it: an option of a pass (PASS.option=value), a path as of --set, drop=PASS, or
-insert=BEFORE:PASS,option=value. The first arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in --work, so a killed run goes on where it
-stopped, and arms whose first passes are the same share them.
+insert=BEFORE:PASS,option=value. The first arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in
+--work, so a killed run goes on where it stopped, and arms whose first passes are the same share them.
 """
 
 import argparse

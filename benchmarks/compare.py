@@ -50,15 +50,13 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
     for change in changes:
         path, _, value = change.partition("=")
         first, _, rest = path.partition(".")
+        named, _, described = value.partition(":")
+        if path in ("drop", "insert") and named not in places:
+            raise SystemExit(f"arm {arm!r}: {name} has no pass {named}; it has {', '.join(places)}")
         if path == "drop":
-            if value not in places:
-                raise SystemExit(f"arm {arm!r}: {name} has no pass {value}; it has {', '.join(places)}")
-            dropped.add(value)
+            dropped.add(named)
         elif path == "insert":
-            before, _, described = value.partition(":")
-            if before not in places:
-                raise SystemExit(f"arm {arm!r}: {name} has no pass {before}; it has {', '.join(places)}")
-            inserted.append((before, described.split(",")))
+            inserted.append((named, described.split(",")))
         else:
             given.append(f"passes.{places[first]}.{rest}={value}" if first in places else change)
     recipe = dq.load_recipe(f"{name}-{bits}", given)

@@ -70,7 +70,20 @@ def test_parts_beside_the_denoiser_count(tmp_path, counted):
     with torch.no_grad():
         pipe.vae.decoder.conv_out.bias.add_(0.1)
     draw(pipe, protocol, **drawing)
-    assert len(counted) == 2
+    pipe.vae.register_to_config(scaling_factor=0.5)  # no weight, but other pictures
+    draw(pipe, protocol, **drawing)
+    assert len(counted) == 3
+
+
+def test_integer_codes_and_the_engine_count(tmp_path, counted, monkeypatch):
+    """Two quantized models of the same weights have equal parameters: what differs is in their buffers."""
+    for bits in (4, 8):
+        pipe = pipelines.micro()
+        pipelines.freeze_by_hand(pipe.unet, weight_bits=bits)
+        draw(pipe, PROTOCOL, seed=1, name="quantized", folder=tmp_path)
+    monkeypatch.setattr(draws, "engine_of", lambda model: "another")
+    draw(pipe, PROTOCOL, seed=1, name="quantized", folder=tmp_path)
+    assert len(counted) == 3
 
 
 def test_a_damaged_or_renamed_file_is_refused(tmp_path):

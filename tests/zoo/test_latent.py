@@ -1,6 +1,7 @@
 """The latent reference models: losses and dropout as derived, stock directories, resumed training."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,24 @@ def test_the_bound_moves_only_the_variance(letters):
 
     with_bound, without = gradient(1e-3), gradient(0.0)
     assert torch.equal(with_bound[:4], without[:4]) and (without[4:] == 0).all() and (with_bound[4:] != 0).all()
+
+
+@pytest.mark.parametrize("kind", ["denoising_loss", "hybrid_loss"])
+def test_errors_at_little_noise_count_less(kind, letters, monkeypatch):
+    """Min-SNR weights by hand: 5 over the signal-to-noise ratio where that is larger."""
+    monkeypatch.setattr(train, "VARIANCE_WEIGHT", 0.0)
+    alphas, condition = torch.tensor([0.99, 0.9, 0.5]), latent.label_condition(letters)  # ratios 99, 9, 1
+    latents, outputs = torch.zeros(len(letters.labels), 4, 16, 16), 8 if kind == "hybrid_loss" else 4
+
+    class Nothing(nn.Module):
+        def forward(self, noisy, *_):
+            return SimpleNamespace(sample=torch.zeros(len(noisy), outputs, 16, 16))
+
+    drawn = train.add_noise(latents, alphas, 16, torch.Generator().manual_seed(0), condition)
+    assert set(drawn.timestep.tolist()) == {0, 1, 2}
+    wanted = (torch.tensor([5 / 99, 5 / 9, 1.0])[drawn.timestep] * drawn.noise.square().mean(dim=(1, 2, 3))).mean()
+    found = getattr(train, kind)(latents, alphas, 16, condition)(Nothing(), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)  # 1 - 0.99 in float32 has an error of 6e-6
 
 
 def test_words_and_labels_are_dropped_as_often_as_stated(letters):

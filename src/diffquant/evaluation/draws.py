@@ -1,7 +1,7 @@
 """What full precision draws through one noise, kept in a folder for the next comparison.
 
-A draw is found again by everything that decides it: weights of all components, scheduler, protocol, seed, device, dtype, and the
-versions of torch, diffusers and this package. It is a safetensors file whose header holds these.
+A draw is found again by everything that decides it: weights and configuration of all components, scheduler, protocol, seed,
+device, dtype, and the versions of torch, diffusers and this package. It is a safetensors file whose header holds these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import load_tensors, save_tensors
 from diffquant.calibration.observe import Pipeline, find_denoiser
-from diffquant.calibration.trajectory import model_hash
+from diffquant.calibration.trajectory import digest_tensor
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.observers import Keeper, Snapshots, Trajectory, finite_only
 from diffquant.evaluation.sampling import OnProgress, SamplingProtocol, sample, scheduler_config
@@ -77,12 +77,11 @@ def draw(
 def _key(pipe: Pipeline, protocol: SamplingProtocol, seed: int, trajectory: bool, snapshots: Sequence[int]) -> str:
     _, denoiser = find_denoiser(pipe)
     attached = attachment_of(pipe)
-    modules = {name: part for name, part in sorted(pipe.components.items()) if isinstance(part, nn.Module)}
     values: dict[str, Any] = {
         "format": FORMAT,
         "versions": {name: metadata.version(name) for name in ("diffquant", "torch", "diffusers")},
         "pipeline": type(pipe).__name__,
-        "weights": {name: model_hash(module) for name, module in modules.items()},
+        "components": {name: _component(part) for name, part in pipe.components.items() if name != "scheduler"},
         "scheduler": scheduler_config(pipe, protocol),
         "protocol": asdict(protocol) | {"seed": seed},
         "kept": {"trajectory": trajectory, "snapshots": list(snapshots)},
@@ -91,7 +90,22 @@ def _key(pipe: Pipeline, protocol: SamplingProtocol, seed: int, trajectory: bool
         "engine": engine_of(denoiser),
         "correction": attached.correction.model_dump(mode="json") if attached is not None else None,
     }
-    return json.dumps(values, sort_keys=True)
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+def _component(part: Any) -> Any:
+    """What a component computes with: all tensors (integer codes are buffers) and its configuration; of a tokenizer, its words."""
+    if hasattr(part, "get_vocab"):
+        return [type(part).__name__, hashlib.sha256(json.dumps(part.get_vocab(), sort_keys=True).encode()).hexdigest()]
+    if not isinstance(part, nn.Module):
+        return type(part).__name__
+    digest = hashlib.sha256()
+    for name, tensor in sorted(part.state_dict().items()):
+        digest.update(f"{name} ".encode())
+        digest_tensor(digest, tensor.detach().cpu())
+    config = getattr(part, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return [type(part).__name__, digest.hexdigest(), {key: value for key, value in config.items() if not key.startswith("_")}]
 
 
 def _save(path: Path, key: str, found: Draw) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.activations import GELU
+from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -41,9 +41,10 @@ from diffquant.runtime.engines.kernels import (
     attention,
     codes_of,
     compiled_attention,
+    compiled_feed_forward,
     compiled_product,
-    compiled_product_gelu,
     digits,
+    feed_forward,
 )
 
 
@@ -71,16 +72,14 @@ def lower(model: nn.Module) -> list[Lowered]:
     """Let every layer and attention of a frozen `model` that can compute with integers, in place; a row for each."""
     rows = [Lowered(name, lower_layer(layer)) for name, layer in quantized_layers(model)]
     for name, module in model.named_modules():
-        if type(module) is GELU:
-            module.__class__ = IntegerGELU
-            module.feed_forward = ()
+        if type(module) is FeedForward and type(module.net[0]) in (GELU, GEGLU):
+            module.__class__ = IntegerFeedForward
+            if type(module.net[0]) is GEGLU and _one_product(module.net[0].proj):
+                module.net[0].proj.product.halve()
         if type(module) is AttentionProducts:
             module.__class__ = BlockedProducts
         if isinstance(module, BlockedProducts):
             rows.append(Lowered(name.removesuffix(".attention_products"), ""))
-    for module in model.modules():
-        if isinstance(module, FeedForward) and isinstance(module.net[0], IntegerGELU):
-            module.net[0].feed_forward = (module.net,)  # in a tuple: it is no part of the activation
     return rows
 
 
@@ -93,9 +92,8 @@ def simulate(model: nn.Module) -> None:
             layer.__class__ = QuantizedLinear if isinstance(layer, IntegerLinear) else QuantizedConv2d  # type: ignore[assignment]
             del layer.product
     for module in model.modules():
-        if isinstance(module, IntegerGELU):
-            module.__class__ = GELU
-            del module.feed_forward
+        if isinstance(module, IntegerFeedForward):
+            module.__class__ = FeedForward
         if isinstance(module, BlockedProducts):
             module.__class__ = AttentionProducts  # type: ignore[assignment]
 
@@ -276,8 +274,6 @@ def _forward(layer: IntegerLayer, x: Tensor) -> Tensor:
     assert given is not None
     dtype = x.dtype if x.dtype in OUTPUTS else torch.float32
     bias = None if layer.bias is None else layer.bias.float()
-    if x.dtype == torch.uint8:  # codes already, from `IntegerGELU`
-        return _multiply(layer, [x], given.present_rows(x.device), bias, torch.float32)
     rows = given.present_rows(x.device)
     if isinstance(rows, int) or torch.compiler.is_compiling():
         return _multiply(layer, layer.product.codes(x.float(), rows), rows, bias, dtype).to(x.dtype)
@@ -293,42 +289,30 @@ def _multiply(layer: IntegerLayer, codes: list[Tensor], row: int | Tensor, bias:
     return layer.product.multiply(codes, int(row), bias, dtype)
 
 
-class IntegerGELU(GELU):
-    """A linear layer and its GELU in one kernel, which puts out the codes of the next layer where that takes them.
+class IntegerFeedForward(FeedForward):
+    """A feed-forward with GELU or GEGLU between its two layers, some tokens at a time; made by `lower`, never constructed.
 
-    Made by `lower`, never constructed. ``feed_forward``: the modules of the `FeedForward` that it is the first of, if it is: its
-    output goes to the third and nowhere else.
+    GELU is computed inside the first layer's kernel, which puts out the codes of the second where that takes all 256 of them.
     """
 
-    feed_forward: tuple[nn.ModuleList, ...]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[..., in_features]`` -> ``[..., out_features]``, float32 or uint8."""
-        layer: Any = self.proj
-        rows = _row_of_one(layer) if hidden_states.dtype == torch.float32 else None
-        if rows is None or not layer.product.one_matrix:
-            output: Tensor = super().forward(hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        first, second = self.net[0].proj, self.net[2]  # looked up at every call: an adapter may have taken a layer's place
+        rows = [_row_of_one(layer) for layer in (first, second)]
+        watched = any(each._forward_pre_hooks or each._forward_hooks for each in (first, second, *self.net))
+        unusual = self.training or watched or hidden_states.dtype != torch.float32
+        if unusual or rows[0] is None or rows[1] is None or not _one_product(first):
+            output: Tensor = super().forward(hidden_states, *args, **kwargs)
             return output
-        bias = None if layer.bias is None else layer.bias.float()
-        codes = layer.product.codes(hidden_states, rows)[0]
-        receiver, receiver_rows = self._receiver()
+        biases = [None if layer.bias is None else layer.bias.float() for layer in (first, second)]
+        codes = first.product.codes(hidden_states, rows[0])[0]
+        gelu = getattr(self.net[0], "approximate", "none")  # GEGLU has the exact one
         if torch.compiler.is_compiling():
-            at, receiver_at = (None if isinstance(each, int) else each for each in (rows, receiver_rows))
-            number = -1 if receiver is None else receiver.number
-            compiled: Tensor = compiled_product_gelu(codes, at, layer.product.number, bias, self.approximate, number, receiver_at)
+            at = [None if isinstance(row, int) else row for row in rows]
+            compiled: Tensor = compiled_feed_forward(codes, [first.product.number, second.product.number], at, biases, gelu)
             return compiled
-        product: Product = layer.product
-        return product.multiply_gelu(codes, int(rows), bias, self.approximate, receiver, int(receiver_rows))
-
-    def _receiver(self) -> tuple[Product | None, int | Tensor]:
-        """What takes codes, and its parameter set; None where the output has to be floating point."""
-        for modules in self.feed_forward if not self.training else ():
-            layer = modules[2]  # looked up at every call: an adapter may have taken the layer's place
-            rows = _row_of_one(layer)
-            watched = layer._forward_pre_hooks or layer._forward_hooks
-            if rows is not None and isinstance(layer, IntegerLinear) and layer.product.takes_codes and not watched:
-                return layer.product, rows
-        return None, 0
+        products = (first.product, second.product)
+        return feed_forward(codes, products, (int(rows[0]), int(rows[1])), (biases[0], biases[1]), gelu)
 
 
 def _row_of_one(layer: nn.Module) -> int | Tensor | None:
@@ -337,6 +321,11 @@ def _row_of_one(layer: nn.Module) -> int | Tensor | None:
         return None
     rows = layer.input_quantizer.present_rows(torch.device("cpu"))
     return rows if isinstance(rows, int) or torch.compiler.is_compiling() else None
+
+
+def _one_product(layer: nn.Module) -> bool:
+    """Whether a layer's output is one product of integers, which can be cut along the outputs."""
+    return isinstance(layer, IntegerLinear) and layer.product.one_matrix
 
 
 class BlockedProducts(AttentionProducts):

@@ -5,8 +5,8 @@ The kernels multiply unsigned 8-bit codes of the input with signed 8-bit weights
     y[o] = scale * weight_scale[o] * sum_c (code[c] - zero_point) * weight[o, c] + bias[o]
 
 `scale` and `zero_point` are arguments of a call, so switching them costs nothing. Inside `torch.compile` the products are opaque
-operators, ``diffquant::product`` and ``diffquant::attention``, and what lies between them is fused; an operator finds its `Product`
-by number, because the compiler cannot carry weights in oneDNN's layout.
+operators, ``diffquant::product``, ``diffquant::feed_forward`` and ``diffquant::attention``, and what lies between them is fused; an
+operator finds its `Product` by number, because the compiler cannot carry weights in oneDNN's layout.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ OUTPUTS = (torch.float32, torch.bfloat16)  # what the kernels put out
 MAX_CODE = 255  # of 8 bits
 SCORES = 1 << 20  # attention scores held at once: 4 MB, so that a block stays in the cache between the two products
 MAX_SOURCES = 1 << 15  # keys and values whose products of codes fit int32
+TOKENS = 512  # of a feed-forward at once, so that what lies between its two products stays in the cache
 INTEGER_SCORES = 1 << 15  # with fewer scores to a head, one batch of products in floating point is as fast
 
 
@@ -58,7 +59,10 @@ def quantized(x: Float[Tensor, "*shape"], scale: float, zero_point: int, dtype: 
 
 @final
 class Packed:
-    """One digit of an integer weight [out, in, ...] in the layout of a kernel, with its scale for each output. Never written."""
+    """One digit of an integer weight [out, in, ...] in the layout of a kernel, with its scale for each output.
+
+    ``weights``: all outputs, or after `halve` the first and the last half of them. Not written afterwards.
+    """
 
     def __init__(self, digits: Int[Tensor, "out ..."], scale: Float[Tensor, " out"], digit: int, layer: QuantizedLayer) -> None:
         self.digit, self.scale = digit, scale * float(LIMB**digit)
@@ -66,17 +70,31 @@ class Packed:
         ops = torch.ops.onednn
         if isinstance(layer, QuantizedConv2d):
             geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
-            self.weight: Tensor = ops.qconv_prepack(digits.contiguous(), torch.ones(len(digits)), 1.0, 0, *geometry, None)
+            weight: Tensor = ops.qconv_prepack(digits.contiguous(), torch.ones(len(digits)), 1.0, 0, *geometry, None)
         else:
-            self.weight = ops.qlinear_prepack(digits.contiguous(), None)
+            weight = ops.qlinear_prepack(digits.contiguous(), None)
+        self.weights = (weight,)
+
+    def halve(self) -> None:
+        """Lay out each half of the outputs of a linear layer for itself, so that they can be multiplied apart."""
+        if len(self.weights) == 1:
+            halves = _dense(self.weights[0]).chunk(2)
+            self.weights = tuple(torch.ops.onednn.qlinear_prepack(half.contiguous(), None) for half in halves)
 
     def integers(self) -> Int[Tensor, "out ..."]:
         """What was laid out, times the weight of its digit, int32."""
-        dense: Tensor = self.weight.to_dense().int() * LIMB**self.digit
-        return dense.t() if dense.dim() == 2 else dense  # the kernel of linear layers holds [in, out]
+        digits = torch.cat([_dense(weight) for weight in self.weights])
+        return digits.int().mul_(LIMB**self.digit)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         return self
+
+
+def _dense(weight: Tensor) -> Int[Tensor, "out ..."]:
+    """A weight out of its kernel's layout, int8; that of linear layers holds [in, out]."""
+    dense = weight.to_dense()
+    held: Tensor = dense.t() if dense.dim() == 2 else dense
+    return held
 
 
 def digits(integers: Int[Tensor, "..."]) -> Iterator[Int[Tensor, "..."]]:
@@ -174,31 +192,38 @@ class Product:
         """Whether the codes of its input are all 256, with one step for all channels: what a kernel can put out."""
         return all(len(row) == 1 and isinstance(row[0].inverse, float) and row[0].last == MAX_CODE for row in self.steps)
 
-    def multiply_gelu(
-        self, codes: Tensor, row: int, bias: Tensor | None, approximate: str, receiver: Product | None, receiver_row: int
-    ) -> Tensor:
-        """GELU of the product, float32; or, for a `receiver` that `takes_codes`, the codes of it there. Needs `one_matrix`."""
-        step = self.steps[row][0]
+    def halve(self) -> None:
+        """Lay out the weight in two halves of the outputs; needs `one_matrix`."""
+        for row in self.steps:
+            row[0].matrices[0].halve()
+
+    def given_to(self, receiver: Product, rows: tuple[int, int], codes: Tensor, bias: Tensor | None, gelu: str) -> list[Tensor]:
+        """What `receiver` multiplies: codes of this product's GELU or, where it is halved, of one half times the other's GELU.
+
+        ``gelu``: "none" or "tanh", torch's names of the exact and the approximate one. Needs `one_matrix`.
+        """
+        step = self.steps[rows[0]][0]
         packed = step.matrices[0]
-        put_out: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32)
-        if receiver is not None:
-            taken = receiver.steps[receiver_row][0]
-            put_out = (taken.scale, taken.zero_point, torch.uint8)
-        product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes.contiguous(), step.scale, step.zero_point, packed.weight, packed.scale, packed.zero_point, bias,
-            *put_out, "gelu", [], approximate,
-        )  # fmt: skip
-        return product
+        last = len(packed.weights) - 1
+        taken = receiver.steps[rows[1]][0]
+        if last == 0 and receiver.takes_codes:
+            return [_linear(codes, step, packed, 0, bias, (taken.scale, taken.zero_point, torch.uint8), ("gelu", [], gelu))]
+        activated = _linear(codes, step, packed, last, bias, post=("gelu", [], gelu))
+        if last:
+            activated.mul_(_linear(codes, step, packed, 0, bias))
+        return receiver.codes(activated, rows[1])
 
     def _one(self, codes: Tensor, step: Step, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        given = (step.scale, step.zero_point, packed.weight, packed.scale, packed.zero_point, bias)
-        product: Tensor
-        if self.conv:
-            codes = codes.contiguous(memory_format=torch.channels_last)
-            geometry = (self.stride, self.padding, self.dilation, self.groups)
-            product = torch.ops.onednn.qconv2d_pointwise(codes, *given, *geometry, 1.0, 0, dtype, "none", [], None)
-        else:
-            product = torch.ops.onednn.qlinear_pointwise(codes.contiguous(), *given, 1.0, 0, dtype, "none", [], "")
+        if not self.conv:
+            codes, put_out = codes.contiguous(), (1.0, 0, dtype)
+            parts = [_linear(codes, step, packed, part, bias, put_out) for part in range(len(packed.weights))]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        codes = codes.contiguous(memory_format=torch.channels_last)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        product: Tensor = torch.ops.onednn.qconv2d_pointwise(
+            codes, step.scale, step.zero_point, packed.weights[0], packed.scale, packed.zero_point, bias,
+            *geometry, 1.0, 0, dtype, "none", [], None,
+        )  # fmt: skip
         return product
 
     def empty_output(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -211,6 +236,40 @@ class Product:
         ]
         output = torch.empty((len(codes), self.outputs, *size), dtype=dtype, device=codes.device, memory_format=torch.channels_last)
         return output
+
+
+def _linear(
+    codes: Tensor,
+    step: Step,
+    packed: Packed,
+    part: int,
+    bias: Tensor | None,
+    put_out: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32),
+    post: tuple[str, list[float], str] = ("none", [], ""),
+) -> Tensor:
+    """The product of contiguous `codes` with one part of a linear weight, after `post`; `put_out`: scale, zero point and type."""
+    size = len(packed.scale) // len(packed.weights)
+    here = slice(part * size, (part + 1) * size)
+    given = (packed.weights[part], packed.scale[here], packed.zero_point[here], None if bias is None else bias[here])
+    product: Tensor = torch.ops.onednn.qlinear_pointwise(codes, step.scale, step.zero_point, *given, *put_out, *post)
+    return product
+
+
+def feed_forward(
+    codes: UInt8[Tensor, "*tokens _"],
+    products: tuple[Product, Product],
+    rows: tuple[int, int],
+    biases: tuple[Tensor | None, Tensor | None],
+    gelu: str,
+) -> Float[Tensor, "*tokens _"]:
+    """The second product of the GELU of the first (or of its gated halves), `TOKENS` tokens at a time; see `Product.given_to`."""
+    first, second = products
+    tokens = codes.flatten(0, -2).contiguous()
+    output = torch.empty(len(tokens), second.outputs)
+    for some, place in zip(tokens.split(TOKENS), output.split(TOKENS), strict=True):
+        given = first.given_to(second, rows, some, biases[0], gelu)
+        place.copy_(second.multiply(given, rows[1], biases[1], torch.float32))
+    return output.view(*codes.shape[:-1], second.outputs)
 
 
 _numbers = itertools.count()
@@ -233,36 +292,22 @@ def _(codes: list[Tensor], row: Tensor | None, number: int, bias: Tensor | None,
 
 
 @torch.library.custom_op(
-    "diffquant::product_gelu",
+    "diffquant::feed_forward",
     mutates_args=(),
-    schema="(Tensor codes, Tensor? row, int number, Tensor? bias, str approximate, int receiver, Tensor? receiver_row) -> Tensor",
+    schema="(Tensor codes, int[] numbers, Tensor?[] rows, Tensor?[] biases, str gelu) -> Tensor",
 )
-def compiled_product_gelu(
-    codes: Tensor,
-    row: Tensor | None,
-    number: int,
-    bias: Tensor | None,
-    approximate: str,
-    receiver: int,
-    receiver_row: Tensor | None,
+def compiled_feed_forward(
+    codes: Tensor, numbers: list[int], rows: list[Tensor | None], biases: list[Tensor | None], gelu: str
 ) -> Tensor:
-    """`Product.multiply_gelu` inside `torch.compile`; `receiver` is -1 where the output is floating point."""
-    taker = None if receiver < 0 else _products[receiver]
-    rows = [0 if at is None else int(at) for at in (row, receiver_row)]
-    return _products[number].multiply_gelu(codes, rows[0], bias, approximate, taker, rows[1])
+    """`feed_forward` of the products with these numbers inside `torch.compile`; a row is None where there is one parameter set."""
+    first, second = (_products[number] for number in numbers)
+    chosen = [0 if row is None else int(row) for row in rows]
+    return feed_forward(codes, (first, second), (chosen[0], chosen[1]), (biases[0], biases[1]), gelu)
 
 
-@compiled_product_gelu.register_fake
-def _(
-    codes: Tensor,
-    row: Tensor | None,
-    number: int,
-    bias: Tensor | None,
-    approximate: str,
-    receiver: int,
-    receiver_row: Tensor | None,
-) -> Tensor:
-    return _products[number].empty_output(codes, torch.float32 if receiver < 0 else torch.uint8)
+@compiled_feed_forward.register_fake
+def _(codes: Tensor, numbers: list[int], rows: list[Tensor | None], biases: list[Tensor | None], gelu: str) -> Tensor:
+    return _products[numbers[1]].empty_output(codes, torch.float32)
 
 
 class Codes(NamedTuple):

@@ -196,7 +196,7 @@ def test_integer_attention_of_both_halves():
         quantizer.scale.copy_(torch.tensor([[1 / 255], [1 / 100]]) if name == "softmax" else torch.tensor([[0.02], [0.05]]))
         quantizer.zero_point.fill_(0 if name == "softmax" else 128)
         quantizer.enabled = True
-    from diffquant.runtime.engines.int8_cpu import BlockedProducts
+    from diffquant.runtime.engines.attention import BlockedProducts
 
     query, key, value = (torch.randn(4, 3, tokens, 8) for tokens in (20, 9, 9))
     mask = torch.rand(4, 1, 20, 9)

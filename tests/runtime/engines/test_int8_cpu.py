@@ -23,7 +23,7 @@ from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, LayerSpec, QuantSpec
 from diffquant.core.surgery import quantizers
 from diffquant.runtime import engines
-from diffquant.runtime.engines import int8_cpu, kernels
+from diffquant.runtime.engines import attention, int8_cpu, kernels
 
 pytestmark = pytest.mark.skipif(bool(int8_cpu.unsupported()), reason=int8_cpu.unsupported() or "integer kernels")
 
@@ -312,8 +312,8 @@ def test_codes_with_and_without_the_kernel_of_one_pass(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("integers", [0, 1 << 20])
 @pytest.mark.parametrize("spec", [QuantSpec(bits=8), QuantSpec(bits=8, symmetric=True), QuantSpec(bits=6)], ids=str)
 def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, masked: bool, scores: int, integers: int, spec: QuantSpec) -> None:
-    monkeypatch.setattr(kernels, "SCORES", scores)
-    monkeypatch.setattr(kernels, "INTEGER_SCORES", integers)
+    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attention, "INTEGER_SCORES", integers)
     probabilities = QuantSpec(bits=spec.bits)
     products = AttentionProducts(AttentionSpec(query=spec, key=spec, value=spec, softmax=probabilities), StepClock())
     for name, quantizer in products.named_children():
@@ -327,7 +327,7 @@ def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, masked: bool, scor
         mask[..., 0] = True
     with torch.no_grad():
         simulated = products(query, key, value, mask)
-        products.__class__ = int8_cpu.BlockedProducts
+        products.__class__ = attention.BlockedProducts
         blocked = products(query, key, value, mask)
         added = products(query, key, value, mask.float().sub(1).mul(1e9)) if mask is not None else blocked
     # a probability on the edge of rounding moves an output by one step of it times a value

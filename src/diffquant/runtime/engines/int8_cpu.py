@@ -27,20 +27,16 @@ from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.surgery import quantized_layers
+from diffquant.runtime.engines.attention import BlockedProducts
 from diffquant.runtime.engines.kernels import (
     OUTPUTS,
-    Codes,
     Packed,
     Product,
     Step,
-    attention,
-    codes_of,
-    compiled_attention,
     compiled_feed_forward,
     compiled_product,
     digits,
@@ -326,71 +322,3 @@ def _row_of_one(layer: nn.Module) -> int | Tensor | None:
 def _one_product(layer: nn.Module) -> bool:
     """Whether a layer's output is one product of integers, which can be cut along the outputs."""
     return isinstance(layer, IntegerLinear) and layer.product.one_matrix
-
-
-class BlockedProducts(AttentionProducts):
-    """Attention with quantized operands, a block of scores at a time; made by `lower`, never constructed.
-
-    The scores are never all in memory.
-    """
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Attention over ``[batch, heads, tokens, width]`` with quantized operands."""
-        present = [quantizer for quantizer in self._modules.values() if isinstance(quantizer, Quantizer)]
-        softmax = self._modules.get("softmax")
-        compiling = torch.compiler.is_compiling()
-        unusual = dropout_p or is_causal or enable_gqa or query.dtype != torch.float32 or torch.is_grad_enabled()
-        switched = any(not quantizer.enabled or quantizer.observer is not None for quantizer in present)
-        if unusual or switched or query.device.type != "cpu":
-            return super().forward(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if softmax is None:
-            query, key, value = (self._fake(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
-            return functional.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale)
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        operands, limits = self._operands(query)
-        if compiling:
-            output: Tensor = compiled_attention(query, key, value, attn_mask, operands, limits, factor)
-            return output
-        if all(len(each) <= 1 for each in operands):
-            return attention(query, key, value, attn_mask, _codes(operands, limits, 0), factor)
-        output = query.new_empty(*query.shape[:3], value.shape[3])
-        for some in _alike(operands, len(query)):
-            mask = attn_mask if attn_mask is None or attn_mask.dim() < 4 or len(attn_mask) == 1 else attn_mask[some]
-            codes = _codes(operands, limits, int(some[0]))
-            output[some] = attention(query[some], key[some], value[some], mask, codes, factor)
-        return output
-
-    def _operands(self, x: Tensor) -> tuple[list[Tensor], list[int]]:
-        """Scale and zero point, first and last code, of query, key, value and softmax; empty tensors for floating point."""
-        operands: list[Tensor] = []
-        limits: list[int] = []
-        for name in ("query", "key", "value", "softmax"):
-            quantizer: Quantizer | None = self._modules.get(name)  # type: ignore[assignment]
-            operands += [x.new_empty(0)] * 2 if quantizer is None else quantizer.operands(x)
-            limits += [0, 0] if quantizer is None else [quantizer.spec.code_min, quantizer.spec.code_max]
-        return operands, limits
-
-
-def _codes(operands: list[Tensor], limits: list[int], sample: int) -> list[Codes | None]:
-    """The codes of each operand of a sample's attention; None for floating point."""
-    pairs = zip(operands[::2], operands[1::2], limits[::2], limits[1::2], strict=True)
-    return [
-        codes_of(scale[sample % len(scale)], zero_point[sample % len(zero_point)], first, last) if scale.numel() else None
-        for scale, zero_point, first, last in pairs
-    ]
-
-
-def _alike(operands: list[Tensor], batch: int) -> list[Tensor]:
-    """The samples of a batch in groups that have the same parameter sets."""
-    _, group = torch.stack([each.flatten().expand(batch) for each in operands if each.numel()]).unique(dim=1, return_inverse=True)
-    return [(group == number).nonzero().flatten() for number in range(int(group.max()) + 1)]

@@ -1,21 +1,20 @@
-"""Products of integer codes by PyTorch's oneDNN kernels, and attention in blocks: what the int8 engine computes with.
+"""Products of integer codes by PyTorch's oneDNN kernels: what the layers of the int8 engine compute with.
 
 The kernels multiply unsigned 8-bit codes of the input with signed 8-bit weights, laid out once, and put out floating point:
 
     y[o] = scale * weight_scale[o] * sum_c (code[c] - zero_point) * weight[o, c] + bias[o]
 
 `scale` and `zero_point` are arguments of a call, so switching them costs nothing. Inside `torch.compile` the products are opaque
-operators, ``diffquant::product``, ``diffquant::feed_forward`` and ``diffquant::attention``, and what lies between them is fused; an
-operator finds its `Product` by number, because the compiler cannot carry weights in oneDNN's layout.
+operators, ``diffquant::product`` and ``diffquant::feed_forward``, and what lies between them is fused; an operator finds its
+`Product` by number, because the compiler cannot carry weights in oneDNN's layout.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, final
+from collections.abc import Iterator, Sequence
+from typing import Any, final
 from weakref import WeakValueDictionary
 
 import torch
@@ -27,10 +26,7 @@ from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
 LIMB = 256  # an integer weight is written in digits of this base, each in -128..127
 OUTPUTS = (torch.float32, torch.bfloat16)  # what the kernels put out
 MAX_CODE = 255  # of 8 bits
-SCORES = 1 << 20  # attention scores held at once: 4 MB, so that a block stays in the cache between the two products
-MAX_SOURCES = 1 << 15  # keys and values whose products of codes fit int32
 TOKENS = 512  # of a feed-forward at once, so that what lies between its two products stays in the cache
-INTEGER_SCORES = 1 << 15  # with fewer scores to a head, one batch of products in floating point is as fast
 
 
 def _has_quantized_tensors() -> bool:
@@ -308,134 +304,3 @@ def compiled_feed_forward(
 @compiled_feed_forward.register_fake
 def _(codes: Tensor, numbers: list[int], rows: list[Tensor | None], biases: list[Tensor | None], gelu: str) -> Tensor:
     return _products[numbers[1]].empty_output(codes, torch.float32)
-
-
-class Codes(NamedTuple):
-    """The codes of an attention operand, moved to int8: x = scale * (code - zero_point), codes from `first` to `last`."""
-
-    scale: float
-    zero_point: int
-    first: int
-    last: int
-
-    def of(self, x: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """int8 codes of `x`."""
-        codes = quantized(x, self.scale, self.zero_point, torch.int8)
-        return codes if (self.first, self.last) == (-128, 127) else codes.clamp_(self.first, self.last)
-
-    def integers(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Codes minus zero point, as float32."""
-        integers = self.of(x).float()
-        return integers.sub_(self.zero_point) if self.zero_point else integers
-
-
-def attention(
-    query: Float[Tensor, "b h t d"],
-    key: Float[Tensor, "b h s d"],
-    value: Float[Tensor, "b h s e"],
-    mask: Tensor | None,
-    operands: Sequence[Codes | None],
-    factor: float,
-) -> Float[Tensor, "b h t e"]:
-    """quantized(softmax(factor * query key^T + mask)) value, `SCORES` scores at a time.
-
-    `operands`: those of query, key, value and softmax; None leaves one (not the softmax) in floating point. The first product is
-    that of integers in float32, where heads are too narrow for integer kernels to gain; the second that of int8 codes, where a
-    head has at least `INTEGER_SCORES` scores.
-    """
-    batch, heads, tokens, width = query.shape
-    sources, every = key.shape[2], batch * heads
-    as_query, as_key, as_value, as_softmax = operands
-    assert as_softmax is not None
-    for operand in (as_query, as_key):
-        factor *= 1.0 if operand is None else operand.scale
-    query = (query if as_query is None else as_query.integers(query)).reshape(every, tokens, width) * factor
-    key = (key if as_key is None else as_key.integers(key)).reshape(every, sources, width).transpose(1, 2)
-    weigh = _weighing(value.reshape(every, sources, -1), as_value, as_softmax, tokens)
-    if mask is not None:
-        mask = mask.expand(batch, heads, tokens, sources).reshape(every, tokens, sources)
-    together = min(every, max(1, SCORES // (tokens * sources)))  # heads
-    block = min(tokens, max(1, SCORES // (together * sources)))  # tokens
-    buffer = query.new_empty(together * block * sources)
-    output = query.new_empty(every, tokens, value.shape[3])
-    for first in range(0, every, together):
-        some = slice(first, min(every, first + together))
-        for start in range(0, tokens, block):
-            here = slice(start, min(tokens, start + block))
-            shape = (some.stop - some.start, here.stop - here.start, sources)
-            scores = buffer[: math.prod(shape)].view(shape)
-            torch.bmm(query[some, here], key[some], out=scores)
-            if mask is not None:
-                _add_mask(scores, mask[some, here])
-            torch.softmax(scores, dim=-1, out=scores)
-            weigh(scores, some, output[some, here])
-    return output.view(batch, heads, tokens, -1)
-
-
-def _weighing(
-    value: Float[Tensor, "n s e"], as_value: Codes | None, as_softmax: Codes, tokens: int
-) -> Callable[[Tensor, slice, Tensor], None]:
-    """What quantizes a block of probabilities in place and writes its product with the values of some heads."""
-    sources = value.shape[1]
-    if as_value is None or tokens * sources < INTEGER_SCORES or sources > MAX_SOURCES:
-        values = (value if as_value is None else as_value.integers(value).mul_(as_value.scale)) * as_softmax.scale
-        low, high = (limit - as_softmax.zero_point for limit in (as_softmax.first, as_softmax.last))
-
-        def weigh(probabilities: Tensor, some: slice, output: Tensor) -> None:
-            probabilities.div_(as_softmax.scale).round_()
-            if low > 0 or 1 / as_softmax.scale >= high + 0.5:  # else no probability is outside
-                probabilities.clamp_(low, high)
-            output.copy_(probabilities @ values[some])
-
-        return weigh
-    codes = as_value.of(value)
-    if as_value.zero_point:  # a column of ones sums up the codes of the softmax
-        codes = torch.cat([codes, torch.ones_like(codes[:, :, :1])], dim=2)
-    moved = codes.sum(dim=1, dtype=torch.int32) * as_softmax.zero_point
-    scale, zero_point = as_value.scale * as_softmax.scale, as_value.zero_point
-
-    def weigh_codes(probabilities: Tensor, some: slice, output: Tensor) -> None:
-        for index, head in enumerate(range(some.start, some.stop)):
-            product = torch._int_mm(as_softmax.of(probabilities[index]), codes[head]).sub_(moved[head])
-            if zero_point:
-                product = product[:, :-1].sub_(product[:, -1:], alpha=zero_point)
-            torch.mul(product, scale, out=output[index])
-
-    return weigh_codes
-
-
-@torch.library.custom_op(
-    "diffquant::attention",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor[] operands, int[] limits, float factor) -> Tensor",
-)
-def compiled_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, operands: list[Tensor], limits: list[int], factor: float
-) -> Tensor:
-    """`attention` inside `torch.compile`, where the scales may be those of another set at the next call.
-
-    `operands`: scale and zero point of each, both empty for one in floating point; `limits`: first and last code of each.
-    """
-    pairs = zip(operands[::2], operands[1::2], limits[::2], limits[1::2], strict=True)
-    found = [codes_of(scale, zero_point, first, last) if scale.numel() else None for scale, zero_point, first, last in pairs]
-    return attention(query, key, value, mask, found, factor)
-
-
-def codes_of(scale: Tensor, zero_point: Tensor, first: int, last: int) -> Codes:
-    """Operands of a quantizer with one parameter set, codes moved to int8."""
-    moved = 128 if first >= 0 else 0
-    return Codes(float(scale), int(zero_point) - moved, first - moved, last - moved)
-
-
-@compiled_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, operands: list[Tensor], limits: list[int], factor: float
-) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
-
-
-def _add_mask(scores: Tensor, mask: Tensor) -> None:
-    if mask.dtype == torch.bool:
-        scores.masked_fill_(~mask, -torch.inf)
-    else:
-        scores.add_(mask)

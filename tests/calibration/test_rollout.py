@@ -20,7 +20,8 @@ from diffusers import (
 from diffquant.calibration import rollout as module
 from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
-from diffquant.calibration.rollout import Rollout, restore, snapshot
+from diffquant.calibration.rollout import Rollout
+from diffquant.calibration.scheduling import restore, snapshot
 from diffquant.core.spec import CalibrationError
 from diffquant.evaluation.sampling import sample_unconditional
 from tests import pipelines

@@ -23,7 +23,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, cosine, fit
-from diffquant.calibration.rollout import Chain, Key, Rollout, history, with_history
+from diffquant.calibration.rollout import Chain, Rollout
+from diffquant.calibration.scheduling import Key, history, with_history
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.layers import QuantizedLayer, smoothed_weight
 from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid

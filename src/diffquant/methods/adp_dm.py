@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, call_recorded, fit, rows_of
 from diffquant.calibration.observe import predicted
-from diffquant.calibration.rollout import build_scheduler
+from diffquant.calibration.scheduling import build_scheduler
 from diffquant.calibration.selection import normal_shares
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import Quantizer, StepClock

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run
-from diffquant.calibration.rollout import Rollout, build_scheduler
+from diffquant.calibration.rollout import Rollout
+from diffquant.calibration.scheduling import build_scheduler
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import SpecError

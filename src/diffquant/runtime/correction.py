@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.calibration.observe import Pipeline, find_denoiser, predicted
-from diffquant.calibration.rollout import guidance_weight, leading_channels, restore, snapshot
+from diffquant.calibration.rollout import guidance_weight, leading_channels
+from diffquant.calibration.scheduling import restore, snapshot
 from diffquant.core.spec import SpecError
 from diffquant.methods.corrections import (
     ATTACHED,

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,14 @@ def denoise(batch: int) -> Call:
 
 def quantize(model: nn.Module, call: Call, bits: int) -> nn.Module:
     """`model` frozen with the layers of recipe minmax, its ranges those of one call."""
-    prepare(model, plan(model, dq.load_recipe(f"minmax-w{bits}a8").layers))
+    calibrated(model, call, f"minmax-w{bits}a8")
+    freeze(model)
+    return model
+
+
+def calibrated(model: nn.Module, call: Call, recipe: str, overrides: Sequence[str] = (), timesteps: tuple[float, ...] = ()) -> None:
+    """Make `model` quantizable with the layers of a recipe, its ranges those of one call, the same for all parameter sets."""
+    prepare(model, plan(model, dq.load_recipe(recipe, list(overrides)).layers), timesteps)
     modules = dict(model.named_modules())
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -116,8 +123,6 @@ def quantize(model: nn.Module, call: Call, bits: int) -> nn.Module:
         scale, zero_point = scale_from_range(*ranges[name], quantizer.spec)
         quantizer.scale.copy_(scale)
         quantizer.zero_point.copy_(zero_point)
-    freeze(model)
-    return model
 
 
 def machine() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The command line: the public verbs with arguments, and no logic of its own.
 
-A model is a directory, a hub id, or the name of a reference model (``glyph-ddim``, ``glyph-sd``).
+A model is a directory, a hub id, or the name of a reference model (``glyph-ddim``, ``glyph-sd``, ``glyph-dit``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from diffquant.zoo.data import render_letters
 
 HELP = (
     "Post-training quantization for diffusion models: calibrate on a pipeline's own sampling, pack, sample, compare. "
-    "A model is a directory, a hub id, or a reference model (glyph-ddim, glyph-sd). "
+    "A model is a directory, a hub id, or a reference model (glyph-ddim, glyph-sd, glyph-dit). "
     "What quantized models compute with is chosen by the CPU, or by the variable DIFFQUANT_ENGINE: int8, openvino or simulate."
 )
 WIDE = 200  # columns where nothing says how many: in a pipe or a file
@@ -45,7 +45,7 @@ app.add_typer(zoo_app, name="zoo")
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 errors = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="Directory of a pipeline, hub id, or name of a reference model (glyph-ddim, glyph-sd).")]
+Model = Annotated[str, typer.Argument(help="Pipeline directory, hub id, or reference model (glyph-ddim, glyph-sd, glyph-dit).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override in the recipe by path, e.g. passes.1.iterations=100.")]
 PROTOCOL_HELP = (

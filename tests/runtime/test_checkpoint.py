@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, DiTPipeline, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import pipelines
+from diffquant.calibration.observe import Calibration, conditions
 from diffquant.core.affine import scale_from_range
 from diffquant.core.layers import QuantizedLinear
 from diffquant.core.spec import CheckpointError, LayerRule
@@ -102,6 +104,19 @@ def test_save_then_load(pipe: DDIMPipeline, written: Path) -> None:
     assert load(written, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
     x = torch.zeros(1, 3, 8, 8)
     assert torch.equal(load(written, engine="simulate").unet(x, 500).sample, pipe.unet(x, 500).sample)
+
+
+def test_class_names_stay_with_every_copy(tmp_path: Path) -> None:
+    """diffusers' pipeline forgets them when it is saved a second time; they also say which labels there are to calibrate on."""
+    pipe = pipelines.dit()
+    pipe.register_to_config(id2label={"2": "A, a", "5": "B"})
+    pipe.save_pretrained(tmp_path / "first")
+    pipe = DiTPipeline.from_pretrained(tmp_path / "first")
+    pipelines.freeze_by_hand(pipe.transformer)
+    for name in ("second", "third"):
+        pipe = load(save(pipe, tmp_path / name), engine="simulate")
+        assert pipe.get_label_ids(["A", "a", "B"]) == [2, 2, 5]
+        assert conditions(pipe, Calibration(samples=3), range(3)) == {"class_labels": [2, 5, 2]}
 
 
 def test_saving_again_keeps_bytes_and_recipe(written: Path, tmp_path: Path) -> None:

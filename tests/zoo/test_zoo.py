@@ -57,6 +57,15 @@ def test_prompts_are_obeyed():
     assert ink[:4].mean() > 1.5 * ink[4:].mean()
 
 
+def test_labels_are_obeyed():
+    """Of 8 pictures the letter asked for; and a label is not a prompt: the pipeline knows the letters' names."""
+    pipe, features = zoo.load("glyph-dit"), zoo.load("glyph-classifier")
+    labels = tuple(pipe.get_label_ids(list("EHNZAKSX")))
+    assert labels == (4, 7, 13, 25, 0, 10, 18, 23)
+    protocol = SamplingProtocol(samples=8, steps=10, batch_size=8, seed=0, class_labels=labels, guidance_scale=3.0)
+    assert features.agreement(sample(pipe, protocol).pictures, labels).mean() >= 0.75  # 1/26 is chance
+
+
 def test_statistics_fit_the_classifier():
     statistics = zoo.load_statistics()
     assert statistics.features.shape == (models.DATA_SAMPLES, models.FEATURES)

@@ -292,11 +292,26 @@ def _default_labels(pipe: Pipeline, samples: int) -> tuple[int, ...]:
     """Labels spread evenly over the classes that the pipeline names: the first `samples` of ImageNet's would all be animals."""
     _, denoiser = find_denoiser(pipe)
     config: Any = denoiser.config
-    named = dict(getattr(pipe, "config", {})).get("id2label") or ()
-    classes = len(named) or config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
-    if classes is None:
+    named = sorted({int(label) for label in class_names(pipe)})
+    labels = named or range(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
+    if not labels:
         raise CalibrationError(
             f"{type(pipe).__name__}: the number of classes of {type(denoiser).__name__} is not in its config; give class_labels"
         )
-    count = min(samples, classes)
-    return tuple(i * classes // count for i in range(count))
+    count = min(samples, len(labels))
+    return tuple(labels[i * len(labels) // count] for i in range(count))
+
+
+def class_names(pipe: Pipeline) -> dict[str, str]:
+    """Names of a pipeline's classes by label, synonyms separated by commas, as ``id2label`` of `DiTPipeline`; empty for others.
+
+    A pipeline made with names has them in its configuration; a loaded one only by name, in ``labels``.
+    """
+    configured = dict(getattr(pipe, "config", {})).get("id2label") or {}
+    names = {str(label): str(name) for label, name in configured.items()}
+    by_name = getattr(pipe, "labels", None)
+    if names or not isinstance(by_name, dict):
+        return names
+    for name, label in by_name.items():
+        names[str(label)] = f"{names[str(label)]}, {name}" if str(label) in names else name
+    return names

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffquant.calibration.observe import class_names
 from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import first_adapter, is_frozen, quantized_layers, quantizers
 from diffquant.runtime import engines
@@ -58,6 +59,8 @@ def save(
     try:
         temporary.mkdir(parents=True)
         writer: Any = pipe_or_model
+        if names := class_names(writer):
+            writer.register_to_config(id2label=names)  # a loaded `DiTPipeline` would leave them out
         writer.save_pretrained(temporary, max_shard_size=max_shard_size)
         for name, model in models.items():
             _check_reproduced(model, temporary / name)

@@ -2,8 +2,8 @@
 
     python benchmarks/parameter_sets.py --models glyph-ddim dit-s --sets 8 50
 
-All variants hold the same ranges, the sets' scales differing by a percent from one to the next; they take turns, stepping through
-50 timesteps in each round, every one of which takes another set than the one before. Ratios are of the times of one round.
+All variants hold the same ranges, the sets' scales differing by a percent from one to the next, and take turns at every one of 50
+timesteps, each of which takes another set than the one before. Ratios are of the sums of a round.
 """
 
 import argparse
@@ -38,12 +38,16 @@ def with_sets(model: nn.Module, given: dict[str, Tensor], sets: int) -> nn.Modul
     return model
 
 
-def sweep(model: nn.Module, given: dict[str, Tensor]) -> float:
-    """Seconds for one call at each timestep."""
-    start = time.perf_counter()
+def sweep(models: dict[int, nn.Module], given: dict[str, Tensor]) -> dict[int, float]:
+    """Seconds of each model for one call at each timestep; they take turns at each."""
+    taken = dict.fromkeys(models, 0.0)
     for timestep in TIMESTEPS:
-        model(**given | {"timestep": torch.full_like(given["timestep"], int(timestep))})
-    return time.perf_counter() - start
+        arguments = given | {"timestep": torch.full_like(given["timestep"], int(timestep))}
+        for sets, model in models.items():
+            start = time.perf_counter()
+            model(**arguments)
+            taken[sets] += time.perf_counter() - start
+    return taken
 
 
 def one_model(name: str, engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -57,8 +61,8 @@ def one_model(name: str, engine: str, arguments: argparse.Namespace) -> dict[str
         model(**given)
     times: dict[int, list[float]] = {sets: [] for sets in models}
     for _ in range(arguments.rounds):
-        for sets, model in models.items():
-            times[sets].append(sweep(model, given))
+        for sets, seconds in sweep(models, given).items():
+            times[sets].append(seconds)
     ratios = {sets: sorted(a / b for a, b in zip(times[sets], times[1], strict=True)) for sets in arguments.sets}
     return {"seconds": {sets: statistics.median(taken) for sets, taken in times.items()}, "ratios": ratios}
 

@@ -251,6 +251,35 @@ def test_circular_padding_stays_simulated() -> None:
     assert int8_cpu.lower_layer(layer) == "padding (1, 1), mode 'circular'"
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_no_weight_is_laid_out_again_at_a_call(capfd: pytest.CaptureFixture[str], kernel: int) -> None:
+    """oneDNN says what it does: a reorder at every call where a convolution is given a zero point."""
+    layer = lowered(nn.Conv2d(12, 5, kernel, padding=kernel // 2), specs(8, False, 4, True))
+    assert layer.product.steps[0][0].zero_point != 0
+    x = torch.randn(2, 12, 6, 5)
+    layer(x)
+    capfd.readouterr()
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        layer(x)
+    done = [line.split(",")[5] for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+    assert done == ["convolution"]
+
+
+@pytest.mark.parametrize("padded", [0, 1 << 30])
+@pytest.mark.parametrize("kind", ["conv", "strided conv", "grouped conv", "depthwise conv"])
+def test_edges_given_here_and_by_the_kernel(monkeypatch: pytest.MonkeyPatch, padded: int, kind: str) -> None:
+    """Outside of a picture is the code of zero; both ways the integers are those of the formula."""
+    monkeypatch.setattr(kernels, "PADDED", padded)
+    make, shape = LAYERS[kind]
+    layer = lowered(make(), specs(8, False, 8, False, splits=(5, 7) if kind in ("conv", "strided conv") else ()), unit_steps=True)
+    given = layer.input_quantizer
+    codes = torch.randint(0, 256, shape)
+    parts = list(codes.to(torch.uint8).split(given.splits or [12], dim=1))
+    zero_points = given.zero_point[0].repeat_interleave(torch.tensor(given.splits or [12]))
+    output = layer((codes - zero_points.view(-1, 1, 1)).float())
+    assert torch.equal(output.double(), output_of_codes(layer, parts, 0))
+
+
 @pytest.mark.parametrize("bits", [6, 8])
 @pytest.mark.parametrize("activation", ["gelu", "gelu-approximate", "geglu"])
 def test_feed_forward_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch, bits: int, activation: str) -> None:

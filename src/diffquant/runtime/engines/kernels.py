@@ -20,12 +20,14 @@ from weakref import WeakValueDictionary
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from torch.nn import functional
 
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
 
 LIMB = 256  # an integer weight is written in digits of this base, each in -128..127
 OUTPUTS = (torch.float32, torch.bfloat16)  # what the kernels put out
 MAX_CODE = 255  # of 8 bits
+PADDED = 4  # an input with fewer codes for each weight of a convolution than this is given its edges here, not by the kernel
 TOKENS = 512  # of a feed-forward at once, so that what lies between its two products stays in the cache
 
 
@@ -57,12 +59,14 @@ def quantized(x: Float[Tensor, "*shape"], scale: float, zero_point: int, dtype: 
 class Packed:
     """One digit of an integer weight [out, in, ...] in the layout of a kernel, with its scale for each output.
 
-    ``weights``: all outputs, or after `halve` the first and the last half of them. Not written afterwards.
+    ``weights``: all outputs, or after `halve` the first and the last half of them. Not written afterwards. ``sums``: of the scaled
+    weights of each output, float64; ``count`` of all weights.
     """
 
     def __init__(self, digits: Int[Tensor, "out ..."], scale: Float[Tensor, " out"], digit: int, layer: QuantizedLayer) -> None:
         self.digit, self.scale = digit, scale * float(LIMB**digit)
         self.zero_point = torch.zeros(len(digits), dtype=torch.int32)
+        self.sums, self.count = digits.flatten(1).sum(1, dtype=torch.int64) * self.scale.double(), digits.numel()
         ops = torch.ops.onednn
         if isinstance(layer, QuantizedConv2d):
             geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
@@ -215,9 +219,15 @@ class Product:
             parts = [_linear(codes, step, packed, part, bias, put_out) for part in range(len(packed.weights))]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         codes = codes.contiguous(memory_format=torch.channels_last)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        zero_point, padding = step.zero_point, self.padding
+        if zero_point and (not any(padding) or codes.numel() < PADDED * packed.count):
+            # with a zero point the kernel lays the weight out again at every call; here it goes into edges and bias
+            codes = functional.pad(codes, [padding[1]] * 2 + [padding[0]] * 2, value=zero_point) if any(padding) else codes
+            moved = (packed.sums * (-zero_point * step.scale)).float()
+            bias, zero_point, padding = moved if bias is None else bias + moved, 0, [0, 0]
+        geometry = (self.stride, padding, self.dilation, self.groups)
         product: Tensor = torch.ops.onednn.qconv2d_pointwise(
-            codes, step.scale, step.zero_point, packed.weights[0], packed.scale, packed.zero_point, bias,
+            codes, step.scale, zero_point, packed.weights[0], packed.scale, packed.zero_point, bias,
             *geometry, 1.0, 0, dtype, "none", [], None,
         )  # fmt: skip
         return product

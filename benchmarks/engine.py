@@ -197,16 +197,20 @@ def time_model(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def speed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A row for each model; what is measured is written at once, beside what the file holds of the same machine."""
+    file = RESULTS / "engine-speed.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    result = {"machine": machine(), "models": kept["models"] if kept.get("machine") == machine() else {}}
     table = Table("model", "batch", "runtime", "ms", "times as long as int8", "slowest and fastest round")
-    rows = {}
     for name in arguments.models:
-        rows[name] = row = time_model(name, arguments)
+        result["models"][name] = row = time_model(name, arguments)
+        write(file, result)
         for runtime, seconds in row["seconds"].items():
             ratios = row["ratios"].get(f"{runtime} / int8", [row["seconds"][runtime] / row["seconds"]["int8"]])
             extent = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else ""
             table.add_row(name, str(row["batch"]), runtime, f"{seconds * 1e3:.0f}", f"{statistics.median(ratios):.2f}", extent)
     Console().print(table)
-    return {"machine": machine(), "models": rows}
+    return result
 
 
 def layers(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -302,11 +306,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with torch.no_grad():
         result = {"speed": speed, "layers": layers, "memory": memory}[arguments.command](arguments)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"engine-{arguments.command}.json"
-    kept = json.loads(file.read_text()) if file.exists() and arguments.command == "speed" else {}
-    if kept.get("machine") == result.get("machine") and "models" in kept:
-        result["models"] = kept["models"] | result["models"]
+    write(RESULTS / f"engine-{arguments.command}.json", result)
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1))
 
 

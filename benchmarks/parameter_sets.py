@@ -3,7 +3,8 @@
     python benchmarks/parameter_sets.py --models glyph-ddim dit-s --sets 8 50
 
 All variants hold the same ranges, the sets' scales differing by a percent from one to the next, and take turns at every one of 50
-timesteps, each of which takes another set than the one before. Ratios are of the sums of a round.
+timesteps, each of which takes another set than the one before. Ratios are of the sums of a round, in processor time of one thread,
+which other processes on the machine change least.
 """
 
 import argparse
@@ -39,14 +40,14 @@ def with_sets(model: nn.Module, given: dict[str, Tensor], sets: int) -> nn.Modul
 
 
 def sweep(models: dict[int, nn.Module], given: dict[str, Tensor]) -> dict[int, float]:
-    """Seconds of each model for one call at each timestep; they take turns at each."""
+    """Processor seconds of each model for one call at each timestep; they take turns at each."""
     taken = dict.fromkeys(models, 0.0)
     for timestep in TIMESTEPS:
         arguments = given | {"timestep": torch.full_like(given["timestep"], int(timestep))}
         for sets, model in models.items():
-            start = time.perf_counter()
+            start = time.process_time()
             model(**arguments)
-            taken[sets] += time.perf_counter() - start
+            taken[sets] += time.process_time() - start
     return taken
 
 
@@ -75,18 +76,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine(), "batch": arguments.batch, "models": {}}
+    file = RESULTS / "parameter-sets.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     table = Table("model", "engine", "sets", "time with one set = 1", "least and largest round")
+    torch.set_num_threads(1)
     with torch.no_grad():
         for name in arguments.models:
             for engine in arguments.engines:
-                row = found["models"][f"{name} {engine}"] = one_model(name, engine, arguments)
+                row = one_model(name, engine, arguments)
+                found[f"{name}, {engine}, batch {arguments.batch}"] = {"machine": machine()} | row
                 for sets, ratios in row["ratios"].items():
                     middle, extent = statistics.median(ratios), f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
                     table.add_row(name, engine, str(sets), f"{middle:.3f}", extent)
     Console().print(table)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "parameter-sets.json").write_text(json.dumps(found, indent=1))
+    file.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

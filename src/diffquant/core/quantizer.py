@@ -203,14 +203,15 @@ class Quantizer(nn.Module):
 
         Inside `torch.compile` it is a tensor of one row, for all samples: a number would be compiled in.
         """
-        if self.clock is None or self.table is None:
+        clock, table = self.clock, self.table  # looking up a buffer is slow
+        if clock is None or table is None:
             return 0
         if torch.compiler.is_compiling():
-            return self.table.to(device)[self.clock.position.to(device)].long()
-        interval = self.clock.interval
+            return table.to(device)[clock.position.to(device)].long()
+        interval = clock.interval
         if isinstance(interval, int):
-            return self._row(self.table, interval)
-        return self.table.to(device)[interval.to(device)].long()
+            return self._row(table, interval)
+        return table.to(device)[interval.to(device)].long()
 
     def _row(self, table: Integer[Tensor, " intervals"], interval: int) -> int:
         """``table[interval]``, of a list: reading a number off an accelerator waits for all that it has to do."""

@@ -70,7 +70,7 @@ def lower(model: nn.Module) -> list[Lowered]:
     for name, module in model.named_modules():
         if type(module) is FeedForward and type(module.net[0]) in (GELU, GEGLU):
             module.__class__ = IntegerFeedForward
-            if type(module.net[0]) is GEGLU and _one_product(module.net[0].proj):
+            if type(module.net[0]) is GEGLU and _one_product(module.net[0].proj) and isinstance(module.net[2], IntegerLinear):
                 module.net[0].proj.product.halve()
         if type(module) is AttentionProducts:
             module.__class__ = BlockedProducts

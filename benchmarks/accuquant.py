@@ -29,7 +29,8 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.fit import load_tensors
 from diffquant.calibration.rollout import Rollout
-from diffquant.core.surgery import enable, plan, prepare
+from diffquant.core.planning import plan
+from diffquant.core.surgery import enable, prepare
 from diffquant.methods.accuquant import AccuQuant, gradient_of
 from diffquant.methods.passes import evaluating, restore_quantizers
 from diffquant.recipe import pass_names

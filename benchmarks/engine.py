@@ -35,7 +35,8 @@ from torch import Tensor, nn
 import diffquant as dq
 from diffquant import zoo
 from diffquant.core.affine import scale_from_range
-from diffquant.core.surgery import freeze, plan, prepare, quantizers
+from diffquant.core.planning import plan
+from diffquant.core.surgery import freeze, prepare, quantizers
 from diffquant.runtime.checkpoint import file_size, float32_size
 from diffquant.runtime.engines.int8_cpu import IntegerConv2d, IntegerLinear
 
@@ -150,9 +151,10 @@ def runtimes(name: str, arguments: argparse.Namespace) -> tuple[dict[str, tuple[
     if arguments.openvino:
         models["openvino"] = copy.deepcopy(quantized)
         dq.use_engine(models["openvino"], "openvino")
-    for runtime in ("float32", "int8") if arguments.compile else ():
-        models[f"{runtime} compiled"] = copy.deepcopy(models[runtime])
-        models[f"{runtime} compiled"].compile()
+    for runtime in ("float32", "bfloat16", "int8") if arguments.compile else ():
+        if runtime in models:
+            models[f"{runtime} compiled"] = copy.deepcopy(models[runtime])
+            models[f"{runtime} compiled"].compile()
 
     def run(model: nn.Module) -> Run:
         dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)

@@ -29,7 +29,8 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration import fit
 from diffquant.calibration.observe import find_denoiser
-from diffquant.core.surgery import enable, freeze, full_precision, plan, prepare, quantized_layers
+from diffquant.core.planning import plan
+from diffquant.core.surgery import enable, freeze, full_precision, prepare, quantized_layers
 from diffquant.evaluation.metrics import bootstrap_mean, distances, relative_l2
 from diffquant.evaluation.sampling import Sampled, StepResult, sample
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate

@@ -42,7 +42,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import diffquant as dq
 from diffquant.calibration import memory
-from diffquant.core.surgery import plan, prepare, units
+from diffquant.core.planning import plan
+from diffquant.core.surgery import prepare, units
 from diffquant.recipe import Recipe
 from diffquant.runtime.checkpoint import file_size
 

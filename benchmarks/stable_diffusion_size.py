@@ -15,7 +15,8 @@ from diffusers import UNet2DConditionModel
 
 import diffquant as dq
 from diffquant.core.affine import scale_from_range
-from diffquant.core.surgery import freeze, plan, prepare, quantizers
+from diffquant.core.planning import plan
+from diffquant.core.surgery import freeze, prepare, quantizers
 from diffquant.runtime.checkpoint import file_size, float32_size
 
 

@@ -51,8 +51,9 @@ from transformers import (
     T5Tokenizer,
 )
 
+from diffquant.core.planning import plan
 from diffquant.core.spec import LayerRule
-from diffquant.core.surgery import freeze, plan, prepare, quantized_layers, quantizers
+from diffquant.core.surgery import freeze, prepare, quantized_layers, quantizers
 from diffquant.recipe import load_recipe
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"

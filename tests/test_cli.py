@@ -47,6 +47,14 @@ def test_quantize_sample_and_evaluate(recording, tmp_path, capsys):
     assert {path.name for path in report.iterdir()} == {"report.json", "report.md", "pairs.png", "drift.png", "accumulation.png"}
 
 
+def test_evaluate_without_checkpoints_shows_full_precision(tmp_path, capsys):
+    few = ("--samples", 70, "--steps", 2, "--protocol", "accumulation_samples=0", "--protocol", "trajectory_samples=2")
+    assert run("evaluate", "--reference", "glyph-ddim", "--out", tmp_path, *few) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "pairs.png"}
+    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert row["to_data"]["fid"]["value"] > 0 and row["legibility"]["value"] > 0
+
+
 def test_inspect_names_every_layer_and_the_cost(capsys, monkeypatch):
     monkeypatch.setattr(cli, "console", Console(width=cli.WIDE))  # pytest-xdist sets COLUMNS
     assert run("inspect", "glyph-ddim", "--recipe", "q-diffusion-w4a8") == 0

@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline
 
 import diffquant as dq
 from diffquant.core.layers import QuantizedLinear
+from diffquant.core.planning import plan
 from diffquant.core.spec import CheckpointError, SpecError
-from diffquant.core.surgery import plan
 from diffquant.recipe import load_recipe
 from diffquant.runtime.engines.int8_cpu import unsupported
 from tests import pipelines

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from diffquant import zoo
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
-from diffquant.evaluation import report as reports
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.sampling import OnProgress, SamplingProtocol
 from diffquant.recipe import load_recipe, quantize
@@ -64,7 +63,7 @@ def run_demo(out: Path, seed: int, console: Console) -> None:
             out=out,
             progress=show,
         )
-    console.print(reports.table(result))
+    console.print(result.table())
     console.print(f"pictures: {out / 'pairs.png'}, drift: {out / 'drift.png'}, report: {out / 'report.md'}")
     console.print(f"{time.monotonic() - begun:.0f} s in all")
 

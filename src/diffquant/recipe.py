@@ -29,11 +29,13 @@ from diffquant.calibration.memory import BUDGET, GIB
 from diffquant.calibration.observe import find_denoiser
 from diffquant.calibration.rollout import conditional_half
 from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.correction import Stored, give, warn_unless_attached
+from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
 from diffquant.core.spec import LayerRule, RecipeError, SpecError
-from diffquant.core.surgery import PlannedLayer, enable, first_with_guidance_sets, freeze, plan, prepare
+from diffquant.core.surgery import enable, freeze, prepare
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm import SearchParameterSets
-from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate, Stored, give, warn_unless_attached
+from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
 from diffquant.methods.qncd import EmbeddingSmoothing

@@ -18,8 +18,9 @@ from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout, conditional_half
 from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.planning import plan
 from diffquant.core.spec import CalibrationError, LayerRule
-from diffquant.core.surgery import Unit, enable, plan, prepare, quantizers, units
+from diffquant.core.surgery import Unit, enable, prepare, quantizers, units
 from diffquant.methods.accuquant import AccuQuant, segment_gradient
 from diffquant.methods.passes import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges

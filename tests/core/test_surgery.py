@@ -12,7 +12,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from diffquant.core import surgery
+from diffquant.core import planning, surgery
 from diffquant.core.affine import scale_from_range
 from diffquant.core.layers import QuantizedConv2d, QuantizedLinear, smoothed_weight
 from diffquant.core.quantizer import StepClock
@@ -152,11 +152,11 @@ def calibrate(model: nn.Module) -> None:
             layer.weight_quantizer.scale[:, 0], layer.weight_quantizer.zero_point[:, 0] = scale, zero_point
 
 
-def by_name(rows: list[surgery.PlannedLayer]) -> dict[str, surgery.PlannedLayer]:
+def by_name(rows: list[planning.PlannedLayer]) -> dict[str, planning.PlannedLayer]:
     return {row.name: row for row in rows}
 
 
-def layer_spec(row: surgery.PlannedLayer) -> LayerSpec:
+def layer_spec(row: planning.PlannedLayer) -> LayerSpec:
     assert isinstance(row.spec, LayerSpec)
     return row.spec
 
@@ -166,7 +166,7 @@ def layer_spec(row: surgery.PlannedLayer) -> LayerSpec:
 
 def test_later_rules_win_field_by_field() -> None:
     rules = [W4A8, LayerRule(match="mix.*", weight_bits=6), LayerRule(match="mix.1", input_bits=4, weight_symmetric=False)]
-    rows = by_name(surgery.plan(Denoiser(), rules))
+    rows = by_name(planning.plan(Denoiser(), rules))
     found = {name: (layer_spec(rows[name]).weight, layer_spec(rows[name]).input) for name in ("conv_in", "mix.0", "mix.1")}
     assert {name: (str(weight), str(entry)) for name, (weight, entry) in found.items()} == {
         "conv_in": ("int4/channel", "uint8/tensor"),
@@ -174,7 +174,7 @@ def test_later_rules_win_field_by_field() -> None:
         "mix.1": ("uint6/channel", "uint4/tensor"),
     }
     assert [rows[name].reason for name in ("conv_in", "mix.0", "mix.1")] == ["@all", "mix.*", "mix.1"]
-    back = by_name(surgery.plan(Denoiser(), [rules[1], W4A8]))
+    back = by_name(planning.plan(Denoiser(), [rules[1], W4A8]))
     assert str(layer_spec(back["mix.0"]).weight) == "int4/channel"
 
 
@@ -191,7 +191,7 @@ def test_later_rules_win_field_by_field() -> None:
     ],
 )
 def test_first_and_last(make: Made, first: str, last: str) -> None:
-    rows = surgery.plan(make()[0], [W4A8, *EDGES_W8])
+    rows = planning.plan(make()[0], [W4A8, *EDGES_W8])
     eight = [row.name for row in rows if isinstance(row.spec, LayerSpec) and row.spec.weight and row.spec.weight.bits == 8]
     assert eight == [first, last]
 
@@ -232,14 +232,14 @@ def test_structural_selectors_on_transformers_with_text(make: Made, embedding: s
     assert selected(model, "@embedding") == embedding
     assert selected(model, "@attention") == attention
     assert not any(selected(model, selector) for selector in ("@skip", "@shortcut", "@resample"))
-    surgery.prepare(model, surgery.plan(model, [W4A8]))
+    surgery.prepare(model, planning.plan(model, [W4A8]))
     blocks = {name for name in dict(model.named_modules()) if name.rpartition(".")[0].endswith("transformer_blocks")}
     assert blocks == {unit.name for unit in surgery.units(model) if len(unit.layers) > 1}
 
 
 def selected(model: nn.Module, selector: str) -> set[str]:
     """Names of the layers that a selector names."""
-    return {row.name for row in surgery.plan(model, [LayerRule(match=selector, weight_bits=4, input_bits=4)]) if row.spec}
+    return {row.name for row in planning.plan(model, [LayerRule(match=selector, weight_bits=4, input_bits=4)]) if row.spec}
 
 
 def test_structural_selectors_on_a_unet() -> None:
@@ -275,7 +275,7 @@ def test_splits_are_where_the_skip_begins(make: Made) -> None:
     """Seen from outside: what enters an up block's residual block is [hidden, skip], and the hidden part comes from before it."""
     model, arguments = make()
     rules = [LayerRule(match="@skip", weight_bits=4, input_bits=8, split_skips=True)]
-    splits = {row.name: row.spec.splits for row in surgery.plan(model, rules) if isinstance(row.spec, LayerSpec)}
+    splits = {row.name: row.spec.splits for row in planning.plan(model, rules) if isinstance(row.spec, LayerSpec)}
     hidden: list[int] = []
 
     def watch(_: nn.Module, places: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -296,7 +296,7 @@ def test_splits_are_where_the_skip_begins(make: Made) -> None:
 
 def test_special_kinds_stay_and_are_named_with_the_reason() -> None:
     model = Denoiser()
-    rows = by_name(surgery.plan(model, [W4A8]))
+    rows = by_name(planning.plan(model, [W4A8]))
     left = {name: (row.kind, row.reason) for name, row in rows.items() if row.spec is None}
     reason = "stays in floating point: only nn.Linear and nn.Conv2d are quantized"
     kinds = {"special": "Projection", "table": "Embedding", "up": "ConvTranspose2d"}
@@ -309,19 +309,19 @@ def test_special_kinds_stay_and_are_named_with_the_reason() -> None:
 def test_a_rule_for_a_special_kind_is_refused() -> None:
     """It would have no effect: the layer is left alone."""
     with pytest.raises(SpecError, match=r'^layers\[0\]\.match "special": matches no layer of Denoiser; nearest name'):
-        surgery.plan(Denoiser(), [LayerRule(match="special", weight_bits=4)])
+        planning.plan(Denoiser(), [LayerRule(match="special", weight_bits=4)])
 
 
 def test_a_layer_kept_in_float_says_why() -> None:
     rules = [W4A8, LayerRule(match="out", weight_bits="float", input_bits="float", reason="noise is sensitive")]
-    assert by_name(surgery.plan(Denoiser(), rules))["out"].reason == "out: noise is sensitive (floating point)"
-    assert by_name(surgery.plan(Denoiser(), [rules[1]]))["conv_in"].reason == "no rule (floating point)"
+    assert by_name(planning.plan(Denoiser(), rules))["out"].reason == "out: noise is sensitive (floating point)"
+    assert by_name(planning.plan(Denoiser(), [rules[1]]))["conv_in"].reason == "no rule (floating point)"
 
 
 def test_attention_products_take_input_and_softmax_bits() -> None:
     model, _ = unet()
     rules = [LayerRule(match="@attention", input_bits=6, input_symmetric=True, softmax_bits=8, sets=3)]
-    spec = by_name(surgery.plan(model, rules))["mid_block.attentions.0"].spec
+    spec = by_name(planning.plan(model, rules))["mid_block.attentions.0"].spec
     assert isinstance(spec, AttentionSpec)
     assert {str(spec.query), str(spec.key), str(spec.value)} == {"int6/tensor"}
     assert (str(spec.softmax), spec.sets) == ("uint8/tensor", 3)
@@ -329,7 +329,7 @@ def test_attention_products_take_input_and_softmax_bits() -> None:
 
 def test_every_layer_with_weights_has_a_row(make: Made) -> None:
     model, _ = make()
-    rows = by_name(surgery.plan(model, [W4A8]))
+    rows = by_name(planning.plan(model, [W4A8]))
     matrices = {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
     assert {name for name in matrices if name.removesuffix(".weight") not in rows} == set()
     assert all(row.reason for row in rows.values())
@@ -351,14 +351,14 @@ def test_every_layer_with_weights_has_a_row(make: Made) -> None:
 )
 def test_patterns_that_match_nothing_are_refused(rules: list[LayerRule], message: str) -> None:
     with pytest.raises(SpecError) as caught:
-        surgery.plan(unet()[0], rules)
+        planning.plan(unet()[0], rules)
     assert str(caught.value) == message
 
 
 def test_a_plan_changes_nothing() -> None:
     model = Denoiser()
     before = {name: type(module) for name, module in model.named_modules()}
-    surgery.plan(model, [W4A8])
+    planning.plan(model, [W4A8])
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
@@ -371,7 +371,7 @@ def test_off_is_bit_equal_to_the_original(make: Made) -> None:
     original = copy.deepcopy(model)
     rules = [W4A8, ATTENTION_A8, LayerRule(match="@skip", split_skips=True)]
     rules += [LayerRule(match="@linear", smooth=True, shift=True, sets=2)]
-    rows = surgery.plan(model, rules)
+    rows = planning.plan(model, rules)
     surgery.prepare(model, rows, [900, 100])
     expected = original(*arguments).sample
     assert torch.equal(model(*arguments).sample, expected)
@@ -388,7 +388,7 @@ def test_off_is_bit_equal_to_the_original(make: Made) -> None:
 @torch.no_grad()
 def test_every_attention_is_intercepted(make: Made) -> None:
     model, arguments = make()
-    surgery.prepare(model, surgery.plan(model, [ATTENTION_A8]))
+    surgery.prepare(model, planning.plan(model, [ATTENTION_A8]))
     seen: set[str] = set()
     for name, quantizer in surgery.quantizers(model):
         quantizer.observer = lambda x, name=name: seen.add(name)  # type: ignore[misc]
@@ -401,7 +401,7 @@ def test_products_computed_apart_are_those_of_the_model(make: Made) -> None:
     """Masks, joint streams and rotary positions included: observed, the products are computed one by one and not quantized."""
     model, arguments = make()
     expected = model(*arguments).sample
-    surgery.prepare(model, surgery.plan(model, [ATTENTION_A8]))
+    surgery.prepare(model, planning.plan(model, [ATTENTION_A8]))
     for _, quantizer in surgery.quantizers(model):
         quantizer.observer = lambda x: None
     found = model(*arguments).sample
@@ -412,14 +412,14 @@ def test_attention_that_cannot_be_intercepted_stays_and_says_why() -> None:
     model, _ = conditional_unet()
     model.set_attn_processor(AttnProcessor())
     reason = "AttnProcessor computes without scaled_dot_product_attention, which would be quantized (floating point)"
-    rows = [row for row in surgery.plan(model, [W4A8, ATTENTION_A8]) if row.kind == "attention products"]
+    rows = [row for row in planning.plan(model, [W4A8, ATTENTION_A8]) if row.kind == "attention products"]
     assert {(row.spec, row.reason) for row in rows} == {(None, reason)}
 
 
 @torch.no_grad()
 def test_offloaded_layers_are_refused_and_taken_after_their_hooks_are_gone() -> None:
     model, arguments = unet()
-    rows = surgery.plan(model, [W4A8])
+    rows = planning.plan(model, [W4A8])
     accelerate.cpu_offload(model, torch.device("cpu"))
     with pytest.raises(SpecError, match=r"^layer 'conv_in': its forward is replaced .* call the pipeline's remove_all_hooks"):
         surgery.prepare(model, rows)
@@ -435,7 +435,7 @@ def test_offloaded_layers_are_refused_and_taken_after_their_hooks_are_gone() -> 
 @torch.no_grad()
 def test_a_deep_copy_has_its_own_clock_and_switches() -> None:
     model, (sample, _) = unet()
-    surgery.prepare(model, surgery.plan(model, [W4A8]), [900, 500, 100])
+    surgery.prepare(model, planning.plan(model, [W4A8]), [900, 500, 100])
     calibrate(model)
     twin = copy.deepcopy(model)
     assert twin.step_clock is not model.step_clock
@@ -449,7 +449,7 @@ def test_a_deep_copy_has_its_own_clock_and_switches() -> None:
 
 def test_switches_are_restored_after_an_exception() -> None:
     model = Denoiser()
-    surgery.prepare(model, surgery.plan(model, [W4A8]))
+    surgery.prepare(model, planning.plan(model, [W4A8]))
     calibrate(model)
     model.out.weight_quantizer.enabled = True
     before = [quantizer.enabled for _, quantizer in surgery.quantizers(model)]
@@ -462,7 +462,7 @@ def test_switches_are_restored_after_an_exception() -> None:
 
 def test_enabling_what_is_not_calibrated_is_refused_and_changes_nothing() -> None:
     model = Denoiser()
-    surgery.prepare(model, surgery.plan(model, [W4A8]))
+    surgery.prepare(model, planning.plan(model, [W4A8]))
     calibrate(model)
     model.mix[1].input_quantizer.scale.fill_(torch.nan)
     with pytest.raises(SpecError, match=r"^mix\.1\.input_quantizer: not calibrated; a recipe starts with a pass that sets ranges$"):
@@ -475,7 +475,7 @@ def test_enabling_what_is_not_calibrated_is_refused_and_changes_nothing() -> Non
 
 def test_no_more_parameter_sets_than_timesteps() -> None:
     model, _ = unet()
-    rows = surgery.plan(
+    rows = planning.plan(
         model, [LayerRule(match="@all", weight_bits=4, input_bits=8, sets=5), LayerRule(match="@attention", sets=5)]
     )
     surgery.prepare(model, rows, [900, 500, 100])
@@ -485,14 +485,14 @@ def test_no_more_parameter_sets_than_timesteps() -> None:
 
 def test_preparing_twice_is_refused() -> None:
     model = Denoiser()
-    rows = surgery.plan(model, [W4A8])
+    rows = planning.plan(model, [W4A8])
     surgery.prepare(model, rows)
     with pytest.raises(SpecError, match=r"^Denoiser: already quantizable; load the full-precision model again to start over$"):
         surgery.prepare(model, rows)
 
 
 def test_rows_of_another_model_are_refused() -> None:
-    rows = surgery.plan(unet()[0], [W4A8])
+    rows = planning.plan(unet()[0], [W4A8])
     with pytest.raises(SpecError, match=r"^layer 'time_embedding.linear_1': not in this Denoiser$"):
         surgery.prepare(Denoiser(), rows)
 
@@ -509,7 +509,7 @@ def test_the_timestep_is_found_by_name() -> None:
 
 def test_all_quantizers_share_the_clock_of_the_model() -> None:
     model, _ = unet()
-    surgery.prepare(model, surgery.plan(model, [W4A8, ATTENTION_A8]), [900, 100])
+    surgery.prepare(model, planning.plan(model, [W4A8, ATTENTION_A8]), [900, 100])
     assert isinstance(model.step_clock, StepClock) and model.step_clock.timesteps == (900.0, 100.0)
     clocks = {id(quantizer.clock) for _, quantizer in surgery.quantizers(model) if quantizer.clock is not None}
     assert clocks == {id(model.step_clock)}
@@ -521,7 +521,7 @@ def test_all_quantizers_share_the_clock_of_the_model() -> None:
 @torch.no_grad()
 def test_a_frozen_model_computes_what_was_simulated(make: Made) -> None:
     model, arguments = make()
-    surgery.prepare(model, surgery.plan(model, [W4A8, ATTENTION_A8]), [900, 100])
+    surgery.prepare(model, planning.plan(model, [W4A8, ATTENTION_A8]), [900, 100])
     calibrate(model)
     with surgery.switched(model, True):
         simulated = model(*arguments).sample
@@ -535,7 +535,7 @@ def test_a_frozen_model_computes_what_was_simulated(make: Made) -> None:
 
 def test_an_uncalibrated_model_is_not_frozen() -> None:
     model = Denoiser()
-    surgery.prepare(model, surgery.plan(model, [W4A8]))
+    surgery.prepare(model, planning.plan(model, [W4A8]))
     with pytest.raises(SpecError, match="not calibrated"):
         surgery.freeze(model)
     assert isinstance(model.out.weight, nn.Parameter)
@@ -544,7 +544,7 @@ def test_an_uncalibrated_model_is_not_frozen() -> None:
 def test_units_hold_every_layer_once(make: Made) -> None:
     model, _ = make()
     counted = surgery.unit_count(model)
-    surgery.prepare(model, surgery.plan(model, [W4A8]))
+    surgery.prepare(model, planning.plan(model, [W4A8]))
     units = surgery.units(model)
     assert counted == surgery.unit_count(model) == len(units)
     names = [name for unit in units for name, _ in unit.layers]

@@ -21,7 +21,7 @@ from diffquant.evaluation.compare import Comparison, StepDistances
 from diffquant.evaluation.metrics import Distances, FrechetDistance, Interval, KernelDistance
 from diffquant.evaluation.observers import Trajectory
 from diffquant.evaluation.reference import ReferenceRun
-from diffquant.evaluation.report import Report, check_comparable, make_report, markdown, read, table
+from diffquant.evaluation.report import Report, check_comparable, make_report, read
 from diffquant.evaluation.sampling import SamplingProtocol
 
 NEAR = Distances(FrechetDistance(1.5, 1.25, 1.0, 1.5), KernelDistance(0.01, 0.002))
@@ -189,7 +189,7 @@ def test_two_models_of_one_name_are_refused():
 
 def test_the_table_shows_every_model_with_its_floor():
     console = Console(width=110, record=True, file=io.StringIO())
-    console.print(table(report()))
+    console.print(report().table())
     text = console.export_text()
     assert "mse-w4a8" in text and "0.150x" in text and "inf 1.25" in text and "[1, 1.5]" in text and "20.00" in text
     assert "floor 0.7" in text and "SSIM" not in text and "3 samples, DDIMScheduler, 2 steps" in text
@@ -197,12 +197,12 @@ def test_the_table_shows_every_model_with_its_floor():
 
 
 def test_markdown_holds_table_pictures_and_protocol():
-    text = markdown(report())
+    text = report().markdown()
     assert "| mse-w4a8 | 585.9 KiB<br>0.150x | 0.25<br>[0.25, 0.25] | 20.00<br>[20.00, 20.00] |" in text
     assert "| 1.5<br>floor 0.7<br>inf 1.25<br>[1, 1.5] | 0.01 ± 0.002<br>floor 0 ± 0.001 |" in text
     assert "(pairs.png)" in text and "(drift.png)" in text
     assert "| sampling.steps | 2 |" in text and "| scheduler.beta_end | 0.02 |" in text
-    bare = markdown(make_report(reference_run(features=False), [comparison("q", 0.1, 20.0, features=False)]))
+    bare = make_report(reference_run(features=False), [comparison("q", 0.1, 20.0, features=False)]).markdown()
     assert "FID" not in bare.split("## Protocol")[0] and "legibility" not in bare
 
 

@@ -15,9 +15,10 @@ from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.calibration.selection import normal_shares, pick
 from diffquant.core.affine import fake_quantize
+from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import LayerRule, QuantSpec, SpecError
-from diffquant.core.surgery import plan, prepare, quantizers
+from diffquant.core.surgery import prepare, quantizers
 from diffquant.methods.adp_dm import SearchParameterSets, _Search, clustered
 from diffquant.methods.mixture import entropies, mixture
 from diffquant.methods.ranges import CalibrateRanges

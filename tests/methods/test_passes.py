@@ -12,9 +12,10 @@ from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
+from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
-from diffquant.core.surgery import enable, full_precision, plan, prepare, quantized_layers, quantizers
+from diffquant.core.surgery import enable, full_precision, prepare, quantized_layers, quantizers
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm import SearchParameterSets
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate

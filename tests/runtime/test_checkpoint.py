@@ -19,8 +19,9 @@ import pipelines
 from diffquant.calibration.observe import Calibration, conditions
 from diffquant.core.affine import scale_from_range
 from diffquant.core.layers import QuantizedLinear
+from diffquant.core.planning import plan
 from diffquant.core.spec import CheckpointError, LayerRule
-from diffquant.core.surgery import freeze, plan, prepare, quantized_layers, quantizers
+from diffquant.core.surgery import freeze, prepare, quantized_layers, quantizers
 from diffquant.runtime import checkpoint
 from diffquant.runtime.checkpoint import file_size, float32_size, load, save, verify
 

@@ -23,22 +23,12 @@ from torch import nn
 import diffquant as dq
 import pipelines
 from diffquant.calibration import fit
+from diffquant.core.correction import Coefficients, NoiseEstimate, Proportional, as_noise, from_noise, give
+from diffquant.core.planning import plan
 from diffquant.core.spec import LayerRule, SpecError
-from diffquant.core.surgery import enable, plan, prepare
+from diffquant.core.surgery import enable, prepare
 from diffquant.evaluation.sampling import sample, sample_unconditional
-from diffquant.methods.corrections import (
-    Coefficients,
-    FitCoefficients,
-    FitProportional,
-    NoiseEstimate,
-    Proportional,
-    RuntimeNoiseEstimate,
-    as_noise,
-    checked,
-    from_noise,
-    give,
-    predictions,
-)
+from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate, checked, predictions
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.runtime.correction import Attachment, attach, attachment_of, detach
 

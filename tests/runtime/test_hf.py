@@ -14,9 +14,10 @@ from diffusers.quantizers import DiffusersAutoQuantizer
 from safetensors.torch import load_file
 
 from diffquant.core.affine import scale_from_range
+from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import CheckpointError, LayerRule, LayerSpec, QuantSpec
-from diffquant.core.surgery import freeze, plan, prepare, quantized_layers, quantizers
+from diffquant.core.surgery import freeze, prepare, quantized_layers, quantizers
 from diffquant.runtime.engines import engine
 from diffquant.runtime.hf import (
     DiffquantQuantizer,

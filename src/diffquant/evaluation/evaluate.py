@@ -29,8 +29,9 @@ def evaluate(
 ) -> Report:
     """Send the same noise through `reference` and every model of `quantized`, and report what was lost.
 
-    Models are pipelines, or folders to load them from (then the report has their file sizes); several are given by name.
-    `samples` is short for a protocol that differs from the default in nothing else. `clip` scores pictures by their prompts
+    Models are pipelines, or folders to load them from (then the report has their file sizes); several are given by name, and none
+    by an empty mapping, which reports full precision alone. `samples` is short for a protocol that differs from the default in
+    nothing else. `clip` scores pictures by their prompts
     (`diffquant.evaluation.clip.ClipScore`). With `out` the report is written there:
     ``report.json``, ``report.md``, ``pairs.png``, ``drift.png``, ``accumulation.png``.
 

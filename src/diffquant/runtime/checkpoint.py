@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffquant.calibration.observe import class_names
+from diffquant.core.planning import first_adapter
 from diffquant.core.spec import CheckpointError
-from diffquant.core.surgery import first_adapter, is_frozen, quantized_layers, quantizers
+from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
 from diffquant.runtime import engines
 from diffquant.runtime.correction import attach
 from diffquant.runtime.hf import AGAIN, DiffquantQuantizer, Method, QuantizationConfig, describe, mark_quantized, written_digest

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from diffquant.calibration.observe import Pipeline, find_denoiser, predicted
 from diffquant.calibration.rollout import guidance_weight, leading_channels
 from diffquant.calibration.scheduling import restore, snapshot
-from diffquant.core.spec import SpecError
-from diffquant.methods.corrections import (
+from diffquant.core.correction import (
     ATTACHED,
     Coefficients,
     NoiseEstimate,
@@ -34,6 +33,7 @@ from diffquant.methods.corrections import (
     row_at,
     signal_level,
 )
+from diffquant.core.spec import SpecError
 
 LARGEST_MISS = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative, of a guided prediction put together again; else 5e-2
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.calibration.observe import Calibration, Pipeline, evaluation_mode, find_denoiser, observe, run_pipeline
+from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
 from diffquant.core.spec import AttentionSpec, LayerSpec, SpecError
-from diffquant.core.surgery import PlannedLayer, first_with_guidance_sets, plan, unit_count
+from diffquant.core.surgery import unit_count
 from diffquant.recipe import Recipe
 from diffquant.runtime.packing import SHIFT_BITS, packed_size
 

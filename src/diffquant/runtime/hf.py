@@ -26,11 +26,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from diffquant.core.correction import Correction, give, warn_unless_attached
 from diffquant.core.layers import AttentionProducts, present_spec
+from diffquant.core.planning import PlannedLayer
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec, SpecError
-from diffquant.core.surgery import PlannedLayer, enable, is_frozen, prepare, quantized_layers, quantizers
-from diffquant.methods.corrections import Correction, give, warn_unless_attached
+from diffquant.core.surgery import enable, is_frozen, prepare, quantized_layers, quantizers
 from diffquant.runtime.engines import requested
 from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
 from diffquant.runtime.engines.openvino import install

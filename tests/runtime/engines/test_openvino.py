@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import pipelines
 from diffquant.core.layers import attach_products
+from diffquant.core.planning import plan
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, QuantSpec, SpecError
-from diffquant.core.surgery import plan, prepare, quantized_layers, quantizers
+from diffquant.core.surgery import prepare, quantized_layers, quantizers
 from diffquant.runtime.engines import graph as graphs
 from diffquant.runtime.engines import int8_cpu, openvino_graph
 from diffquant.runtime.engines import openvino as engine

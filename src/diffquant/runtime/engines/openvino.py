@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.layers import AttentionProducts, QuantizedLayer
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import quantized_layers, quantizers
 from diffquant.runtime.engines import graph as graphs
@@ -158,10 +159,10 @@ def _computed(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        if not all(quantizer.enabled and quantizer.observer is None for _, quantizer in quantizers(self)):
-            return original.forward(self, *arguments, **keywords)
         graphs = self.openvino_graphs
         assert isinstance(graphs, _Graphs)
+        if not all(quantizer.enabled and quantizer.observer is None for quantizer in graphs.quantizers(self)):
+            return original.forward(self, *arguments, **keywords)
         return graphs(self, Call(self, arguments, keywords))
 
     return type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
@@ -175,6 +176,12 @@ class _Graphs:
         self.precision = precision
         self.converted: dict[str, tuple[Any, MakeOutput]] = {}
         self.compiled: dict[tuple[str, ...], Any] = {}
+        self._quantizers: list[Quantizer] = []
+
+    def quantizers(self, model: nn.Module) -> list[Quantizer]:
+        """All of `model`, which are looked for once: that takes as long as a small layer."""
+        self._quantizers = self._quantizers or [quantizer for _, quantizer in quantizers(model)]
+        return self._quantizers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Graphs:
         return _Graphs(self.precision)

@@ -38,7 +38,7 @@ from diffquant.core.affine import scale_from_range
 from diffquant.core.planning import plan
 from diffquant.core.surgery import freeze, prepare, quantizers
 from diffquant.runtime.checkpoint import file_size, float32_size
-from diffquant.runtime.engines.int8_cpu import IntegerConv2d, IntegerLinear
+from diffquant.runtime.engines.integer_layers import INTEGER
 
 RESULTS = Path("benchmarks/results")
 Call = Callable[[nn.Module], Tensor]
@@ -234,7 +234,7 @@ def layers(arguments: argparse.Namespace) -> dict[str, Any]:
     errors = []
     for name, layer in found:
         x, simulated = inputs[name]
-        if not isinstance(layer, (IntegerLinear, IntegerConv2d)) or layer.input_quantizer is None:
+        if not isinstance(layer, INTEGER) or layer.input_quantizer is None:
             continue
         ours = layer.product.codes(x, 0)[0].float()
         theirs = layer.input_quantizer.quantize(x) - layer.input_quantizer.spec.code_min

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
 from diffusers.models.attention import FeedForward
+from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,7 +24,9 @@ from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, LayerSpec, QuantSpec
 from diffquant.core.surgery import quantizers
 from diffquant.runtime import engines
-from diffquant.runtime.engines import attention, int8_cpu, kernels
+from diffquant.runtime.engines import attention, int8_cpu, integer_blocks, kernels
+from diffquant.runtime.engines.integer_blocks import IntegerFeedForward, IntegerUpsample
+from diffquant.runtime.engines.integer_layers import IntegerConv2d, IntegerLinear, PackedCodes
 
 pytestmark = pytest.mark.skipif(bool(int8_cpu.unsupported()), reason=int8_cpu.unsupported() or "integer kernels")
 
@@ -135,7 +138,7 @@ def test_codes_and_outputs_of_every_option(kind: str, option: str, weight_bits: 
     make, shape = LAYERS[kind]
     timesteps = (900.0, 500.0, 100.0)
     layer = lowered(make(), specs(8, False, weight_bits, symmetric, **OPTIONS[option]), timesteps=timesteps)
-    assert isinstance(layer, (int8_cpu.IntegerLinear, int8_cpu.IntegerConv2d))
+    assert isinstance(layer, (IntegerLinear, IntegerConv2d))
     given = layer.input_quantizer
     assert given is not None and given.clock is not None
     for row in range(given.rows):
@@ -220,7 +223,7 @@ def test_layers_compute_with_integers_while_quantizers_are_on() -> None:
     model = quantized_unet()
     engines.use_engine(model, "int8")
     layer = model.get_submodule("down_blocks.0.resnets.0.conv1")
-    assert isinstance(layer, int8_cpu.IntegerConv2d) and layer.input_quantizer is not None
+    assert isinstance(layer, IntegerConv2d) and layer.input_quantizer is not None
     x = torch.randn(1, 8, 8, 8)
     integer = layer(x)
     seen: list[Tensor] = []
@@ -237,7 +240,7 @@ def test_moving_to_another_device_unpacks() -> None:
     model = quantized_unet()
     engines.use_engine(model, "int8")
     moved = model.to("meta")
-    assert not any(isinstance(quantizer, int8_cpu.PackedCodes) for _, quantizer in quantizers(moved))
+    assert not any(isinstance(quantizer, PackedCodes) for _, quantizer in quantizers(moved))
     assert all(tensor.device.type == "meta" for tensor in moved.state_dict().values())
 
 
@@ -293,7 +296,7 @@ def test_feed_forward_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch, bit
         lowered(layer, specs(bits, False, 4, True, sets=2), timesteps=(900.0, 100.0))
         codes[name] = layer.weight_quantizer.codes.clone()
     rows = int8_cpu.lower(block)
-    assert isinstance(forward, int8_cpu.IntegerFeedForward) and not any(row.reason for row in rows)
+    assert isinstance(forward, IntegerFeedForward) and not any(row.reason for row in rows)
     assert torch.equal(forward.net[0].proj.weight_quantizer.codes, codes["first"])
     x = torch.randn(3, 5, 12)
     together = []
@@ -312,6 +315,10 @@ def test_feed_forward_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch, bit
     hook = forward.net[2].register_forward_hook(lambda module, given, output: seen.append(given[0].dtype))
     assert torch.equal(forward(x), parts) and seen == [torch.float32]  # who looks at the layer sees what the model computes
     hook.remove()
+    own, seen[:] = forward.net[2].forward, []
+    forward.net[2].forward = lambda x: seen.append(x.dtype) or own(x)  # as offloading does
+    assert torch.equal(forward(x), parts) and seen == [torch.float32]
+    del forward.net[2].forward
     layer, forward.net[2] = forward.net[2], nn.Sequential(forward.net[2])  # as an adapter does
     assert torch.equal(forward(x), parts)
     forward.net[2] = layer
@@ -319,6 +326,43 @@ def test_feed_forward_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch, bit
     simulated = forward(x)
     assert type(forward) is FeedForward and (together[1] - simulated).norm() < 0.01 * simulated.norm()
     assert torch.equal(forward.net[0].proj.weight_quantizer.codes, codes["first"])
+
+
+@pytest.mark.parametrize("batch", [2, 64])  # from 64 on diffusers changes the memory format
+@pytest.mark.parametrize("size", [None, (7, 10)])
+@pytest.mark.parametrize("options", [{}, {"splits": (8, 4)}, {"smooth": True}], ids=str)
+def test_upsampling_repeats_codes(
+    monkeypatch: pytest.MonkeyPatch, batch: int, size: tuple[int, int] | None, options: dict[str, object]
+) -> None:
+    """Equal to quantizing what was upsampled, bit for bit: every value is quantized by itself."""
+    block = nn.Sequential(Upsample2D(12, use_conv=True, out_channels=6)).eval()
+    upsample = block[0]
+    assert isinstance(upsample, Upsample2D)
+    lowered(upsample.conv, specs(6, False, 4, True, sets=2, **options), timesteps=(900.0, 100.0))
+    int8_cpu.lower(block)
+    assert isinstance(upsample, IntegerUpsample)
+    x = torch.randn(batch, 12, 4, 5)
+    seen = []
+    for interval in (0, 1):
+        for _, quantizer in quantizers(block):
+            if quantizer.clock is not None:
+                quantizer.clock.set_interval(interval)
+        repeated = upsample(x, size)
+        assert repeated.shape[2:] == (size or (8, 10)) and torch.equal(repeated, Upsample2D.forward(upsample, x, size))
+        seen.append(repeated)
+    assert not torch.equal(*seen)
+    given = []
+    monkeypatch.setattr(type(upsample.conv.product), "codes", lambda product, x, row: given.append(x.shape[2:]) or [])
+    monkeypatch.setattr(integer_blocks, "multiply", lambda *_: torch.zeros(1))
+    upsample(x, size)
+    assert given == [(4, 5)]  # before they are more
+    monkeypatch.undo()
+    shapes = []
+    hook = upsample.conv.register_forward_hook(lambda module, given, output: shapes.append(given[0].shape[2:]))
+    assert torch.equal(upsample(x, size), seen[1]) and shapes == [size or (8, 10)]  # who looks at the layer sees its input
+    hook.remove()
+    int8_cpu.simulate(block)
+    assert type(upsample) is Upsample2D
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
@@ -368,6 +412,7 @@ def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, masked: bool, scor
 COMPILED = """
 import torch
 from diffusers.models.attention import FeedForward
+from diffusers.models.upsampling import Upsample2D
 from diffusers.models.attention_processor import Attention
 from pipelines import freeze_by_hand
 from torch import nn
@@ -419,7 +464,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_from_pretrained_chooses(saved: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     def packed(model: nn.Module) -> int:
-        return sum(isinstance(quantizer, int8_cpu.PackedCodes) for _, quantizer in quantizers(model))
+        return sum(isinstance(quantizer, PackedCodes) for _, quantizer in quantizers(model))
 
     assert packed(DDIMPipeline.from_pretrained(saved).unet) > 0 and packed(dq.load(saved).unet) > 0
     assert packed(dq.load(saved, engine="simulate").unet) == 0

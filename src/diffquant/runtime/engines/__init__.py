@@ -19,6 +19,7 @@ from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import is_frozen, quantized_layers
 from diffquant.runtime.engines import int8_cpu, openvino
 from diffquant.runtime.engines.int8_cpu import Lowered
+from diffquant.runtime.engines.integer_layers import INTEGER
 from diffquant.runtime.engines.openvino_graph import package
 
 VARIABLE = "DIFFQUANT_ENGINE"
@@ -70,7 +71,7 @@ def engine_of(model: nn.Module) -> str:
     if hasattr(model, "openvino_graphs"):
         return "openvino"
     layers = [layer for _, layer in quantized_layers(model)]
-    if any(isinstance(layer, (int8_cpu.IntegerLinear, int8_cpu.IntegerConv2d)) for layer in layers):
+    if any(isinstance(layer, INTEGER) for layer in layers):
         return "int8"
     return "simulate" if layers else "float"
 

@@ -30,7 +30,7 @@ from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedL
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import CheckpointError, SpecError
 from diffquant.core.surgery import is_frozen, quantized_layers, quantizers, timestep_argument
-from diffquant.runtime.engines.int8_cpu import IntegerConv2d, IntegerLinear
+from diffquant.runtime.engines.integer_layers import INTEGER
 from diffquant.runtime.engines.kernels import LIMB, digits
 
 MakeOutput = Callable[[tuple[Tensor, ...]], Any]
@@ -121,7 +121,7 @@ def check(model: nn.Module, runtime: str) -> None:
     kind = type(model).__name__
     if not is_frozen(model):
         raise CheckpointError(f"{kind}: its weights are not integer codes; quantize first")
-    if any(isinstance(layer, (IntegerLinear, IntegerConv2d)) for _, layer in quantized_layers(model)):
+    if any(isinstance(layer, INTEGER) for _, layer in quantized_layers(model)):
         raise CheckpointError(f"{kind}: computes with engine 'int8'; load it with engine='simulate' to convert it")
     dtypes = {tensor.dtype for tensor in model.parameters()} - {torch.float32}
     if dtypes:

@@ -165,6 +165,28 @@ def test_smooth_of_ones_is_identity_and_smooth_divides_inputs_and_multiplies_wei
     assert torch.equal(layer(x), expected(by_hand(x / along_x, 0.02, 128, UINT8)))
 
 
+@pytest.mark.parametrize("name", ["linear", "conv"])
+@torch.no_grad()
+def test_an_offset_counts_while_quantizers_are_on_and_is_the_bias_of_a_frozen_layer(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer, x = make(), torch.randn(shape)
+    plain = copy.deepcopy(layer)
+    make_quantizable(layer, W4A8, StepClock())
+    calibrate(layer)
+    without = layer(x)
+    layer.offset = torch.linspace(0.5, 2.0, len(layer.bias))
+    beside = (-1,) if name == "linear" else (-1, 1, 1)
+    given = layer(x)
+    assert torch.allclose(given, without + layer.offset.view(beside), rtol=0, atol=1e-5)
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        quantizer.enabled = False
+    assert torch.equal(layer(x), plain(x))
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        quantizer.enabled = True
+    freeze_layer(layer)
+    assert layer.offset is None and torch.equal(layer(x), given)
+
+
 @torch.no_grad()
 def test_the_integer_form_of_shifts_equals_the_simulation() -> None:
     """scale_x * scale_w * sum over channels of (code_x - zero point) * (code_w << shift): exact, as scales are powers of two."""

@@ -18,7 +18,7 @@ import diffquant as dq
 from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Chain, Rollout
-from diffquant.core.surgery import quantizers
+from diffquant.core.surgery import quantized_layers, quantizers
 from diffquant.methods.accuquant import AccuQuant, segment_gradient
 from diffquant.methods.passes import quantizer_state
 from diffquant.recipe import load_recipe
@@ -199,7 +199,14 @@ def test_the_stage_brings_the_ends_of_segments_nearer(recorded):
 
 
 @pytest.mark.parametrize(
-    "override", ["gradient=exact", "gradient=accumulate", "gradient=chain", "start=quantized", "rounding=true", "zero_points=false"]
+    "override",
+    [
+        *(f"gradient={kind}" for kind in ("exact", "accumulate", "chain")),
+        "start=quantized",
+        "rounding=true",
+        "zero_points=false",
+        "biases=true",
+    ],
 )
 def test_every_option_leaves_a_frozen_model_with_plain_parameters(recorded, override):
     model, report = quantized(recorded, f"passes.2.{override}", "passes.2.steps_per_segment=2")
@@ -227,6 +234,26 @@ def test_a_parameter_set_per_segment(recorded, tmp_path):
     arguments, _ = recorded[1].batch(torch.arange(4))
     with torch.no_grad():
         assert torch.equal(loaded(**arguments).sample, model(**arguments).sample)
+
+
+def test_biases_are_learned_and_kept(recorded, tmp_path):
+    """They are in the frozen model's biases, in what a finished pass keeps, and in the checkpoint."""
+    options = ["passes.2.biases=true", "passes.2.bias_rate=0.01", "passes.0.activations=minmax", "passes.2.iterations=8"]
+    model, report = quantized(recorded, *options, folder=tmp_path / "work")
+    assert report.passes[-1]["figures"]["kept"]
+    resumed, _ = quantized(recorded, *options, folder=tmp_path / "work")  # from the kept pass
+    before = dict(recorded[0].unet.named_parameters())
+    biases = {name: value for name, value in model.named_parameters() if name.endswith("bias")}
+    moved = [name for name, value in biases.items() if not torch.equal(value, before[name])]
+    assert {name.removesuffix(".bias") for name in moved} == {
+        name for name, layer in quantized_layers(model) if layer.bias is not None
+    }
+    assert all(torch.equal(value, dict(resumed.named_parameters())[name]) for name, value in biases.items())
+    pipe = copy.deepcopy(recorded[0])
+    pipe.unet = model
+    dq.save(pipe, tmp_path / "out")
+    loaded = dict(dq.load(tmp_path / "out", engine="simulate").unet.named_parameters())
+    assert all(torch.equal(value, loaded[name]) for name, value in biases.items())
 
 
 def test_codes_of_weights_stay_while_their_steps_move(recorded):

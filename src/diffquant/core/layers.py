@@ -3,7 +3,9 @@
 The float weight stays where it was and is never written. With quantizers off a layer is the layer it was, bit for bit. A frozen
 layer has no float weight any more, only the integer codes of its weight quantizer.
 
-    y = quantize(x / smooth) (*) quantize(W * smooth) + bias          smooth: [in_channels], positive, optional
+    y = quantize(x / smooth) (*) quantize(W * smooth) + bias + offset
+
+``smooth`` [in_channels], positive, and ``offset`` [out_channels] are optional; freezing adds the offset to the bias.
 """
 
 from __future__ import annotations
@@ -39,11 +41,12 @@ class QuantizedLinear(_Frozen, nn.Linear):
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     smooth: Tensor | None
+    offset: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        x, weight = _operands(self, x, channel_axis=-1)
-        return functional.linear(x, weight, self.bias)
+        x, weight, bias = _operands(self, x, channel_axis=-1)
+        return functional.linear(x, weight, bias)
 
 
 class QuantizedConv2d(_Frozen, nn.Conv2d):
@@ -52,11 +55,12 @@ class QuantizedConv2d(_Frozen, nn.Conv2d):
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     smooth: Tensor | None
+    offset: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``."""
-        x, weight = _operands(self, x, channel_axis=1)
-        output: Tensor = self._conv_forward(x, weight, self.bias)
+        x, weight, bias = _operands(self, x, channel_axis=1)
+        output: Tensor = self._conv_forward(x, weight, bias)
         return output
 
 
@@ -94,6 +98,7 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
     layer.weight_quantizer = weight_quantizer.to(device) if weight_quantizer is not None else None  # type: ignore[assignment]
     layer.input_quantizer = input_quantizer.to(device) if input_quantizer is not None else None  # type: ignore[assignment]
     layer.register_buffer("smooth", torch.ones(in_channels, device=device) if spec.smooth else None)
+    layer.register_buffer("offset", None)
     layer.layer_spec = spec  # type: ignore[assignment]
 
 
@@ -108,13 +113,14 @@ def release_forward(module: nn.Module) -> bool:
     return "forward" not in vars(module)
 
 
-def _operands(layer: QuantizedLayer, x: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
-    """Input and weight as the integer engine would see them; the originals where both quantizers are off."""
+def _operands(layer: QuantizedLayer, x: Tensor, channel_axis: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias as the integer engine would see them; the originals where both quantizers are off."""
     weight_quantizer, input_quantizer = layer.weight_quantizer, layer.input_quantizer
     if not any(quantizer is not None and quantizer.live for quantizer in (weight_quantizer, input_quantizer)):
         if layer.weight is None:
             raise SpecError("frozen layer: its float weight is gone, so it cannot run with quantizers off")
-        return x, layer.weight
+        return x, layer.weight, layer.bias
+    bias = _offset_bias(layer)
     if layer.smooth is not None:
         shape = [1] * x.dim()
         shape[channel_axis] = -1
@@ -123,9 +129,13 @@ def _operands(layer: QuantizedLayer, x: Tensor, channel_axis: int) -> tuple[Tens
         x = input_quantizer(x)
     if layer.weight is None:
         assert weight_quantizer is not None
-        return x, weight_quantizer.dequantized_codes().to(x.dtype)
+        return x, weight_quantizer.dequantized_codes().to(x.dtype), bias
     weight = smoothed_weight(layer)
-    return x, (weight if weight_quantizer is None else weight_quantizer(weight)).to(x.dtype)
+    return x, (weight if weight_quantizer is None else weight_quantizer(weight)).to(x.dtype), bias
+
+
+def _offset_bias(layer: QuantizedLayer) -> Tensor | None:
+    return layer.bias if layer.bias is None or layer.offset is None else layer.bias + layer.offset.to(layer.bias.dtype)
 
 
 def smoothed_weight(layer: QuantizedLayer) -> Tensor:
@@ -149,7 +159,10 @@ def _sets(quantizer: Quantizer, guidance_sets: bool) -> int:
 
 
 def freeze_layer(layer: QuantizedLayer) -> None:
-    """Replace the float weight by integer codes, decided in float32; layers without a weight quantizer keep their weight."""
+    """Replace the float weight by integer codes, decided in float32, and add `offset` to the bias; a float weight stays."""
+    bias = _offset_bias(layer)
+    if bias is not layer.bias and bias is not None:
+        layer.bias, layer.offset = nn.Parameter(bias.detach(), requires_grad=False), None
     if layer.weight_quantizer is None or layer.weight is None:
         return
     layer.weight_quantizer.decide(smoothed_weight(layer).detach().float())

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
@@ -26,16 +25,14 @@ from diffquant.calibration.fit import Run, cosine, fit
 from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.calibration.scheduling import Key, history, with_history
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.layers import QuantizedLayer, smoothed_weight
-from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
 from diffquant.core.surgery import full_precision, quantized_layers, quantizers, switched
+from diffquant.methods.learned import Learned, LearnedOffset, LearnedRounding, float_weight
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
 from diffquant.methods.steps import LearnedSteps
 
 LOW_COSINE = 0.8  # of approximate and exact gradient: below it a segment is called too long
 SAVE_EVERY = 50  # iterations
 PROBED = 32  # trajectories on which segments are measured before and after
-DECIDED = 0.9  # how far towards its decided code a weight starts where rounding is learned again
 
 Gradient = Literal["identity", "exact", "accumulate", "chain"]
 
@@ -49,10 +46,11 @@ class AccuQuant(Pass):
     segment. ``start`` of the chains: the full-precision latent, or (`quantized`) the one the quantized model has reached there,
     from which full precision then also runs; that costs the steps up to the segment in every iteration. ``per_segment`` gives
     activations a parameter set per segment, where they had one for all. Rates: of steps relative to the step, of zero points
-    relative to the range. ``rounding`` learns the rounding of weights again, from what was decided before, in place of their
-    steps. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning. Where one graph of the
-    model does not fit: ``checkpointing`` keeps the inputs of its blocks and computes each block again as gradients pass it, with
-    equal gradients; ``split_guidance`` takes the halves of a guided call one after the other.
+    relative to the range, of biases relative to the spread of the layer's outputs. ``rounding`` learns the rounding of weights
+    again, from what was decided before, in place of their steps; ``biases`` learns what is added to the bias of a layer while it is
+    quantized. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning. Where one graph of
+    the model does not fit: ``checkpointing`` keeps the inputs of its blocks and computes each block again as gradients pass it,
+    with equal gradients; ``split_guidance`` takes the halves of a guided call one after the other.
     """
 
     steps_per_segment: int = Field(default=5, ge=1)
@@ -65,6 +63,8 @@ class AccuQuant(Pass):
     per_segment: bool = False
     weights: bool = True
     weight_rate: float = Field(default=2e-3, gt=0)
+    biases: bool = False
+    bias_rate: float = Field(default=2e-3, gt=0)
     rounding: bool = False
     rounding_rate: float = Field(default=1e-2, gt=0)
     regularization: float = Field(default=1e-3, ge=0)
@@ -122,18 +122,21 @@ class AccuQuant(Pass):
             "loss": [float(part.mean()) for part in torch.tensor(curve).tensor_split(min(40, len(curve)))],
         }
 
-    def _learned(self, model: nn.Module) -> list[LearnedSteps | _Rounding]:
-        learned: list[LearnedSteps | _Rounding] = []
-        layers = {layer.weight_quantizer: layer for _, layer in quantized_layers(model)}
+    def _learned(self, model: nn.Module) -> list[Learned]:
+        learned: list[Learned] = []
+        layers = {layer.weight_quantizer: layer for _, layer in quantized_layers(model) if layer.weight_quantizer is not None}
         for _, quantizer in quantizers(model):
             if quantizer.clock is not None:
                 learned.append(LearnedSteps.of(quantizer, self.rate, self.zero_points))
             elif self.rounding:
-                learned.append(_Rounding.of(quantizer, layers[quantizer], self.rounding_rate))
+                learned.append(LearnedRounding.of(quantizer, layers[quantizer], self.rounding_rate))
             elif self.weights:
                 if quantizer.codes is None:
-                    quantizer.decide(_weight(layers[quantizer]))
+                    quantizer.decide(float_weight(layers[quantizer]))
                 learned.append(LearnedSteps.of(quantizer, self.weight_rate, zero_points=False))
+        if self.biases:
+            live = (layer for layer in layers.values() if layer.input_quantizer is not None and layer.bias is not None)
+            learned += [LearnedOffset.of(layer, self.bias_rate) for layer in live]
         return learned
 
     def _loss(
@@ -141,7 +144,7 @@ class AccuQuant(Pass):
         rollout: Rollout,
         segments: list[range],
         norms: Tensor,
-        learned: list[LearnedSteps | _Rounding],
+        learned: list[Learned],
         iteration: int,
         seed: int,
         generator: torch.Generator,
@@ -158,7 +161,7 @@ class AccuQuant(Pass):
         loss = segment_gradient(chain, start, targets, self.gradient, 1.0 / float(norms[number]))
         for one in learned:
             one.collect()
-            if isinstance(one, _Rounding):
+            if isinstance(one, LearnedRounding):
                 one.regularize(iteration / self.iterations, self.regularization)
         return loss
 
@@ -172,7 +175,7 @@ class AccuQuant(Pass):
             latents, _ = chain.run(start)
         return start, lambda i: latents[i + 1]
 
-    def _cosine(self, rollout: Rollout, segment: range, probe: Tensor, learned: list[LearnedSteps | _Rounding]) -> float | None:
+    def _cosine(self, rollout: Rollout, segment: range, probe: Tensor, learned: list[Learned]) -> float | None:
         """Cosine of the gradient used and the exact one, over all parameters; None where it is not asked for."""
         if not self.cosines or self.gradient in ("exact", "chain"):
             return None
@@ -187,53 +190,6 @@ class AccuQuant(Pass):
         return cosine
 
 
-@dataclass
-class _Rounding:
-    """The rounding of one weight while it is learned again, starting near the codes that were decided."""
-
-    quantizer: Quantizer
-    layer: QuantizedLayer
-    logits: Tensor
-    rate: float
-
-    @classmethod
-    def of(cls, quantizer: Quantizer, layer: QuantizedLayer, rate: float) -> _Rounding:
-        weight = _weight(layer)
-        scale, zero_point = quantizer.operands(weight)
-        codes = quantizer.quantize(weight).detach()
-        up = (codes - zero_point - (weight / scale).floor()).clamp(0, 1)
-        logits = logits_of(DECIDED * up + (1 - DECIDED) * (1 - up))
-        quantizer.codes, quantizer.rounding = None, logits
-        return cls(quantizer, layer, logits, rate)
-
-    def parameters(self) -> list[tuple[Tensor, float]]:
-        return [(self.logits, self.rate)]
-
-    def place(self) -> None:
-        self.quantizer.rounding = self.logits
-
-    def collect(self) -> None:
-        """Nothing: the logits are the leaves that the model used."""
-
-    def regularize(self, progress: float, regularization: float) -> None:
-        """Add the gradient of AdaRound's regularization, whose exponent falls from 20 to 2."""
-        with torch.enable_grad():
-            beta = 2.0 + 18.0 * (1 - progress)
-            (regularization * (1 - (2 * rectified_sigmoid(self.logits) - 1).abs().pow(beta)).sum()).backward()
-
-    def gradient(self) -> Tensor:
-        return torch.zeros(0) if self.logits.grad is None else self.logits.grad.flatten()
-
-    def finish(self) -> None:
-        self.quantizer.rounding = self.logits.detach()
-        self.quantizer.decide(_weight(self.layer))
-
-
-def _weight(layer: QuantizedLayer) -> Tensor:
-    """What the weight quantizer sees, float32: made anew at every call, as all of them are the size of the model."""
-    return smoothed_weight(layer).detach().float()
-
-
 def segment_gradient(
     chain: Chain, start: Tensor, targets: Callable[[int], Tensor], gradient: Gradient, factor: float = 1.0
 ) -> Tensor:
@@ -245,7 +201,7 @@ def segment_gradient(
     return ways[gradient](chain, start, targets, factor, gradient == "exact")
 
 
-def gradient_of(chain: Chain, gradient: Gradient, learned: list[LearnedSteps | _Rounding]) -> Tensor:
+def gradient_of(chain: Chain, gradient: Gradient, learned: list[Learned]) -> Tensor:
     """The gradient as one vector, without regularization."""
     for one in learned:
         for tensor, _ in one.parameters():
@@ -261,7 +217,7 @@ def gradient_of(chain: Chain, gradient: Gradient, learned: list[LearnedSteps | _
         for tensor, _ in one.parameters():
             tensor.requires_grad_(False)
             tensor.grad = None
-        one.finish() if isinstance(one, LearnedSteps) else None
+        one.finish() if not isinstance(one, LearnedRounding) else None
     return torch.cat(vectors)
 
 

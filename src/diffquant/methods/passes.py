@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.surgery import quantizers
+from diffquant.core.surgery import device_of, quantized_layers, quantizers
 
 Figures = dict[str, Any]
+OF_LAYERS = ("smooth", "offset")  # buffers that passes change
 
 
 class Pass(BaseModel):
@@ -43,31 +44,28 @@ def draw_seed(generator: torch.Generator) -> int:
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every buffer of every quantizer (and `smooth`), by full name: all that passes change."""
+    """Every buffer of every quantizer, `smooth` and `offset` of the layers, by full name: all that passes change."""
     state = {
         f"{name}.{buffer}": value
         for name, quantizer in quantizers(model)
         for buffer, value in quantizer._buffers.items()
         if value is not None
     }
-    for name, module in model.named_modules():
-        smooth = module._buffers.get("smooth")
-        if smooth is not None:
-            state[f"{name}.smooth"] = smooth
+    for name, layer in quantized_layers(model):
+        state |= {f"{name}.{buffer}": value for buffer in OF_LAYERS if (value := layer._buffers[buffer]) is not None}
     return state
 
 
 def restore_quantizers(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put back a `quantizer_state`; buffers that it lacks become None again."""
-    modules = dict(model.named_modules())
     for name, quantizer in quantizers(model):
         for buffer in list(quantizer._buffers):
             value = state.get(f"{name}.{buffer}")
             quantizer._buffers[buffer] = None if value is None else value.to(quantizer.scale.device)
-    for name, value in state.items():
-        owner, _, buffer = name.rpartition(".")
-        if buffer == "smooth":
-            modules[owner]._buffers["smooth"] = value
+    for name, layer in quantized_layers(model):
+        for buffer in OF_LAYERS:
+            value = state.get(f"{name}.{buffer}")
+            layer._buffers[buffer] = None if value is None else value.to(device_of(layer))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py speed --models glyph-ddim ddpm-cifar10 dit-s dit-xl sd15 --openvino --compile
     python benchmarks/engine.py speed --models ddpm-cifar10 --openvino --peers "openvino float32" "openvino nncf"
+    python benchmarks/engine.py speed --models dit-s --set layers.1.input_symmetric=true --openvino --peers "openvino nncf"
     python benchmarks/engine.py layers --bits 4
     python benchmarks/engine.py memory --bits 4
 
@@ -97,9 +98,9 @@ def denoise(batch: int) -> Call:
     return call
 
 
-def quantize(model: nn.Module, call: Call, bits: int) -> nn.Module:
+def quantize(model: nn.Module, call: Call, bits: int, overrides: Sequence[str] = ()) -> nn.Module:
     """`model` frozen with the layers of recipe minmax, its ranges those of one call."""
-    calibrated(model, call, f"minmax-w{bits}a8")
+    calibrated(model, call, f"minmax-w{bits}a8", overrides)
     freeze(model)
     return model
 
@@ -143,7 +144,7 @@ def runtimes(name: str, arguments: argparse.Namespace) -> tuple[dict[str, tuple[
     torch.manual_seed(0)
     full = make().eval().requires_grad_(False)
     given = inputs(full, batch)
-    quantized = quantize(copy.deepcopy(full), denoise(batch), 8)
+    quantized = quantize(copy.deepcopy(full), denoise(batch), 8, arguments.overrides)
     simulated = dq.use_engine(quantized, "int8")
     models = {"float32": full, "float32 medium": full, "int8": quantized}
     if not arguments.no_bfloat16:
@@ -205,7 +206,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     result = {"machine": machine(), "models": kept["models"] if kept.get("machine") == machine() else {}}
     table = Table("model", "batch", "runtime", "ms", "times as long as int8", "slowest and fastest round")
     for name in arguments.models:
-        result["models"][name] = row = time_model(name, arguments)
+        result["models"][" ".join([name, *arguments.overrides])] = row = time_model(name, arguments)
         write(file, result)
         for runtime, seconds in row["seconds"].items():
             ratios = row["ratios"].get(f"{runtime} / int8", [row["seconds"][runtime] / row["seconds"]["int8"]])
@@ -301,6 +302,7 @@ def main() -> None:
     )
     one.add_argument("--onnx", action="store_true", help="with the exported ONNX file in ONNX Runtime")
     one.add_argument("--peers", nargs="*", choices=peers.PEERS, default=[], help="with other runtimes")
+    one.add_argument("--set", nargs="*", default=[], dest="overrides", help="changes of the recipe, as of the command line")
     one.add_argument("--rounds", type=int, default=5)
     one.add_argument("--calls", type=int, default=3)
     for name in ("layers", "memory"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
 from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -365,6 +366,42 @@ def test_upsampling_repeats_codes(
     assert type(upsample) is Upsample2D
 
 
+@pytest.mark.parametrize("norm", ["default", "scale_shift"])
+def test_residual_blocks_reuse_the_memory_of_norms(norm: str) -> None:
+    """Nothing that anyone else can see is overwritten, and nothing at all where gradients or hooks need it."""
+    torch.manual_seed(0)
+    block = nn.Sequential(ResnetBlock2D(in_channels=8, temb_channels=6, groups=2, time_embedding_norm=norm)).eval()
+    resnet, names = block[0], list(block.state_dict())
+    x, embedding = torch.randn(3, 8, 4, 4), torch.randn(3, 6)
+    given = x.clone(), embedding.clone()
+    with torch.no_grad():
+        expected = resnet(x, embedding)
+        int8_cpu.lower(block)
+        twin = copy.deepcopy(resnet)
+        places = []
+        real = functional.silu
+
+        def silu(input: Tensor, inplace: bool = False) -> Tensor:
+            places.append(inplace)
+            return real(input, inplace)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(integer_blocks.functional, "silu", silu)
+            assert torch.equal(resnet(x, embedding), expected) and places == [True, False, True]
+        assert torch.equal(x, given[0]) and torch.equal(embedding, given[1])
+        seen = []
+        hook = resnet.norm1.register_forward_hook(lambda module, given, output: seen.append(output))
+        assert torch.equal(resnet(x, embedding), expected)
+        hook.remove()
+        assert torch.equal(seen[0], resnet.norm1(x))
+    assert twin.nonlinearity.norms == (twin.norm1, twin.norm2)
+    leaf = x.clone().requires_grad_(True)
+    resnet(leaf, embedding).sum().backward()
+    assert leaf.grad is not None and list(block.state_dict()) == names
+    int8_cpu.simulate(block)
+    assert type(resnet.nonlinearity) is nn.SiLU and not hasattr(resnet.nonlinearity, "norms")
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 def test_codes_with_and_without_the_kernel_of_one_pass(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Also of a part of the channels, and of values beyond all codes; half a step may go to either side."""
@@ -412,7 +449,6 @@ def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, masked: bool, scor
 COMPILED = """
 import torch
 from diffusers.models.attention import FeedForward
-from diffusers.models.upsampling import Upsample2D
 from diffusers.models.attention_processor import Attention
 from pipelines import freeze_by_hand
 from torch import nn

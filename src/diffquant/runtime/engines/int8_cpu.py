@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from diffquant.core.surgery import quantized_layers
 from diffquant.runtime.engines.attention import BlockedProducts
-from diffquant.runtime.engines.integer_blocks import IntegerFeedForward, IntegerUpsample, one_product
+from diffquant.runtime.engines.integer_blocks import IntegerFeedForward, IntegerUpsample, ReusingSiLU, one_product, reuse_norms
 from diffquant.runtime.engines.integer_layers import INTEGER, IntegerConv2d, IntegerLinear, PackedCodes, steps_of
 from diffquant.runtime.engines.kernels import Product
 
@@ -55,6 +56,8 @@ def lower(model: nn.Module) -> list[Lowered]:
             module.__class__ = IntegerFeedForward
             if type(module.net[0]) is GEGLU and one_product(module.net[0].proj) and isinstance(module.net[2], IntegerLinear):
                 module.net[0].proj.product.halve()
+        if type(module) is ResnetBlock2D:
+            reuse_norms(module)
         if type(module) is Upsample2D:
             module.__class__ = IntegerUpsample
         if type(module) is AttentionProducts:
@@ -77,6 +80,9 @@ def simulate(model: nn.Module) -> None:
             module.__class__ = FeedForward
         if isinstance(module, IntegerUpsample):
             module.__class__ = Upsample2D
+        if isinstance(module, ReusingSiLU):
+            module.__class__ = nn.SiLU  # type: ignore[assignment]
+            del module.norms
         if isinstance(module, BlockedProducts):
             module.__class__ = AttentionProducts  # type: ignore[assignment]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,6 +64,27 @@ class IntegerUpsample(Upsample2D):
         wanted: dict[str, Any] = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
         codes = layer.product.codes(hidden_states.contiguous(memory_format=torch.channels_last), row)
         return multiply(layer, [functional.interpolate(each, **wanted) for each in codes], row, bias_of(layer), torch.float32)
+
+
+class ReusingSiLU(nn.SiLU):
+    """The SiLU of a `ResnetBlock2D`, which overwrites what a normalization has just put out; made by `reuse_norms`.
+
+    It is a block's only reader; the embedding, which other blocks read too, has two dimensions and is left alone.
+    """
+
+    norms: tuple[nn.Module, ...]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[...]`` -> ``[...]``, in the same memory where it is a picture that nobody else looks at."""
+        mine = input.dim() == 4 and not input.requires_grad and not _watched(self, *self.norms)
+        return functional.silu(input, inplace=mine)
+
+
+def reuse_norms(block: ResnetBlock2D) -> None:
+    """Let `block` compute its SiLU in place."""
+    if type(block.nonlinearity) is nn.SiLU:
+        block.nonlinearity.__class__ = ReusingSiLU
+        block.nonlinearity.norms = (block.norm1, block.norm2)  # type: ignore[assignment]
 
 
 def _watched(*modules: nn.Module) -> bool:

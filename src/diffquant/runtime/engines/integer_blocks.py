@@ -50,7 +50,7 @@ class IntegerFeedForward(FeedForward):
 class IntegerUpsample(Upsample2D):
     """Upsampling before a convolution, of its codes: quantized first, then repeated; made by `lower`, never constructed.
 
-    diffusers copies batches of 64 and more out of the memory format of convolutions and back, which takes longer than all the rest.
+    diffusers copies batches of 64 and more out of the memory format of convolutions and back.
     """
 
     def forward(self, hidden_states: Tensor, output_size: int | Sequence[int] | None = None, *args: Any, **kwargs: Any) -> Tensor:

@@ -202,7 +202,7 @@ def time_model(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     """A row for each model; what is measured is written at once, beside what the file holds of the same machine.
 
-    With `--add`, runtimes that the file holds of a model are kept: a ratio is of the run that measured it either way.
+    With `--add`, what the file holds of other runtimes stays: a ratio is of the run that measured both either way.
     """
     file = RESULTS / "engine-speed.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
@@ -211,7 +211,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in arguments.models:
         row, key = time_model(name, arguments), " ".join([name, *arguments.overrides])
         earlier = result["models"].get(key, {}) if arguments.add else {}
-        result["models"][key] = {**row, **{part: row[part] | earlier.get(part, {}) for part in ("seconds", "ratios")}}
+        result["models"][key] = {**row, **{part: earlier.get(part, {}) | row[part] for part in ("seconds", "ratios")}}
         write(file, result)
         for runtime, seconds in row["seconds"].items():
             ratios = row["ratios"].get(f"{runtime} / int8", [row["seconds"][runtime] / row["seconds"]["int8"]])
@@ -308,7 +308,7 @@ def main() -> None:
     one.add_argument("--onnx", action="store_true", help="with the exported ONNX file in ONNX Runtime")
     one.add_argument("--peers", nargs="*", choices=peers.PEERS, default=[], help="with other runtimes")
     one.add_argument("--set", nargs="*", default=[], dest="overrides", help="changes of the recipe, as of the command line")
-    one.add_argument("--add", action="store_true", help="keep what the file holds of a model and add the runtimes it lacks")
+    one.add_argument("--add", action="store_true", help="keep what the file holds of a model's other runtimes")
     one.add_argument("--rounds", type=int, default=5)
     one.add_argument("--calls", type=int, default=3)
     for name in ("layers", "memory"):

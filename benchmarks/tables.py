@@ -1,4 +1,4 @@
-"""Tables of results files that `compare.py` and `accuquant.py compare` wrote, every arm beside a baseline of the same bits and seed.
+"""Tables of what `compare.py` and `accuquant.py compare` wrote, every arm beside a baseline of the same bits and seed.
 
     python benchmarks/tables.py benchmarks/results/accuquant-compare.json --bits w4a6 --base brecq
     python benchmarks/tables.py benchmarks/results/dmq-compare.json --base "brecq layers.0.sets=1000 layers.1.sets=1000"

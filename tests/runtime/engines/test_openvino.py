@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pipelines
-from diffquant.core.layers import attach_products
+from diffquant.core.layers import AttentionProducts, attach_products
 from diffquant.core.planning import plan
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, QuantSpec, SpecError
@@ -19,6 +19,7 @@ from diffquant.core.surgery import prepare, quantized_layers, quantizers
 from diffquant.runtime.engines import graph as graphs
 from diffquant.runtime.engines import int8_cpu, openvino_graph
 from diffquant.runtime.engines import openvino as engine
+from diffquant.runtime.engines.graph_call import Call
 from layer_cases import (
     CASES,
     CHANNELS,
@@ -129,8 +130,10 @@ EVERYWHERE = (
 )
 
 
-def frozen(model: Any, arguments: dict[str, Any], timesteps: Sequence[float] = TIMESTEPS) -> Any:
-    prepare(model, plan(model, EVERYWHERE), timesteps)
+def frozen(
+    model: Any, arguments: dict[str, Any], timesteps: Sequence[float] = TIMESTEPS, rules: Sequence[LayerRule] = EVERYWHERE
+) -> Any:
+    prepare(model, plan(model, rules), timesteps)
     calibrate(model, lambda: model(**arguments), widest=1.2)
     return model
 
@@ -207,6 +210,20 @@ def test_dit() -> None:
     assert all("emb" in name or name.endswith("norm1.linear") for name, integer in found.items() if not integer)
 
 
+def test_asymmetric_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products are those of integers too, but for that with the values where there are many keys."""
+    rules = [*EVERYWHERE, LayerRule(match="@attention", input_symmetric=False)]
+    arguments = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([500, 500]), "class_labels": torch.arange(2)}
+    model = frozen(pipelines.dit().transformer, arguments, (), rules)
+    steps = [
+        step for module in model.modules() if isinstance(module, AttentionProducts) for step in graphs._operands(module).values()
+    ]
+    assert sum(not step.signed for step in steps if step) == 8  # softmax is never signed
+    assert sum(compare(model, arguments, pipelines.dit().transformer).values()) == 16
+    monkeypatch.setattr(graphs, "SUMMED_KEYS", 15)
+    assert sum(compare(model, arguments, pipelines.dit().transformer).values()) == 14
+
+
 def test_conditional_unet(tmp_path: Path) -> None:
     make = pipelines.stable_diffusion
     arguments = {"sample": torch.randn(2, 4, 8, 8), "timestep": 500, "encoder_hidden_states": torch.randn(2, 7, 16)}
@@ -263,15 +280,19 @@ def test_nothing_is_left_behind_by_a_conversion_that_fails(layers_with_sets: Lay
 
 
 @torch.no_grad()
-def test_attention_with_a_mask() -> None:
+@pytest.mark.parametrize(("bits", "zero_point", "summed"), [(6, 30, True), (8, 101, True), (8, 101, False), (8, 255, True)])
+def test_attention_with_a_mask(monkeypatch: pytest.MonkeyPatch, bits: int, zero_point: int, summed: bool) -> None:
+    monkeypatch.setattr(graphs, "SUMMED_KEYS", 5 if summed else 4)
     products = pipelines.dit().transformer.transformer_blocks[0].attn1
-    attach_products(products, AttentionSpec(**dict.fromkeys(("query", "key", "value", "softmax"), QuantSpec(bits=6))), StepClock())
+    attach_products(
+        products, AttentionSpec(**dict.fromkeys(("query", "key", "value", "softmax"), QuantSpec(bits=bits))), StepClock()
+    )
     module = products.attention_products
     for quantizer in module.children():
-        quantizer.scale.fill_(0.1 if quantizer is not module.softmax else 1 / 63)
-        quantizer.zero_point.fill_(30 if quantizer is not module.softmax else 0)
+        quantizer.scale.fill_(6.4 / 2**bits if quantizer is not module.softmax else 1 / (2**bits - 1))
+        quantizer.zero_point.fill_(zero_point if quantizer is not module.softmax else 0)
         quantizer.enabled = True
-    trace = graphs.Trace(nn.Identity(), graphs.Call(make_layers([]), (sample(), 0), {}), openvino_graph.FORM)
+    trace = graphs.Trace(nn.Identity(), Call(make_layers([]), (sample(), 0), {}), openvino_graph.FORM)
     operands = [torch.randn(2, 2, 5, 8) for _ in range(3)]
     for mask in (torch.rand(2, 1, 5, 5) > 0.3, torch.randn(2, 1, 5, 5)):
         mask[..., 0] = 1

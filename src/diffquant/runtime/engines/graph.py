@@ -13,7 +13,6 @@ all sets must share it.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, final
@@ -24,19 +23,20 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, smoothed_weight
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import CheckpointError, SpecError
-from diffquant.core.surgery import is_frozen, quantized_layers, quantizers, timestep_argument
+from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
+from diffquant.runtime.engines.graph_call import Call
 from diffquant.runtime.engines.integer_layers import INTEGER
 from diffquant.runtime.engines.kernels import LIMB, digits
 
 MakeOutput = Callable[[tuple[Tensor, ...]], Any]
 _Digit = tuple[Tensor, Tensor | None]  # int8 [out, in, ...] and its scale for each output
 
-INTERVAL = "interval"  # name of the graph's input that chooses the parameter sets
+CENTRE = 128  # of 256 codes
+SUMMED_KEYS = 512  # of an attention; up to here the sums of the softmax rows cost OpenVINO less than a product in floating point
 
 
 class Form(NamedTuple):
@@ -44,68 +44,20 @@ class Form(NamedTuple):
 
     ``quantize(x, scale, zero_point, signed)``: `x` through 256 codes, from -128 where `signed`, else from 0.
     ``dequantize(weight, scale)``: an int8 weight times a scale for each output. ``add(product, bias)``: of a linear layer.
+    ``centres``: two activations are multiplied as integers only where both have int8 codes with a zero point of 0.
     """
 
     runtime: str
     quantize: Callable[[Tensor, float, int, bool], Tensor]
     dequantize: Callable[[Int8[Tensor, "out ..."], Float[Tensor, " out"]], Tensor]
     add: Callable[[Tensor, Tensor], Tensor] = torch.add
-
-
-class Call:
-    """The arguments of one call of a denoiser, its tensors apart from the rest; the timestep is a tensor, one for each sample."""
-
-    def __init__(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        given = inspect.signature(model.forward).bind(*arguments, **keywords).arguments
-        self.return_dict = bool(given.pop("return_dict", True))
-        name, _ = timestep_argument(model)
-        sample = next(leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
-        batch = len(sample)
-        given[name] = torch.as_tensor(given[name]).reshape(-1).expand(batch)
-        paths, self._structure = pytree.tree_flatten_with_path(given)
-        self._leaves = [leaf for _, leaf in paths]
-        self._at = [index for index, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        self.tensors: list[Tensor] = [self._leaves[index] for index in self._at]
-        self.names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in paths[index][0]) for index in self._at]
-        self.shapes = [[-1 if len(t) == batch else len(t), *t.shape[1:]] if t.dim() else [] for t in self.tensors]
-        rest = [leaf for leaf in self._leaves if not isinstance(leaf, Tensor)]
-        self.kind = repr((self.names, self.shapes, [tensor.dtype for tensor in self.tensors], rest))
-
-    def keywords(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """The arguments with other tensors in the place of these."""
-        leaves = list(self._leaves)
-        for index, tensor in zip(self._at, tensors, strict=True):
-            leaves[index] = tensor
-        keywords: dict[str, Any] = pytree.tree_unflatten(leaves, self._structure)
-        return keywords
-
-
-def inputs(model: nn.Module, call: Call) -> tuple[list[Tensor], list[str], list[list[int]]]:
-    """Examples, names and shapes (-1: open) of what a graph reads; the last is the interval where there are parameter sets."""
-    tensors, names, shapes = [*call.tensors], [*call.names], [*call.shapes]
-    if any(quantizer.table is not None for _, quantizer in quantizers(model)):
-        return [*tensors, torch.zeros(1, dtype=torch.long)], [*names, INTERVAL], [*shapes, [-1]]
-    return tensors, names, shapes
-
-
-def feed(call: Call, model: nn.Module, interval: bool) -> list[Tensor]:
-    """What a graph is called with; the last is the `interval` where it reads one."""
-    if not interval:
-        return list(call.tensors)
-    return [*call.tensors, torch.as_tensor(model.step_clock.interval).reshape(-1)]  # type: ignore[union-attr]
+    centres: bool = False
 
 
 def signed(model: nn.Module) -> bool:
     """Whether every activation that is quantized is written as int8 with a zero point of 0; weights always are."""
     given = [quantizer for _, quantizer in quantizers(model) if quantizer.clock is not None]
     return all(step.signed for quantizer in given for step in _steps(quantizer))
-
-
-def timesteps(model: nn.Module) -> str:
-    """The timesteps of the model's intervals, for whoever computes the graph's interval."""
-    clock = model.step_clock
-    assert isinstance(clock, StepClock)
-    return ",".join(str(timestep) for timestep in clock.timesteps)
 
 
 def integer_layers(products: Iterable[tuple[str, bool]]) -> dict[str, bool]:
@@ -223,19 +175,30 @@ class Trace(nn.Module):
         """
         if step is None:
             return x if inverse is None else x * inverse, 1.0
-        factor: float | Tensor = 1.0
-        if step.scales is not None:
-            assert self.interval is not None
-            factor = step.scales[self.interval].view(-1, *[1] * (x.dim() - 1))
-            x = x / factor
+        x, factor = self._scaled(step, x)
         low, high = step.low * step.scale, step.high * step.scale
         if step.clamps and inverse is None:
             x = x.clamp(low, high)
         elif step.clamps and inverse is not None:
             x = torch.minimum(torch.maximum(x, low / inverse), high / inverse)
         x = x if inverse is None else x * inverse
-        # signed is the only form in which OpenVINO multiplies two activations
         return self.form.quantize(x, step.scale, 0 if step.signed else step.zero_point, step.signed), factor
+
+    def centred(self, step: _Step | None, x: Tensor) -> tuple[Tensor, float | Tensor, float]:
+        """As `quantized`, of codes around 128 where the form asks for it: `x` is the first plus the last, times the factor."""
+        if step is None or step.signed or not self.form.centres:
+            return *self.quantized(step, x), 0.0
+        x, factor = self._scaled(step, x)
+        offset = (CENTRE + step.low) * step.scale
+        return self.form.quantize(x - offset, step.scale, 0, True), factor, offset
+
+    def _scaled(self, step: _Step, x: Tensor) -> tuple[Tensor, float | Tensor]:
+        """`x` by its present scale where there are parameter sets, and that scale."""
+        if step.scales is None:
+            return x, 1.0
+        assert self.interval is not None
+        factor = step.scales[self.interval].view(-1, *[1] * (x.dim() - 1))
+        return x / factor, factor
 
 
 def _steps(quantizer: Quantizer | None) -> list[_Step]:
@@ -356,15 +319,23 @@ def _attention(
     """The forward of attention products."""
     if dropout_p or is_causal or enable_gqa:
         raise SpecError("attention products: dropout, causal masks and grouped heads are not quantized; set them to float")
-    query, query_factor = trace.quantized(steps["query"], query)
-    key, key_factor = trace.quantized(steps["key"], key)
-    value, value_factor = trace.quantized(steps["value"], value)
+    query, query_factor, query_offset = trace.centred(steps["query"], query)
+    key, key_factor, _ = trace.centred(steps["key"], key)  # its offset adds the same to all scores of a query: softmax drops it
     factor = query_factor * key_factor * (int(query.shape[-1]) ** -0.5 if scale is None else scale)
-    scores = query @ key.transpose(-2, -1) * factor
+    scores = query @ key.transpose(-2, -1)
+    if query_offset:
+        scores = scores + query_offset * key.sum(dim=-1).unsqueeze(-2)
+    scores = scores * factor
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     softmax, softmax_factor = trace.quantized(steps["softmax"], scores.softmax(dim=-1))
-    return softmax @ value * (softmax_factor * value_factor)
+    if int(key.shape[-2]) <= SUMMED_KEYS:
+        value, value_factor, value_offset = trace.centred(steps["value"], value)
+        product = softmax @ value + (value_offset * softmax.sum(dim=-1, keepdim=True) if value_offset else 0.0)
+    else:
+        value, value_factor = trace.quantized(steps["value"], value)
+        product = softmax @ value
+    return product * (softmax_factor * value_factor)
 
 
 def _original(model: nn.Module) -> type[Any]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.spec import CheckpointError
-from diffquant.runtime.engines.graph import INTERVAL, Call, feed
+from diffquant.runtime.engines.graph_call import INTERVAL, Call, feed
 from diffquant.runtime.engines.onnx_graph import convert, package, runtime
 
 FILE = "model.onnx"  # as optimum names it

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.spec import CheckpointError
-from diffquant.runtime.engines.graph import Call, Form, Trace, check, inputs, status, timesteps
+from diffquant.runtime.engines.graph import Form, Trace, check, status
+from diffquant.runtime.engines.graph_call import Call, inputs, timesteps
 
 OPSET = 17
 

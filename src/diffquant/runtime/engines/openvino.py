@@ -24,7 +24,8 @@ from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import quantized_layers, quantizers
 from diffquant.runtime.engines import graph as graphs
 from diffquant.runtime.engines import int8_cpu
-from diffquant.runtime.engines.graph import Call, MakeOutput, check, feed, status
+from diffquant.runtime.engines.graph import MakeOutput, check, status
+from diffquant.runtime.engines.graph_call import Call, feed
 from diffquant.runtime.engines.int8_cpu import Lowered
 from diffquant.runtime.engines.openvino_graph import FORM, convert, package
 

@@ -4,8 +4,10 @@ OpenVINO turns a product of quantized operands into an integer kernel where it f
 of 256 levels, the weight as a constant of int8 times a scale for each output. `convert` lets PyTorch trace the model while its
 layers write themselves in these forms (`graph`).
 
-Two activations (the products of an attention) are multiplied as integers only where their codes minus the zero point fit int8: with
-symmetric quantizers, with fewer than 8 bits, or where no value is negative; else in floating point, with the same quantized values.
+Two activations (the products of an attention) are multiplied as integers only where their codes minus the zero point fit int8.
+Codes of 8 bits with a zero point are therefore written as codes minus 128 plus a constant: for the keys softmax drops what it adds,
+for the queries it adds a multiple of each key's sum, for the values one of each softmax row's sum. Where there are many keys the
+rows' sums cost more than they save, and values are multiplied in floating point: the same quantized values in any case.
 
 FakeQuantize multiplies by the reciprocal step where the simulation divides: codes on an edge may differ by one.
 """
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.spec import CheckpointError
-from diffquant.runtime.engines.graph import Call, Form, MakeOutput, Trace, check, inputs, status, timesteps
+from diffquant.runtime.engines.graph import Form, MakeOutput, Trace, check, status
+from diffquant.runtime.engines.graph_call import Call, inputs, timesteps
 
 
 def convert(model: nn.Module, call: Call) -> tuple[Any, MakeOutput]:
@@ -57,7 +60,7 @@ def _dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
 
 
-FORM = Form("OpenVINO", _quantize, _dequantize)
+FORM = Form("OpenVINO", _quantize, _dequantize, centres=True)
 
 
 def package() -> Any:

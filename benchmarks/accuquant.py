@@ -140,12 +140,14 @@ def cosines(arguments: argparse.Namespace) -> dict[str, Any]:
         learned = AccuQuant()._learned(model)
         with evaluating(model):
             for steps in (2, 5, 10, 25):
-                for gradient in ("identity", "accumulate"):
-                    found = []
-                    for segment in rollout.segments(steps):
-                        chain = rollout.chain(torch.arange(16), segment)
-                        pair = [gradient_of(chain, kind, learned) for kind in (gradient, "exact")]
-                        found.append(float(torch.nn.functional.cosine_similarity(pair[0], pair[1], dim=0)))
+                cosine: dict[str, list[float]] = {"identity": [], "accumulate": []}
+                for segment in rollout.segments(steps):
+                    chain = rollout.chain(torch.arange(16), segment)
+                    exact = gradient_of(chain, "exact", learned)
+                    for gradient, found in cosine.items():
+                        given = gradient_of(chain, gradient, learned)
+                        found.append(float(torch.nn.functional.cosine_similarity(given, exact, dim=0)))
+                for gradient, found in cosine.items():
                     mean = sum(found) / len(found)
                     rows.append({"bits": bits, "M": steps, "gradient": gradient, "mean": mean, "least": min(found), "all": found})
                     print(json.dumps(rows[-1]), flush=True)

@@ -64,6 +64,31 @@ def test_ones_are_plain_minmax_quantization():
     assert torch.equal(live_output(module, torch.ones(6), x), expected)
 
 
+@pytest.mark.parametrize("splits", [(), (4, 2)])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_ranges_of_each_sample(kind, splits):
+    module, x = layer(kind, splits), inputs(kind)
+    smooth = torch.rand(6) + 0.5
+    found = live_output(module, smooth, x, per_sample=True)
+    alone = torch.cat([live_output(module, smooth, each[None]) for each in x])
+    assert torch.allclose(found, alone, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, live_output(module, smooth, x), atol=1e-2)
+    data = UnitInputs(
+        [x],
+        {},
+        [module._conv_forward(x, module.weight, module.bias)]
+        if kind == "conv"
+        else [functional.linear(x, module.weight, module.bias)],
+        torch.zeros(len(x), dtype=torch.long),
+    )
+    step = LearnEquivalentScaling(iterations=1, ranges="sample", batch_size=3)
+    with fit.run(show=False) as run:
+        fitted = step._fit_layer(Unit("x", module, (("x", module),)), data, TimestepWeights(step, StepClock()), 0, run)
+    (target,) = data.outputs
+    first = (live_output(module, torch.ones(6), x, per_sample=True) - target).norm() / target.norm()
+    assert abs(fitted.error_before - float(first)) < 1e-5
+
+
 def test_one_channel_far_larger_than_the_rest():
     """64 channels, one of them 30 times the others: the specification's synthetic layer."""
     torch.manual_seed(0)

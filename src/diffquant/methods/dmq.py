@@ -39,7 +39,8 @@ class LearnEquivalentScaling(UnitPass):
     """Learn ``smooth`` of every layer that has one and quantizes both operands, on full-precision inputs and outputs.
 
     ``weighting`` of the samples by timestep: ``adaptive`` gives timesteps with small loss more weight, to the power ``alpha``, over
-    ``bins`` bins of the timestep axis, whose losses are averages with ``momentum``.
+    ``bins`` bins of the timestep axis, whose losses are averages with ``momentum``. ``ranges`` of inputs are the extremes of a
+    mini-batch of all timesteps (paper), or those of each ``sample``, which parameter sets per timestep come nearer to.
     """
 
     before_ranges: ClassVar[bool] = True
@@ -49,6 +50,7 @@ class LearnEquivalentScaling(UnitPass):
     rate: float = Field(default=1e-3, gt=0)
     weighting: Weighting = "adaptive"
     accumulate: Literal["mean", "sum"] = "mean"
+    ranges: Literal["batch", "sample"] = "batch"
     alpha: float = Field(default=20, ge=0)
     momentum: float = Field(default=0.95, ge=0, lt=1)
     bins: int = Field(default=20, ge=1)
@@ -75,11 +77,13 @@ class LearnEquivalentScaling(UnitPass):
         assert intervals is not None
         assert layer.smooth is not None
         smooth = layer.smooth.clone()
-        before = relative_error(layer, smooth, x, target, self.batch_size)
+        per_sample = self.ranges == "sample"
+        before = relative_error(layer, smooth, x, target, self.batch_size, per_sample=per_sample)
 
         def loss(iteration: int, generator: torch.Generator) -> Tensor:
             picked = torch.randperm(len(x), generator=generator)[: self.batch_size]
-            errors = sample_errors(live_output(layer, smooth, data.pick(x, picked)), data.pick(target, picked), layer)
+            output = live_output(layer, smooth, data.pick(x, picked), per_sample)
+            errors = sample_errors(output, data.pick(target, picked), layer)
             return (weights(errors.detach(), intervals[picked]) * errors).mean()
 
         def keep_positive(iteration: int) -> None:
@@ -97,7 +101,8 @@ class LearnEquivalentScaling(UnitPass):
             also_kept={"losses": weights.losses},
         )
         layer.smooth = smooth
-        return Fitted(before, relative_error(layer, smooth, x, target, self.batch_size), thinned(curve))
+        after = relative_error(layer, smooth, x, target, self.batch_size, per_sample=per_sample)
+        return Fitted(before, after, thinned(curve))
 
 
 class TimestepWeights:

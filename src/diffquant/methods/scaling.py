@@ -20,20 +20,31 @@ def has_both(layer: QuantizedLayer) -> bool:
     return layer.smooth is not None and layer.weight_quantizer is not None and layer.input_quantizer is not None
 
 
-def live_output(layer: QuantizedLayer, smooth: Float[Tensor, " in"], x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
-    """The output of `layer` with both operands quantized over their present extremes, per split, differentiable in `smooth`."""
-    return _multiply(layer, _live_input(layer, smooth, x), _live_weight(layer, smooth, searched=False))
+def live_output(
+    layer: QuantizedLayer, smooth: Float[Tensor, " in"], x: Float[Tensor, "n ..."], per_sample: bool = False
+) -> Float[Tensor, "n ..."]:
+    """The output of `layer` with both operands quantized over their present extremes, per split, differentiable in `smooth`.
+
+    The inputs' extremes are those of all samples, or ``per_sample``.
+    """
+    return _multiply(layer, _live_input(layer, smooth, x, per_sample), _live_weight(layer, smooth, searched=False))
 
 
 def relative_error(
-    layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Tensor, batch_size: int, searched: bool = False
+    layer: QuantizedLayer,
+    smooth: Tensor,
+    x: Tensor,
+    target: Tensor,
+    batch_size: int,
+    searched: bool = False,
+    per_sample: bool = False,
 ) -> float:
     """Relative L2 error of `live_output` over all samples, a batch at a time; with ``searched`` weight ranges, as in ``mse``."""
     error = signal = 0.0
     with torch.no_grad():
         weight = _live_weight(layer, smooth, searched)
         for picked in torch.arange(len(x)).split(batch_size):
-            output = _multiply(layer, _live_input(layer, smooth, x[picked].to(smooth.device)), weight)
+            output = _multiply(layer, _live_input(layer, smooth, x[picked].to(smooth.device), per_sample), weight)
             wanted = target[picked].to(smooth.device)
             error += float((output - wanted).square().sum())
             signal += float(wanted.float().square().sum())
@@ -53,11 +64,12 @@ def _multiply(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
     return functional.linear(x, weight, layer.bias)
 
 
-def _live_input(layer: QuantizedLayer, smooth: Tensor, x: Tensor) -> Tensor:
+def _live_input(layer: QuantizedLayer, smooth: Tensor, x: Tensor, per_sample: bool) -> Tensor:
     quantizer, axis = layer.input_quantizer, 1 if isinstance(layer, QuantizedConv2d) else x.dim() - 1
     assert quantizer is not None
     x = x.float() / smooth.view([-1 if dim == axis else 1 for dim in range(x.dim())])
-    return torch.cat([_live(part, 1, quantizer.spec) for part in x.split(_sizes(layer), dim=axis)], dim=axis)
+    rows = len(x) if per_sample else 1
+    return torch.cat([_live(part, rows, quantizer.spec) for part in x.split(_sizes(layer), dim=axis)], dim=axis)
 
 
 def _live_weight(layer: QuantizedLayer, smooth: Tensor, searched: bool) -> Tensor:

@@ -1,6 +1,7 @@
 """The contract of a pass, for every pass; what each is meant to lower; and killed runs that go on."""
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,23 @@ def test_fit_resumes_bit_equal_in_the_middle(tmp_path):
     resumed, resumed_curve = run_fit(6, tmp_path)
     assert torch.equal(whole, resumed) and curve == resumed_curve
     assert not whole.requires_grad and whole.grad is None
+
+
+@pytest.mark.parametrize(("seconds", "first"), [(0.0, 3), (3600.0, 0)])
+def test_slow_iterations_are_saved_too(monkeypatch, tmp_path, seconds, first):
+    monkeypatch.setattr(fit, "SAVE_SECONDS", seconds)
+    tensor, seen = torch.ones(1), []
+
+    def loss(iteration: int, generator: torch.Generator) -> torch.Tensor:
+        seen.append(iteration)
+        if seen == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+        return tensor.sum()
+
+    for _ in range(2):
+        with fit.run(tmp_path, show=False) as run, suppress(KeyboardInterrupt):
+            fit.fit([(tensor, 0.1)], loss, iterations=5, seed=1, run=run, label="x", save_every=100)
+    assert seen[4:] == list(range(first, 5))
 
 
 def test_fit_refuses_a_loss_that_is_not_finite():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ from diffquant.core.spec import CalibrationError
 from diffquant.core.surgery import device_of
 
 Schedule = Callable[[int, int], float]
+
+SAVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,9 @@ def fit(
 
     A loss that has no graph has put the gradients into the parameters' ``grad`` itself, and is only reported.
     The tensors need not be `nn.Parameter`: they require a gradient while the loop runs and are plain again afterwards. Where `run`
-    has a folder the state (parameters, optimizer, `also_kept` tensors, loss curve) is saved there every `save_every` iterations and
-    picked up by the next call. `after_step` runs without gradients, after each update, to project parameters.
+    has a folder the state (parameters, optimizer, `also_kept` tensors, loss curve) is saved there every `save_every` iterations, every
+    minute where those take longer, and picked up by the next call. `after_step` runs without gradients, after each update, to project
+    parameters.
 
     Raises `CalibrationError` when the loss is not finite.
     """
@@ -109,6 +113,7 @@ def fit(
     }
     curve = _resume(run.folder, kept, optimizer)
     task = run.progress.add_task(label, total=iterations, completed=len(curve))
+    saved = time.monotonic()
     try:
         for iteration in range(len(curve), iterations):
             for group, (_, rate) in zip(optimizer.param_groups, parameters, strict=True):
@@ -128,8 +133,10 @@ def fit(
                     after_step(iteration)
             curve.append(value.item())
             run.progress.update(task, completed=iteration + 1)
-            if run.folder is not None and ((iteration + 1) % save_every == 0 or iteration + 1 == iterations):
+            due = (iteration + 1) % save_every == 0 or iteration + 1 == iterations or time.monotonic() - saved >= SAVE_SECONDS
+            if run.folder is not None and due:
                 _save(run.folder, kept, optimizer, curve)
+                saved = time.monotonic()
     finally:
         for tensor, required in zip(tensors, before, strict=True):
             tensor.grad = None

@@ -96,10 +96,11 @@ def fit(
     """Minimise `loss(iteration, generator)` over `parameters`, pairs of a leaf tensor and its peak rate; return the loss curve.
 
     A loss that has no graph has put the gradients into the parameters' ``grad`` itself, and is only reported.
-    The tensors need not be `nn.Parameter`: they require a gradient while the loop runs and are plain again afterwards. Where `run`
-    has a folder the state (parameters, optimizer, `also_kept` tensors, loss curve) is saved there every `save_every` iterations, every
-    minute where those take longer, and picked up by the next call. `after_step` runs without gradients, after each update, to project
-    parameters.
+    The tensors need not be `nn.Parameter`: they require a gradient while the loop runs and are plain again afterwards.
+    `after_step` runs without gradients, after each update, to project parameters.
+
+    Where `run` has a folder the state (parameters, optimizer, `also_kept` tensors, loss curve) is saved there every `save_every`
+    iterations, and every minute where those take longer, and picked up by the next call.
 
     Raises `CalibrationError` when the loss is not finite.
     """

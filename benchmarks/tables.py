@@ -47,7 +47,8 @@ def table(found: dict[str, dict[str, Any]], base: str, bits: str, only: list[str
             rows[arm][seed] = row
     lines = []
     for arm, seeds in rows.items():
-        ratios = {seed: ratio(row, rows[base][seed]) for seed, row in seeds.items() if seed in rows.get(base, {})}
+        compared_to = {} if arm == base else rows.get(base, {})
+        ratios = {seed: ratio(row, compared_to[seed]) for seed, row in seeds.items() if seed in compared_to}
         values = [each.value for each in ratios.values()]
         pooled = f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
         for seed, row in sorted(seeds.items()):

@@ -221,6 +221,23 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def shown() -> None:
+    """What the file holds, as Markdown: medians over rounds in parts of the `int8` engine's time, a column for each model."""
+    models = json.loads((RESULTS / "engine-speed.json").read_text())["models"]
+    names = list(dict.fromkeys(runtime for row in models.values() for runtime in row["seconds"]))
+    print("| computed by | " + " | ".join(f"{name}, {row['batch']}" for name, row in models.items()) + " |")
+    print("|---|" + "---|" * len(models))
+    for runtime in names:
+        cells = []
+        for row in models.values():
+            found = row["ratios"].get(f"{runtime} / int8", [1.0] if runtime == "int8" else [])
+            cells.append(f"{statistics.median(found):.2f}" if found else "")
+        print(f"| {runtime} | {' | '.join(cells)} |")
+    for name, row in models.items():
+        beside = {key: values for key, values in row["ratios"].items() if key.endswith(" / openvino")}
+        print(f"{name}: " + ", ".join(f"{key} {statistics.median(v):.2f} [{v[0]:.2f}, {v[-1]:.2f}]" for key, v in beside.items()))
+
+
 def layers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Codes and outputs of every lowered layer of glyph-ddim, on what the simulation feeds it in one call."""
     call = denoise(8)
@@ -311,9 +328,13 @@ def main() -> None:
     one.add_argument("--add", action="store_true", help="keep what the file holds of a model's other runtimes")
     one.add_argument("--rounds", type=int, default=5)
     one.add_argument("--calls", type=int, default=3)
+    commands.add_parser("shown", help="the results of speed as Markdown")
     for name in ("layers", "memory"):
         commands.add_parser(name).add_argument("--bits", type=int, default=4)
     arguments = parser.parse_args()
+    if arguments.command == "shown":
+        shown()
+        return
     with torch.no_grad():
         result = {"speed": speed, "layers": layers, "memory": memory}[arguments.command](arguments)
     write(RESULTS / f"engine-{arguments.command}.json", result)

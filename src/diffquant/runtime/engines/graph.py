@@ -331,10 +331,11 @@ def _attention(
     softmax, softmax_factor = trace.quantized(steps["softmax"], scores.softmax(dim=-1))
     if int(key.shape[-2]) <= SUMMED_KEYS:
         value, value_factor, value_offset = trace.centred(steps["value"], value)
-        product = softmax @ value + (value_offset * softmax.sum(dim=-1, keepdim=True) if value_offset else 0.0)
     else:
-        value, value_factor = trace.quantized(steps["value"], value)
-        product = softmax @ value
+        (value, value_factor), value_offset = trace.quantized(steps["value"], value), 0.0
+    product = softmax @ value
+    if value_offset:
+        product = product + value_offset * softmax.sum(dim=-1, keepdim=True)
     return product * (softmax_factor * value_factor)
 
 

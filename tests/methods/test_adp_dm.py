@@ -19,7 +19,8 @@ from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import prepare, quantizers
-from diffquant.methods.adp_dm import SearchParameterSets, _Search, clustered
+from diffquant.methods.adp_dm import SearchParameterSets, _Search
+from diffquant.methods.clusters import clustered
 from diffquant.methods.mixture import entropies, mixture
 from diffquant.methods.ranges import CalibrateRanges
 from tests import pipelines
@@ -196,15 +197,18 @@ def test_timesteps_of_equal_scale_share_a_set():
     assert ((one(x) - x) / scales[:, None]).norm() < 0.1 * ((static - x) / scales[:, None]).norm()
 
 
-def test_resumed_searches_are_equal(pipe, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed", [6, 11])
+def test_resumed_searches_are_equal(pipe, data, tmp_path, monkeypatch, killed):
+    """Killed while searching, and after the choice."""
+    options = QUICK | {"settling": 4}
     whole = prepared(pipe, data, 2)
-    searched(whole, data)
+    figures = searched(whole, data, **options)
     broken, resumed = prepared(pipe, data, 2), prepared(pipe, data, 2)
     loss, calls = _Search.loss, SimpleNamespace(count=0)
 
     def failing(self, iteration, generator):
         calls.count += 1
-        if calls.count == 6:
+        if calls.count == killed:
             raise KeyboardInterrupt
         return loss(self, iteration, generator)
 
@@ -213,10 +217,37 @@ def test_resumed_searches_are_equal(pipe, data, tmp_path, monkeypatch):
     with fit.run(tmp_path, show=False) as run:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(_Search, "loss", failing)
-            SearchParameterSets(**QUICK).apply(broken, data, torch.Generator().manual_seed(0), run)
-        SearchParameterSets(**QUICK).apply(resumed, data, torch.Generator().manual_seed(0), run)
+            SearchParameterSets(**options).apply(broken, data, torch.Generator().manual_seed(0), run)
+        again = SearchParameterSets(**options).apply(resumed, data, torch.Generator().manual_seed(0), run)
+    assert again == figures
     for (name, ours), (_, theirs) in zip(quantizers(whole), quantizers(resumed), strict=True):
         assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.table, theirs.table), name
+
+
+def test_ranges_are_learned_on_after_the_choice(pipe, data):
+    """The table is that of the search; what is learned after it lowers the error that the choice raised."""
+    hard, settled = prepared(pipe, data, 2), prepared(pipe, data, 2)
+    options = {"ranges": "clusters", "range_rate": 2e-2, "rounds": 2}  # extremes at 4 bits: much to learn
+    before, after = searched(hard, data, **options), searched(settled, data, **options, settling=60)
+    assert before["settled_error"] == pytest.approx(before["hardened_error"], rel=1e-5)
+    assert after["hardened_error"] == before["hardened_error"] and after["hardening_gap"] == before["hardening_gap"]
+    assert after["settled_error"] < 0.9 * after["hardened_error"]
+    for (name, ours), (_, theirs) in zip(quantizers(hard), quantizers(settled), strict=True):
+        assert torch.equal(ours.table, theirs.table) if ours.clock is not None else ours.table is theirs.table, name
+
+
+def test_with_a_lead_what_does_not_matter_stays_with_its_cluster(pipe, data):
+    """Entropy alone, no gradient to speak of: shares e^2 to 1 are 0.881 and 0.119, and the entropy makes the larger larger."""
+    figures = searched(prepared(pipe, data, 2), data, lead=2.0, entropy=1e6, rate=1e-3)
+    assert figures["entropy_at_start"] == pytest.approx(-0.8808 * math.log(0.8808) - 0.1192 * math.log(0.1192), abs=1e-4)
+    assert all(row["moved"] == 0 for row in figures["layers"]) and figures["entropy_at_end"] < figures["entropy_at_start"]
+
+
+def test_a_lower_temperature_is_nearer_to_the_choice(pipe, data):
+    warm = searched(prepared(pipe, data, 2), data, lead=1.0, rate=1e-6, learn_ranges=False)
+    cold = searched(prepared(pipe, data, 2), data, lead=1.0, rate=1e-6, learn_ranges=False, temperature=0.02)
+    assert warm["hardened_error"] == cold["hardened_error"]
+    assert abs(cold["hardening_gap"]) < 1e-4 < abs(warm["hardening_gap"])
 
 
 @pytest.mark.parametrize("target", ["full_precision", "noise"])

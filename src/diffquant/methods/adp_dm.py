@@ -2,13 +2,15 @@
 
 Every input quantizer has G parameter sets. While searching, its output at timestep t is the mixture of all G quantized inputs by
 softmax(logits[t]); logits, steps and zero points are learned together on the error of the model's output plus the entropy of the
-mixtures, network weights fixed. Then each timestep takes the set with the largest logit, for good. Calibration latents are added
-where the search is undecided (entropy) or was seldom: ``score(t) = H_t + bonus / (N_t + 1)``.
+mixtures, network weights fixed. Then each timestep takes the set with the largest logit, for good, and steps and zero points are
+learned on with it. Calibration latents are added where the search is undecided (entropy) or was seldom:
+``score(t) = H_t + bonus / (N_t + 1)``.
 
 Source: Wang et al. 2024 (arXiv 2305.18723). The released code is another method (groups of channels, never hardened) and is not
 followed. *Differs*: the target is the full-precision output and the inputs are recorded latents (paper: the noise itself, on noised
 images; ``target`` and ``inputs`` give that); the entropy is a mean over layers, so that its weight does not depend on their number;
-rates of steps are relative; sets start from clusters of the timesteps' ranges, which the paper leaves open.
+rates of steps are relative; sets start from clusters of the timesteps' ranges, which the paper leaves open; ``lead``,
+``temperature`` and ``settling`` are not the paper's.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, final
 
 import torch
@@ -24,7 +26,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, call_recorded, fit, rows_of
+from diffquant.calibration.fit import Run, fit, rows_of
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.scheduling import build_scheduler
 from diffquant.calibration.selection import normal_shares
@@ -32,6 +34,7 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import SpecError
 from diffquant.core.surgery import device_of, full_precision, quantizers, switched
+from diffquant.methods.clusters import clustered, interval_ranges
 from diffquant.methods.mixture import entropies, mixture
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating
 from diffquant.methods.ranges import CalibrateRanges
@@ -49,6 +52,11 @@ class SearchParameterSets(Pass):
     ``inputs: noised`` latents are used they are noised to any timestep. An interval that no latent was taken at gets the set
     whose range is nearest. Sets start from the clusters' mean ranges, or from a search as `CalibrateRanges` does it (``mse``) over
     what falls into the clusters; ``learn_ranges: false`` leaves them there.
+
+    ``lead``, in nats: how far an interval's logit of its cluster's set starts ahead of the others. Where a layer hardly matters the
+    gradients of logits are noise and the entropy makes final whatever comes of it; with a lead that is the cluster.
+    ``temperature``: what logits are divided by at the last round, falling from 1 geometrically. ``settling``: updates of steps and
+    zero points after every interval has taken its set.
     """
 
     images: int = Field(default=512, ge=1)
@@ -64,6 +72,9 @@ class SearchParameterSets(Pass):
     range_rate: float = Field(default=1e-3, gt=0)
     ranges: Literal["clusters", "mse"] = "mse"
     learn_ranges: bool = True
+    lead: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0, le=1)
+    settling: int = Field(default=0, ge=0)
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Search with all quantizers on. Raises `SpecError` where ranges were not calibrated or no quantizer has several sets."""
@@ -76,13 +87,17 @@ class SearchParameterSets(Pass):
                 raise SpecError("SearchParameterSets: no quantizer has several parameter sets; add sets: 8 to a rule")
             with torch.no_grad():
                 nearest = self._initialise(model, searched, data, generator, run)
-            search = _Search(self, model, data, searched)
+            search = _Search(self, model, data, searched, nearest)
             curve = self._fit(search, seed, run)
-            return search.harden(nearest) | {"loss": curve[:: max(1, len(curve) // 50)]}
+            return search.finish() | {"loss": curve[:: max(1, len(curve) // 50)]}
 
     def sample_forwards(self, blocks: int) -> float:
         """The observed ranges, and three passes an update, each with G quantizations in place of one (counted as twice)."""
-        return self.images + 6.0 * self.rounds * self.updates * self.batch_size
+        return self.images + (6.0 * self.rounds * self.updates + 3.0 * self._settling) * self.batch_size
+
+    @property
+    def _settling(self) -> int:
+        return self.settling if self.learn_ranges else 0
 
     def _initialise(
         self, model: nn.Module, searched: dict[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run
@@ -107,23 +122,37 @@ class SearchParameterSets(Pass):
         return fit(
             learned,
             search.loss,
-            iterations=self.rounds * self.updates,
+            iterations=self.rounds * self.updates + self._settling,
             seed=seed,
             run=run,
             label="parameter sets",
-            also_kept={"pool": search.pool, "counts": search.counts},
+            also_kept={"pool": search.pool, "counts": search.counts, "errors": search.errors},
         )
 
 
 class _Search:
-    """The state of a search: logits, learned steps, the latents chosen so far and how often each interval was."""
+    """The state of a search: logits, learned steps, the latents chosen so far and how often each interval was.
 
-    def __init__(self, options: SearchParameterSets, model: nn.Module, data: Trajectory, searched: dict[str, Quantizer]) -> None:
-        self.options, self.model, self.data, self.searched = options, model, data, searched
+    ``nearest``: the set each interval starts nearest to. ``errors``: of the mixtures, and of what took their place, once it did.
+    """
+
+    def __init__(
+        self,
+        options: SearchParameterSets,
+        model: nn.Module,
+        data: Trajectory,
+        searched: dict[str, Quantizer],
+        nearest: dict[str, Tensor],
+    ) -> None:
+        self.options, self.model, self.data, self.searched, self.nearest = options, model, data, searched, nearest
         clock = model.step_clock
         assert isinstance(clock, StepClock)
         self.clock = clock
-        self.logits = {name: torch.zeros(clock.intervals, one.rows, device=one.scale.device) for name, one in searched.items()}
+        self.logits = {
+            name: options.lead * nn.functional.one_hot(nearest[name], one.rows).to(one.scale) for name, one in searched.items()
+        }
+        self.errors = torch.full((2,), math.nan)
+        self.decided = False
         self.steps = [LearnedSteps.of(one, options.range_rate, zero_points=True) for one in searched.values()]
         self.pool = torch.full((min(options.images, len(data)),), -1)  # recorded samples, in the order they were chosen
         self.counts = torch.zeros(clock.intervals, dtype=torch.long)
@@ -132,7 +161,7 @@ class _Search:
             half = data.half_of()
             interval = interval + clock.times * torch.where(half < 0, clock.conditional, half)
         self.interval_of_sample = interval
-        self.start_entropy = math.log(max(one.rows for one in searched.values()))
+        self.start_entropy = float(self.interval_entropy().mean())
 
     # ---- calibration timesteps
 
@@ -156,7 +185,7 @@ class _Search:
         return int(score.masked_fill(left <= 0, -torch.inf).argmax())
 
     def interval_entropy(self) -> Float[Tensor, " intervals"]:
-        """Entropy of each interval's mixture, a mean over quantizers, in nats."""
+        """Entropy of each interval's mixture, a mean over quantizers, in nats; at temperature 1."""
         with torch.no_grad():
             return torch.stack([entropies(logits).cpu() for logits in self.logits.values()]).mean(dim=0)
 
@@ -181,7 +210,8 @@ class _Search:
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
         """The objective on a batch of the pool, with the gradients of steps put where the optimizer expects them."""
-        if iteration % self.options.updates == 0:
+        updates = self.options.rounds * self.options.updates
+        if iteration < updates and iteration % self.options.updates == 0:
             self.grow(iteration // self.options.updates, generator)
         pool = self.pool[self.pool >= 0]
         picked = pool[torch.randint(len(pool), (self.options.batch_size,), generator=generator)]
@@ -189,12 +219,16 @@ class _Search:
         if self.options.learn_ranges:
             for one in self.steps:
                 one.place()
-        with self.mixed(), rows_of(self.model, self.data, picked):
+        if iteration >= updates and not self.decided:
+            self.decide()
+        sets = nullcontext() if self.decided else self.mixed(self.options.temperature ** (iteration / max(1, updates - 1)))
+        with sets, rows_of(self.model, self.data, picked):
             output = predicted(self.model, self.model(**arguments))
-        interval = torch.as_tensor(self.clock.interval).expand(len(picked))
-        error = (output.float() - target.float()).square().sum() / len(picked)
-        undecided = torch.stack([entropies(logits)[interval.to(logits.device)].mean() for logits in self.logits.values()]).mean()
-        total = error + self.options.entropy * undecided
+        total = (output.float() - target.float()).square().sum() / len(picked)
+        if not self.decided:
+            interval = torch.as_tensor(self.clock.interval).expand(len(picked))
+            undecided = [entropies(logits)[interval.to(logits.device)].mean() for logits in self.logits.values()]
+            total = total + self.options.entropy * torch.stack(undecided).mean()
         total.backward()
         if self.options.learn_ranges:
             for one in self.steps:
@@ -220,10 +254,10 @@ class _Search:
             return arguments, predicted(self.model, self.model(**arguments))
 
     @contextmanager
-    def mixed(self) -> Iterator[None]:
+    def mixed(self, temperature: float) -> Iterator[None]:
         """Searched quantizers put out their mixtures while the block runs."""
         for name, quantizer in self.searched.items():
-            quantizer.forward = functools.partial(mixture, quantizer, self.logits[name])  # type: ignore[method-assign]
+            quantizer.forward = functools.partial(mixture, quantizer, self.logits[name] / temperature)  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -232,121 +266,71 @@ class _Search:
 
     # ---- the end
 
-    def harden(self, nearest: dict[str, Tensor]) -> Figures:
-        """Each interval takes one set; figures of the search, with the loss of mixtures and of what takes their place."""
+    def trained(self) -> Tensor:
+        """Which intervals a latent was taken at."""
+        if self.options.inputs == "noised":
+            return torch.ones_like(self.counts, dtype=torch.bool)
+        trained = self.counts > 0
+        trained[self.interval_of_sample[self.pool[self.pool >= 0]]] = True
+        return trained
+
+    def decide(self) -> None:
+        """Each interval takes the set with the largest logit; errors before and after, where they were not kept by a killed run."""
+        first = bool(self.errors.isnan().any())
+        if first:
+            with self.mixed(self.options.temperature):
+                self.errors[0] = self.error()
+        trained = self.trained()
+        for name, quantizer in self.searched.items():
+            table = torch.where(trained, self.logits[name].argmax(dim=1).cpu(), self.nearest[name])
+            quantizer.table = table.to(quantizer.table)
+        if first:
+            self.errors[1] = self.error()
+        self.decided = True
+
+    def finish(self) -> Figures:
+        """Leave the quantizers with what was learned; figures of the search."""
         if self.options.learn_ranges:
             for one in self.steps:
                 one.finish()
-        entropy = {name: entropies(logits) for name, logits in self.logits.items()}
-        largest = {name: logits.softmax(dim=1).amax(dim=1) for name, logits in self.logits.items()}
-        pool = self.pool[self.pool >= 0]
-        with self.mixed():
-            before = self._errors(pool)
-        trained = self.counts > 0 if self.options.inputs == "trajectory" else torch.ones_like(self.counts, dtype=torch.bool)
-        trained[self.interval_of_sample[pool]] = True
+        if not self.decided:
+            self.decide()
+        trained = self.trained()
         rows = []
         for name, quantizer in self.searched.items():
-            table = torch.where(trained, self.logits[name].argmax(dim=1).cpu(), nearest[name])
-            quantizer.table = table.to(quantizer.table)
+            logits = self.logits[name][trained.to(self.logits[name].device)]
             owner, _, operand = name.rpartition(".")
+            table = torch.as_tensor(quantizer.table).cpu()
             rows.append(
                 {
                     "layer": owner,
                     "operand": operand,
                     "sets_used": len(table.unique()),
-                    "moved": float((table != nearest[name]).float().mean()),
-                    "entropy": float(entropy[name][trained.to(entropy[name].device)].mean()),
-                    "largest_share": float(largest[name][trained.to(entropy[name].device)].mean()),
+                    "moved": float((table != self.nearest[name]).float().mean()),
+                    "entropy": float(entropies(logits).mean()),
+                    "largest_share": float(logits.softmax(dim=1).amax(dim=1).mean()),
                 }
             )
-        after = self._errors(pool)
+        mixed, hardened = self.errors.tolist()
         return {
             "layers": rows,
-            "images": len(pool),
+            "images": int((self.pool >= 0).sum()),
             "entropy_at_start": self.start_entropy,
             "entropy_at_end": float(self.interval_entropy()[trained].mean()),
-            "mixture_error": float(before.mean()),
-            "hardened_error": float(after.mean()),
-            "hardening_gap": float(after.mean() / before.mean().clamp(min=1e-24) - 1),
+            "mixture_error": mixed,
+            "hardened_error": hardened,
+            "hardening_gap": hardened / max(mixed, 1e-24) - 1,
+            "settled_error": self.error(),
             "intervals_chosen": self.counts.tolist(),
         }
 
-    def _errors(self, pool: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Squared error of the output for every latent of the pool, against full precision."""
+    def error(self) -> float:
+        """Squared error of the output against full precision, a mean over the pool's latents."""
         found = []
         with torch.no_grad():
-            for picked in pool.split(self.options.batch_size):
+            for picked in self.pool[self.pool >= 0].split(self.options.batch_size):
                 arguments, target = self.data.batch(picked, device_of(self.model))
                 with rows_of(self.model, self.data, picked):
                     output = predicted(self.model, self.model(**arguments))
                 found.append((output.float() - target.float()).square().flatten(1).sum(dim=1).cpu())
-        return torch.cat(found)
-
-
-# ---- ranges of intervals, and clusters of them
-
-
-def interval_ranges(
-    model: nn.Module, searched: dict[str, Quantizer], data: Trajectory, run: Run, per_interval: int = 8, batch_size: int = 32
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Smallest and largest input of each quantizer at each interval in full precision, ``[intervals, parts]`` each."""
-    clock = model.step_clock
-    assert isinstance(clock, StepClock)
-    shapes = {name: (clock.intervals, one.scale.shape[1]) for name, one in searched.items()}
-    found = {name: (torch.full(shape, torch.inf), torch.full(shape, -torch.inf)) for name, shape in shapes.items()}
-
-    def watch(name: str, quantizer: Quantizer) -> Any:
-        low, high = found[name]
-
-        def see(x: Tensor) -> None:
-            intervals = torch.as_tensor(clock.interval).expand(len(x))
-            for part, values in enumerate(x.split(quantizer.splits or (x.shape[quantizer.axis],), dim=quantizer.axis)):
-                flat = values.flatten(1).float()
-                low[:, part].scatter_reduce_(0, intervals, flat.amin(dim=1).cpu(), "amin")
-                high[:, part].scatter_reduce_(0, intervals, flat.amax(dim=1).cpu(), "amax")
-
-        return see
-
-    count = min(per_interval * clock.intervals, len(data))
-    batches = data.subset(count, torch.Generator().manual_seed(0)).split(batch_size)
-    task = run.progress.add_task("ranges of timesteps", total=len(batches))
-    try:
-        for name, quantizer in searched.items():
-            quantizer.observer = watch(name, quantizer)
-        with full_precision(model):
-            for picked in batches:
-                call_recorded(model, data, picked)
-                run.progress.advance(task)
-    finally:
-        for quantizer in searched.values():
-            quantizer.observer = None
-        run.progress.remove_task(task)
-    return found
-
-
-def clustered(
-    low: Float[Tensor, "intervals parts"], high: Float[Tensor, "intervals parts"], count: int
-) -> tuple[Int[Tensor, " intervals"], Float[Tensor, "count parts"], Float[Tensor, "count parts"]]:
-    """k-means of the intervals' ranges into `count` sets: the set of each interval, and the sets' mean ranges.
-
-    It starts from quantiles of the width, so it draws nothing; a set that loses its last interval takes the one that fits worst.
-    """
-    points = torch.cat([low, high], dim=1)
-    order = (high - low).sum(dim=1).argsort(stable=True)
-    assigned = torch.empty(len(points), dtype=torch.long)
-    assigned[order] = torch.arange(len(points)) * count // len(points)
-    for _ in range(100):
-        centres = torch.stack([points[assigned == index].mean(dim=0) for index in range(count)])
-        distance = torch.cdist(points, centres)
-        moved = distance.argmin(dim=1)
-        for index in range(count):
-            if not (moved == index).any():
-                alone = torch.bincount(moved, minlength=count)[moved] == 1
-                worst = distance.gather(1, moved[:, None])[:, 0].masked_fill(alone, -1.0).argmax()
-                moved[worst] = index
-        if torch.equal(moved, assigned):
-            break
-        assigned = moved
-    centres = torch.stack([points[assigned == index].mean(dim=0) for index in range(count)])
-    low, high = centres.chunk(2, dim=1)
-    return assigned, low, high
+        return float(torch.cat(found).mean())

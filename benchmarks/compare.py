@@ -36,8 +36,8 @@ TRAJECTORIES = 96
 CONSOLE = Console(stderr=True)
 
 
-def recording(pipe: Any, work: Path, seed: int, guidance: float | None = None) -> dq.Trajectory:
-    calibration = dq.Calibration(samples=TRAJECTORIES, steps=STEPS, seed=seed, guidance_scale=guidance)
+def recording(pipe: Any, work: Path, seed: int, guidance: float | None = None, steps: int = STEPS) -> dq.Trajectory:
+    calibration = dq.Calibration(samples=TRAJECTORIES, steps=steps, seed=seed, guidance_scale=guidance)
     return dq.record(pipe, calibration, folder=work / f"recording-{seed}")
 
 
@@ -72,7 +72,7 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
     pipe = zoo.load(arguments.model)
     protocol = dq.SamplingProtocol(
         samples=arguments.samples,
-        steps=STEPS,
+        steps=arguments.steps,
         seed=1000,
         guidance_scale=arguments.guidance,
         accumulation_samples=arguments.accumulation,
@@ -82,7 +82,7 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
     comparisons = {}
     for bits in arguments.bits:
         for seed in arguments.seeds:
-            data = recording(pipe, arguments.work, seed, arguments.guidance)
+            data = recording(pipe, arguments.work, seed, arguments.guidance, arguments.steps)
             for arm in arguments.arms:
                 label = f"{bits} {arm} seed {seed}"
                 folder = arguments.work / "checkpoints" / label.replace(" ", "_")
@@ -109,7 +109,7 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     "fid": asdict(result.to_reference.fid),
                     "floor": reference.floor.fid.value,
                     **({} if result.accuracy is None else {"accuracy": asdict(result.accuracy)}),
-                    "drift": result.drift[:: max(1, STEPS // 10)],
+                    "drift": result.drift[:: max(1, arguments.steps // 10)],
                     "bytes": file_size(folder),
                     "seconds": {row["pass"]: row["seconds"] for row in passes},
                     "options": {row["pass"]: row["options"] for row in passes},
@@ -146,6 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser, work: Path, arms: list[str]) 
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--arms", nargs="+", default=arms, help="the first is the baseline")
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of recordings and samples; with a --work of their own")
     parser.add_argument("--accumulation", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], dest="overrides")
 

@@ -15,12 +15,16 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import nn
 
 import diffquant as dq
+from diffquant.calibration import fit
 from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Chain, Rollout
-from diffquant.core.surgery import quantized_layers, quantizers
-from diffquant.methods.accuquant import AccuQuant, segment_gradient
+from diffquant.core.planning import plan
+from diffquant.core.surgery import prepare, quantized_layers, quantizers, switched
+from diffquant.evaluation.accumulation import _one_stretch
+from diffquant.methods.accuquant import AccuQuant, segment_gradient, visited
 from diffquant.methods.passes import quantizer_state
+from diffquant.methods.ranges import CalibrateRanges
 from diffquant.recipe import load_recipe
 from tests import pipelines
 from tests.calibration.test_rollout import own_loop
@@ -203,6 +207,7 @@ def test_the_stage_brings_the_ends_of_segments_nearer(recorded):
     [
         *(f"gradient={kind}" for kind in ("exact", "accumulate", "chain")),
         "start=quantized",
+        "visits=final_error",
         "rounding=true",
         "zero_points=false",
         "biases=true",
@@ -274,10 +279,10 @@ def test_a_killed_stage_goes_on_and_ends_bit_equal(recorded, tmp_path, monkeypat
     whole, _ = quantized(recorded)
     real = AccuQuant._loss
 
-    def killed(self, rollout, segments, norms, learned, iteration, seed, generator):
+    def killed(self, rollout, segments, norms, learned, iteration, number, generator):
         if iteration == 4:
             raise KeyboardInterrupt
-        return real(self, rollout, segments, norms, learned, iteration, seed, generator)
+        return real(self, rollout, segments, norms, learned, iteration, number, generator)
 
     monkeypatch.setattr("diffquant.methods.accuquant.SAVE_EVERY", 2)
     monkeypatch.setattr(AccuQuant, "_loss", killed)
@@ -285,14 +290,45 @@ def test_a_killed_stage_goes_on_and_ends_bit_equal(recorded, tmp_path, monkeypat
         quantized(recorded, folder=tmp_path)
     assert list(tmp_path.rglob("fit.safetensors"))
 
-    def late(self, rollout, segments, norms, learned, iteration, seed, generator):
+    def late(self, rollout, segments, norms, learned, iteration, number, generator):
         assert iteration >= 4
-        return real(self, rollout, segments, norms, learned, iteration, seed, generator)
+        return real(self, rollout, segments, norms, learned, iteration, number, generator)
 
     monkeypatch.setattr(AccuQuant, "_loss", late)
     resumed, _ = quantized(recorded, folder=tmp_path)
     one, two = quantizer_state(whole), quantizer_state(resumed)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_segments_are_visited_as_their_shares_say():
+    equal = torch.full((7,), 1 / 7, dtype=torch.float64)
+    for cycle in range(3):
+        found = [visited(equal, 7 * cycle + place, seed=5) for place in range(7)]
+        assert found == torch.randperm(7, generator=torch.Generator().manual_seed(5 + cycle)).tolist()
+    shares = torch.tensor([0.5, 0.02, 0.3, 0.18], dtype=torch.float64)
+    counts = torch.bincount(torch.tensor([visited(shares, iteration, seed=1) for iteration in range(4000)]), minlength=4)
+    assert torch.allclose(counts / 4000, shares.float(), atol=0.01)
+    first = torch.bincount(torch.tensor([visited(shares, iteration, seed=1) for iteration in range(4)]), minlength=4)
+    assert 2 <= first[0] <= 3 and 1 <= first[2] <= 2  # two visits and 1.2 of four, to within one
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_shares_are_what_a_segment_alone_does_to_the_end(recorded, steps):
+    """Against the evaluation's own way to the same numbers, a model quantized from the start in only those steps."""
+    pipe, data, _ = recorded
+    model = copy.deepcopy(pipe.unet)
+    prepare(model, plan(model, load_recipe("minmax-w4a4").layers), data.timesteps)
+    with fit.run(show=False) as run:
+        CalibrateRanges(samples=8).apply(model, data, torch.Generator().manual_seed(0), run)
+    full, through, picked = Rollout(pipe.unet, data), Rollout(model, data), torch.arange(4)
+    segments = through.segments(steps)
+    with switched(model, True):
+        found = AccuQuant(visits="final_error")._shares(through, segments, torch.ones(len(segments)), picked)
+        latents = [full.chain(picked, range(4)).recorded(i) for i in range(5)]
+        ends = [_one_stretch(full, through, picked, segment, latents) for segment in segments]
+    errors = torch.stack([(end - latents[-1]).square().mean() for end in ends]).double()
+    assert torch.allclose(found, 0.9 * errors / errors.sum() + 0.1 / len(segments), rtol=1e-3)
+    assert found.max() > 1.2 * found.min()
 
 
 def test_a_stage_that_makes_segments_worse_is_undone(recorded, monkeypatch):

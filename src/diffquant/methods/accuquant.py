@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, final
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from rich.console import Console
 from torch import Tensor, nn
@@ -33,6 +35,8 @@ from diffquant.methods.steps import LearnedSteps
 LOW_COSINE = 0.8  # of approximate and exact gradient: below it a segment is called too long
 SAVE_EVERY = 50  # iterations
 PROBED = 32  # trajectories on which segments are measured before and after
+STRETCHES = 10  # of the sampling steps, whose part in the final error is measured
+SPREAD = 0.1  # of the visits: equally over all segments, whatever their part in the final error
 
 Gradient = Literal["identity", "exact", "accumulate", "chain"]
 
@@ -43,18 +47,20 @@ class AccuQuant(Pass):
 
     ``gradient``: `identity` hands the gradient at the end to every step; `exact` is that of the whole chain, by recomputation;
     `accumulate` takes the error so far at every step, in one pass; `chain` is plain back-propagation, whose memory grows with the
-    segment. ``start`` of the chains: the full-precision latent, or (`quantized`) the one the quantized model has reached there,
-    from which full precision then also runs; that costs the steps up to the segment in every iteration. ``per_segment`` gives
-    activations a parameter set per segment, where they had one for all. Rates: of steps relative to the step, of zero points
-    relative to the range, of biases relative to the spread of the layer's outputs. ``rounding`` learns the rounding of weights
-    again, from what was decided before, in place of their steps; ``biases`` learns what is added to the bias of a layer while it is
-    quantized. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning. Where one graph of
-    the model does not fit: ``checkpointing`` keeps the inputs of its blocks and computes each block again as gradients pass it,
-    with equal gradients; ``split_guidance`` takes the halves of a guided call one after the other.
+    segment. ``visits``: all segments `equally`, or in proportion to the `final_error` that a segment's quantization alone causes,
+    but for a tenth of the visits. ``start`` of the chains: the full-precision latent, or (`quantized`) the one the quantized model
+    has reached there, from which full precision then also runs; that costs the steps up to the segment in every iteration.
+    ``per_segment`` gives activations a parameter set per segment, where they had one for all. Rates: of steps relative to the step,
+    of zero points relative to the range, of biases relative to the spread of the layer's outputs. ``rounding`` learns the rounding
+    of weights again, from what was decided before, in place of their steps; ``biases`` learns what is added to the bias of a layer
+    while it is quantized. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning. Where
+    one graph of the model does not fit: ``checkpointing`` keeps the inputs of its blocks and computes each block again as gradients
+    pass it, with equal gradients; ``split_guidance`` takes the halves of a guided call one after the other.
     """
 
     steps_per_segment: int = Field(default=5, ge=1)
     gradient: Gradient = "identity"
+    visits: Literal["equally", "final_error"] = "equally"
     start: Literal["full_precision", "quantized"] = "full_precision"
     iterations: int = Field(default=400, ge=1)
     batch_size: int = Field(default=16, ge=1)
@@ -95,27 +101,30 @@ class AccuQuant(Pass):
             measured = [_segment_error(rollout, segment, probe, self.batch_size) for segment in segments]
             agreement = [self._cosine(rollout, segment, probe, learned) for segment in segments]
             norms = torch.tensor(measured).clamp(min=1e-12)
+            shares = self._shares(rollout, segments, norms, probe)
             curve = fit(
                 [pair for one in learned for pair in one.parameters()],
-                lambda iteration, drawn: self._loss(rollout, segments, norms, learned, iteration, seed, drawn),
+                lambda iteration, drawn: self._loss(
+                    rollout, segments, norms, learned, iteration, visited(shares, iteration, seed), drawn
+                ),
                 iterations=self.iterations,
                 seed=seed,
                 run=run,
                 label=f"{self.steps_per_segment} steps at once",
                 schedule=cosine,
-                also_kept={"norms": norms},
+                also_kept={"norms": norms, "shares": shares},
                 save_every=SAVE_EVERY,
             )
             for one in learned:
                 one.finish()
             after = [_segment_error(rollout, segment, probe, self.batch_size) for segment in segments]
-            kept = _mean_ratio(after, norms) < 1.0
+            kept = _mean_ratio(after, norms, shares) < 1.0
             if not kept:  # learning that made the segments worse is undone
                 restore_quantizers(model, before)
         return {
             "segments": [
-                {"steps": [segment.start, segment.stop], "error_before": start, "error_after": end, "cosine": agreed}
-                for segment, start, end, agreed in zip(segments, norms.tolist(), after, agreement, strict=True)
+                {"steps": [one.start, one.stop], "share": share, "error_before": start, "error_after": end, "cosine": agreed}
+                for one, share, start, end, agreed in zip(segments, shares.tolist(), norms.tolist(), after, agreement, strict=True)
             ],
             "kept": kept,
             "iterations": self.iterations,
@@ -146,13 +155,10 @@ class AccuQuant(Pass):
         norms: Tensor,
         learned: list[Learned],
         iteration: int,
-        seed: int,
+        number: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """Put the gradient of one segment on one batch into the parameters; return the loss, relative to the segment's first."""
-        cycle, place = divmod(iteration, len(segments))
-        order = torch.randperm(len(segments), generator=torch.Generator().manual_seed(seed + cycle))
-        number = int(order[place])
+        """Put the gradient of segment `number` on one batch into the parameters; return the loss, relative to its first."""
         picked = torch.randperm(rollout.trajectories, generator=generator)[: self.batch_size]
         for one in learned:
             one.place()
@@ -164,6 +170,23 @@ class AccuQuant(Pass):
             if isinstance(one, LearnedRounding):
                 one.regularize(iteration / self.iterations, self.regularization)
         return loss
+
+    def _shares(self, rollout: Rollout, segments: list[range], norms: Tensor, probe: Tensor) -> Tensor:
+        """The share of visits of each segment.
+
+        The final error is measured for stretches of at least a tenth of the steps; inside a stretch segments share it as their own
+        errors do.
+        """
+        equal = torch.full((len(segments),), 1 / len(segments), dtype=torch.float64)
+        if self.visits == "equally":
+            return equal
+        shares = torch.zeros_like(equal)
+        numbers = torch.arange(len(segments))
+        for stretch in numbers.tensor_split(min(STRETCHES, len(segments))):
+            steps = range(segments[int(stretch[0])].start, segments[int(stretch[-1])].stop)
+            final = _final_error(rollout, steps, probe, self.batch_size)
+            shares[stretch] = final * (norms[stretch] / norms[stretch].sum()).double()
+        return (1 - SPREAD) * shares / shares.sum().clamp(min=1e-30) + SPREAD * equal
 
     def _ends(self, rollout: Rollout, chain: Chain) -> tuple[Tensor, Callable[[int], Tensor]]:
         """Where the quantized chain starts, and the full-precision latent after each of its steps."""
@@ -188,6 +211,19 @@ class AccuQuant(Pass):
                 f"with the exact one; shorten steps_per_segment, or set gradient: exact"
             )
         return cosine
+
+
+def visited(shares: Float[Tensor, " segments"], iteration: int, seed: int) -> int:
+    """The segment of an iteration: in every ``len(shares)`` iterations each comes as often as its share says, to within one visit.
+
+    Where all shares are equal, every segment comes once, in shuffled order.
+    """
+    cycle, place = divmod(iteration, len(shares))
+    generator = torch.Generator().manual_seed(seed + cycle)
+    order = torch.randperm(len(shares), generator=generator)
+    points = (torch.arange(len(shares)) + torch.rand(1, generator=generator, dtype=torch.float64)) / len(shares)
+    numbers = torch.searchsorted(shares.cumsum(dim=0), points).clamp(max=len(shares) - 1)
+    return int(numbers[order[place]])
 
 
 def segment_gradient(
@@ -314,6 +350,20 @@ def _segment_error(rollout: Rollout, segment: range, trajectories: Tensor, batch
     return total / len(trajectories)
 
 
-def _mean_ratio(after: list[float], norms: Tensor) -> float:
-    """Geometric mean over segments of the error after over that before."""
-    return math.exp(float((torch.tensor(after).clamp(min=1e-12) / norms).log().mean()))
+def _final_error(rollout: Rollout, steps: range, trajectories: Tensor, batch_size: int) -> float:
+    """Mean squared distance at the end of the trajectories when only `steps` are quantized."""
+    total = 0.0
+    for picked in trajectories.split(batch_size):
+        latents, states = rollout.chain(picked, steps).run()
+        rest = range(steps.stop, rollout.steps)
+        target, reached = rollout.chain(picked, range(rollout.steps)).recorded(rollout.steps), latents[-1]
+        if len(rest):
+            with full_precision(rollout.model):
+                reached = replace(rollout.chain(picked, rest), state=states[-1]).run(reached)[0][-1]
+        total += float((reached - target).square().mean()) * len(picked)
+    return total / len(trajectories)
+
+
+def _mean_ratio(after: list[float], norms: Tensor, shares: Tensor) -> float:
+    """Geometric mean over segments, weighed by their shares, of the error after over that before."""
+    return math.exp(float((shares * (torch.tensor(after).clamp(min=1e-12) / norms).log()).sum()))

@@ -31,7 +31,8 @@ from diffquant.calibration.fit import load_tensors
 from diffquant.calibration.rollout import Rollout
 from diffquant.core.planning import plan
 from diffquant.core.surgery import enable, prepare
-from diffquant.methods.accuquant import AccuQuant, gradient_of
+from diffquant.methods.accuquant import AccuQuant
+from diffquant.methods.gradients import gradient_of
 from diffquant.methods.passes import evaluating, restore_quantizers
 from diffquant.recipe import pass_names
 from diffquant.runtime.engines.int8_cpu import release_freed_memory

@@ -21,7 +21,8 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.planning import plan
 from diffquant.core.spec import CalibrationError, LayerRule
 from diffquant.core.surgery import Unit, enable, prepare, quantizers, units
-from diffquant.methods.accuquant import AccuQuant, segment_gradient
+from diffquant.methods.accuquant import AccuQuant
+from diffquant.methods.gradients import segment_gradient
 from diffquant.methods.passes import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.rounding import LearnScales, ReconstructRounding

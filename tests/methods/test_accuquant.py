@@ -22,7 +22,8 @@ from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.core.planning import plan
 from diffquant.core.surgery import prepare, quantized_layers, quantizers, switched
 from diffquant.evaluation.accumulation import _one_stretch
-from diffquant.methods.accuquant import AccuQuant, segment_gradient, visited
+from diffquant.methods.accuquant import AccuQuant, visited
+from diffquant.methods.gradients import segment_gradient
 from diffquant.methods.passes import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.recipe import load_recipe

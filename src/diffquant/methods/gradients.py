@@ -1,0 +1,122 @@
+"""The gradient of where several denoising steps end: four ways to it, three of them in the memory of one step.
+
+Back-propagation through the chain keeps a graph per step. `identity` hands the gradient at the end to every step; `exact` carries
+it back through the steps with recomputation; `accumulate` takes the error so far at every step, in one pass.
+
+Source: Lee et al. 2025, arXiv 2510.20348. *Chosen here*: the squared distance, and the factor 1 in `identity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffquant.calibration.rollout import Chain
+from diffquant.calibration.scheduling import Key, history, with_history
+from diffquant.methods.learned import Learned, LearnedRounding
+
+Gradient = Literal["identity", "exact", "accumulate", "chain"]
+
+
+def segment_gradient(
+    chain: Chain, start: Tensor, targets: Callable[[int], Tensor], gradient: Gradient, factor: float = 1.0
+) -> Tensor:
+    """Add the gradient of ``factor * mean((z_M - targets(M - 1))^2)`` to the leaves the model uses; return the loss.
+
+    `start` is z_0; ``targets(i)`` the full-precision latent after step i. The loss has no graph.
+    """
+    ways = {"identity": _backwards, "exact": _backwards, "accumulate": _accumulate, "chain": _unrolled}
+    return ways[gradient](chain, start, targets, factor, gradient == "exact")
+
+
+def gradient_of(chain: Chain, gradient: Gradient, learned: list[Learned]) -> Tensor:
+    """The gradient as one vector, without regularization."""
+    for one in learned:
+        for tensor, _ in one.parameters():
+            tensor.requires_grad_(True)
+            tensor.grad = None
+        one.place()
+    with torch.enable_grad():
+        segment_gradient(chain, chain.recorded(0), lambda i: chain.recorded(i + 1), gradient)
+    vectors = []
+    for one in learned:
+        one.collect()
+        vectors.append(one.gradient())
+        for tensor, _ in one.parameters():
+            tensor.requires_grad_(False)
+            tensor.grad = None
+        one.finish() if not isinstance(one, LearnedRounding) else None
+    return torch.cat(vectors)
+
+
+def _loss_and_cotangent(end: Tensor, target: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Mean squared distance times `factor`, and its gradient with respect to `end`."""
+    leaf = end.detach().requires_grad_(True)
+    loss = _distance(leaf, target, factor)
+    (cotangent,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), cotangent
+
+
+def _distance(end: Tensor, target: Tensor, factor: float) -> Tensor:
+    return factor * (end - target).square().mean()
+
+
+def _backwards(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Tensor:
+    """Run the chain without gradients, then visit its steps from the last to the first, one graph at a time.
+
+    The cotangent at a step's end is the one at the chain's end, or (`exact`) what the later steps' Jacobians make of it. What a
+    multistep solver remembers carries its own cotangents, in both.
+    """
+    steps = len(chain.steps)
+    latents, states = chain.run(start, steps - 1)
+    remembered: dict[Key, Tensor] = {}
+    cotangent, loss = torch.zeros(()), torch.zeros(())
+    for i in reversed(range(steps)):
+        latent = latents[i].detach().requires_grad_(exact)
+        output = chain.predict(latent, i, states[i])
+        model_output = output.detach().requires_grad_(True)
+        sample = latents[i].detach().requires_grad_(exact)
+        kept = {key: tensor.detach().requires_grad_(True) for key, tensor in history(states[i], sample.shape).items()}
+        end, after = chain.step(model_output, sample, i, with_history(states[i], kept))
+        if i == steps - 1:
+            loss, cotangent = _loss_and_cotangent(end, targets(i), factor)
+        later = history(after, sample.shape)
+        outputs = [(end, cotangent)] + [(later[key], value) for key, value in remembered.items() if later[key].requires_grad]
+        inputs = [model_output, *([sample] if exact else []), *kept.values()]
+        tensors, cotangents = zip(*outputs, strict=True)
+        found = torch.autograd.grad(tensors, inputs, cotangents, allow_unused=True)
+        given = [torch.zeros_like(one) if value is None else value for one, value in zip(inputs, found, strict=True)]
+        output.backward(given[0].to(output.dtype))
+        remembered = dict(zip(kept, given[len(given) - len(kept) :], strict=True))
+        if exact:
+            assert latent.grad is not None
+            cotangent = given[1] + latent.grad
+    return loss
+
+
+def _accumulate(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Tensor:
+    """One pass: at every step the error so far is the cotangent."""
+    latent, state, loss = start, chain.state, torch.zeros(())
+    for i in range(len(chain.steps)):
+        output = chain.predict(latent, i, state)
+        model_output = output.detach().requires_grad_(True)
+        end, after = chain.step(model_output, latent, i, state)
+        loss, cotangent = _loss_and_cotangent(end, targets(i), factor)
+        (found,) = torch.autograd.grad(end, model_output, cotangent)
+        output.backward(found.to(output.dtype))
+        kept = {key: tensor.detach() for key, tensor in history(after, latent.shape).items()}
+        latent, state = end.detach(), with_history(after, kept)
+    return loss
+
+
+def _unrolled(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Tensor:
+    """Plain back-propagation through the whole chain."""
+    latent, state = start, chain.state
+    for i in range(len(chain.steps)):
+        latent, state = chain.step(chain.predict(latent, i, state), latent, i, state)
+    loss = _distance(latent, targets(len(chain.steps) - 1), factor)
+    loss.backward()
+    return loss.detach()

@@ -89,7 +89,7 @@ def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
         axes.set_ylim(10 ** math.floor(math.log10(min(positive))), 10 ** math.ceil(math.log10(max(positive)) + 1e-9))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
-    _dress(axes, "Relative L2 distance of the latents from full precision", "sampling steps done")
+    dress(axes, "Relative L2 distance of the latents from full precision", "sampling steps done")
     if len(ends) < len(lines):
         axes.legend(frameon=False, loc="upper left")
     figure.draw_without_rendering()  # fixes the axes' place, which the names at the ends of lines need
@@ -97,7 +97,7 @@ def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
     for (name, color, _, _), height in zip(ends, _spread(heights, LABEL_GAP), strict=True):
         place = (1.01, axes.transAxes.inverted().transform((0, height))[1])
         axes.annotate(name, place, xycoords="axes fraction", color=color, va="center", fontsize=10)
-    return _rendered(figure)
+    return rendered(figure)
 
 
 def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
@@ -117,14 +117,15 @@ def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
     over_steps.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     over_steps.yaxis.set_minor_formatter(lambda value, _: "")
     by_stretch.set_ylim(bottom=0)
-    _dress(over_steps, "Error after each step", "sampling steps done")
-    _dress(by_stretch, "Final error, only one stretch quantized", "middle of the stretch, sampling steps")
+    dress(over_steps, "Error after each step", "sampling steps done")
+    dress(by_stretch, "Final error, only one stretch quantized", "middle of the stretch, sampling steps")
     for axes in (over_steps, by_stretch):
         axes.legend(frameon=False, fontsize=9)
-    return _rendered(figure)
+    return rendered(figure)
 
 
-def _dress(axes: Axes, title: str, horizontal: str) -> None:
+def dress(axes: Axes, title: str, horizontal: str) -> None:
+    """The look that all plots share: a title at the left, horizontal rules, no frame."""
     axes.set_xlabel(horizontal, color=GREY)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, loc="left", fontsize=11, color=INK)
@@ -134,7 +135,8 @@ def _dress(axes: Axes, title: str, horizontal: str) -> None:
     axes.spines["bottom"].set_color(RULE)
 
 
-def _rendered(figure: Figure) -> Image.Image:
+def rendered(figure: Figure) -> Image.Image:
+    """The figure as a picture."""
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return Image.open(png).convert("RGB")

@@ -18,14 +18,9 @@ from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import CheckpointError, LayerRule, LayerSpec, QuantSpec
 from diffquant.core.surgery import freeze, prepare, quantized_layers, quantizers
+from diffquant.runtime.config import Method, QuantizationConfig, describe
 from diffquant.runtime.engines import engine
-from diffquant.runtime.hf import (
-    DiffquantQuantizer,
-    Method,
-    QuantizationConfig,
-    describe,
-    mark_quantized,
-)
+from diffquant.runtime.hf import DiffquantQuantizer, mark_quantized
 from diffquant.runtime.packing import packed_state
 
 TIMESTEPS = (900.0, 700.5, 400.0, 100.0)

@@ -27,8 +27,9 @@ from diffquant.core.planning import first_adapter
 from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
 from diffquant.runtime import engines
+from diffquant.runtime.config import AGAIN, Method, QuantizationConfig, describe
 from diffquant.runtime.correction import attach
-from diffquant.runtime.hf import AGAIN, DiffquantQuantizer, Method, QuantizationConfig, describe, mark_quantized, written_digest
+from diffquant.runtime.hf import DiffquantQuantizer, mark_quantized, written_digest
 
 DENOISER_FOLDERS = ("unet", "transformer")
 

@@ -1,37 +1,33 @@
-"""How diffusers reads and writes a quantized denoiser: a quantization config, a quantizer, and their registration.
+"""How diffusers reads and writes a quantized denoiser: a quantizer, and its registration.
 
 diffusers has no call to register a quantization method, so `register` writes into its two tables, on import of this file.
 After that `from_pretrained` of a pipeline or a model reads our checkpoints, and `save_pretrained` writes them.
 
-What a file holds is in `packing`; its metadata state a digest over all tensors. diffusers casts floating tensors to the dtype
-asked for before we see them placed; the parameters of quantizers are therefore kept aside as they are read, shard by shard, and put
-back at the end.
+The config is in `config`; what a file holds is in `packing`; its metadata state a digest over all tensors. diffusers casts floating
+tensors to the dtype asked for before we see them placed; the parameters of quantizers are therefore kept aside as they are read,
+shard by shard, and put back at the end.
 
 Not here: which folder, and what happens to the one that was there (`checkpoint`); offloading to disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffquant.core.correction import Correction, give, warn_unless_attached
-from diffquant.core.layers import AttentionProducts, present_spec
+from diffquant.core.correction import give, warn_unless_attached
 from diffquant.core.planning import PlannedLayer
-from diffquant.core.quantizer import StepClock
-from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec, SpecError
+from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, SpecError
 from diffquant.core.surgery import enable, is_frozen, prepare, quantized_layers, quantizers
+from diffquant.runtime.config import AGAIN, Method, QuantizationConfig
 from diffquant.runtime.engines import requested
 from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
 from diffquant.runtime.engines.openvino import install
@@ -47,136 +43,8 @@ from diffquant.runtime.packing import (
     unpack,
 )
 
-VERSION = 1
 DIGEST = "diffquant_sha256"  # key of the safetensors metadata
-OPERANDS = ("query", "key", "value", "softmax")
 LARGE = 1 << 20  # values of a weight after whose loading freed memory is given back
-AGAIN = "copy or save the checkpoint again"
-
-
-class Method(str, Enum):
-    """The `quant_method` under which diffusers knows us; it has to be an Enum."""
-
-    DIFFQUANT = "diffquant"
-
-
-class _LayerGroup(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    spec: LayerSpec
-    names: list[str]
-
-
-class _AttentionGroup(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    spec: AttentionSpec
-    names: list[str]
-
-
-class _Json(BaseModel):
-    """`quantization_config` as it stands in config.json."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    quant_method: Literal["diffquant"]
-    version: int
-    recipe: str = ""
-    timesteps: list[float] = []
-    conditional_half: Literal[0, 1] | None = None
-    layers: list[_LayerGroup] = []
-    attentions: list[_AttentionGroup] = []
-    correction: Correction | None = None
-
-
-@dataclass(repr=False)
-class QuantizationConfig(QuantizationConfigMixin):
-    """What was quantized and how: the spec of every layer and attention by name, and the clock: timesteps and conditional half."""
-
-    quant_method: Method = Method.DIFFQUANT
-    layers: dict[str, LayerSpec] = field(default_factory=dict)
-    attentions: dict[str, AttentionSpec] = field(default_factory=dict)
-    timesteps: tuple[float, ...] = ()
-    conditional_half: int | None = None
-    recipe: str = ""
-    correction: Correction | None = None
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The config that `to_dict` wrote. Raises `CheckpointError` for another version or anything it does not know."""
-        version = config_dict.get("version")
-        if version != VERSION:
-            raise CheckpointError(
-                f"quantization_config.version: {version}; this diffquant reads version {VERSION}; "
-                "install the diffquant that wrote the checkpoint"
-            )
-        try:
-            read = _Json.model_validate(dict(config_dict))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-            raise CheckpointError(f"quantization_config{where}: {first['msg']}; {AGAIN}") from error
-        config = cls(
-            layers={name: group.spec for group in read.layers for name in group.names},
-            attentions={name: group.spec for group in read.attentions for name in group.names},
-            timesteps=tuple(read.timesteps),
-            conditional_half=read.conditional_half,
-            recipe=read.recipe,
-            correction=read.correction,
-        )
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, names grouped by equal spec."""
-        optional = {
-            "conditional_half": self.conditional_half,
-            "correction": None if self.correction is None else self.correction.model_dump(mode="json"),
-        }
-        return {
-            "quant_method": self.quant_method.value,
-            "version": VERSION,
-            "recipe": self.recipe,
-            "timesteps": list(self.timesteps),
-            "layers": _grouped(self.layers),
-            "attentions": _grouped(self.attentions),
-        } | {name: value for name, value in optional.items() if value is not None}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """As `to_dict`; diffusers prints it."""
-        return self.to_dict()
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """The items of `to_dict`, for `dict(config)`."""
-        return iter(self.to_dict().items())
-
-    def quantizer_specs(self) -> dict[str, QuantSpec]:
-        """The spec of every quantizer by its module name; those of weights end in ``.weight_quantizer``."""
-        found: dict[str, QuantSpec | None] = {}
-        for name, layer in self.layers.items():
-            found |= {f"{name}.weight_quantizer": layer.weight, f"{name}.input_quantizer": layer.input}
-        for name, attention in self.attentions.items():
-            found |= {f"{name}.attention_products.{operand}": getattr(attention, operand) for operand in OPERANDS}
-        return {name: spec for name, spec in found.items() if spec is not None}
-
-
-def describe(model: nn.Module, recipe: str = "") -> QuantizationConfig:
-    """The config of a quantizable model. Raises `CheckpointError` when `model` is not frozen."""
-    if not is_frozen(model):
-        raise CheckpointError(f"{type(model).__name__}: its weights are not integer codes; quantize first")
-    layers = {name: present_spec(layer) for name, layer in quantized_layers(model)}
-    attentions = {
-        name.removesuffix(".attention_products"): module.present_spec
-        for name, module in model.named_modules()
-        if isinstance(module, AttentionProducts)
-    }
-    clock = model.step_clock
-    assert isinstance(clock, StepClock)
-    correction = getattr(model, "correction", None)
-    return QuantizationConfig(
-        layers=layers,
-        attentions=attentions,
-        timesteps=clock.timesteps,
-        conditional_half=clock.conditional,
-        recipe=recipe,
-        correction=correction,
-    )
 
 
 def mark_quantized(model: nn.Module, config: QuantizationConfig) -> None:
@@ -374,18 +242,6 @@ def written_digest(file: Path) -> str:
     if digest is None:
         raise CheckpointError(f"{file}: has no digest of its contents; it was not written by diffquant; {AGAIN}")
     return str(digest)
-
-
-def _grouped(specs: Mapping[str, LayerSpec] | Mapping[str, AttentionSpec]) -> list[dict[str, Any]]:
-    groups: dict[LayerSpec | AttentionSpec, list[str]] = {}
-    for name, spec in specs.items():
-        groups.setdefault(spec, []).append(name)
-    return [{"spec": _plain(spec), "names": names} for spec, names in groups.items()]
-
-
-def _plain(spec: LayerSpec | AttentionSpec) -> dict[str, Any]:
-    """JSON values of a spec; those that came later are left out where they are off, so that older versions read the file."""
-    return spec.model_dump(mode="json", exclude=None if spec.guidance_sets else {"guidance_sets"})
 
 
 register()

@@ -6,8 +6,9 @@
     python benchmarks/accuquant.py compare --bits w4a6 --arms "M=5 exact" "M=5 accumulate"     # one or several arms
 
 Arms share recordings and stage one (ranges and rounding) in --work; finished passes and checkpoints stay there, so a killed run
-goes on where it stopped. An arm is written NAME: mse, brecq, or "M=5", with options after it: identity, exact, accumulate, chain,
-quantized (start), sets (one parameter set per segment), rounding, evaluations=N, or any option of the pass: "M=5 rate=0.004".
+goes on where it stopped. An arm is written NAME: mse, brecq, or "M=5", with options after it: identity (default), exact,
+accumulate, chain, quantized (start), sets (one parameter set per segment), rounding, evaluations=N, rate=R (of activations and
+weights; default 0.002), or any option of the pass: "M=5 exact rate=0.006".
 """
 
 import argparse
@@ -165,7 +166,8 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
         return dq.load_recipe(f"brecq-{bits}", [*arguments.overrides, *given])
     steps = int(name.removeprefix("M="))
     evaluations = next((int(o.split("=")[1]) for o in options if o.startswith("evaluations=")), arguments.evaluations)
-    settings = {"steps_per_segment": steps, "iterations": max(1, evaluations // steps)}
+    settings: dict[str, object] = {"steps_per_segment": steps, "iterations": max(1, evaluations // steps)}
+    settings |= {"gradient": "identity", "rate": 0.002, "weight_rate": 0.002}
     for option in options:
         if option in ("identity", "exact", "accumulate", "chain"):
             settings["gradient"] = option
@@ -178,6 +180,8 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
         elif not option.startswith("evaluations="):
             key, _, value = option.partition("=")
             settings[key] = value
+            if key == "rate":
+                settings["weight_rate"] = value
     given = [f"passes.{STAGE_TWO}.{key}={value}" for key, value in settings.items()]
     return dq.load_recipe(f"accuquant-{bits}", [*arguments.overrides, *given])
 

@@ -66,6 +66,12 @@ class Rollout:
         """The steps `steps` of the recorded `trajectories`."""
         return Chain(self, trajectories, steps, self._state_before(trajectories, steps.start))
 
+    def finish(
+        self, trajectories: Int[Tensor, " n"], k: int, latent: Float[Tensor, "n ..."], state: State
+    ) -> Float[Tensor, "n ..."]:
+        """The last latent of `trajectories` when steps `k` and later are taken from `latent` and the scheduler's `state`."""
+        return Chain(self, trajectories, range(k, self.steps), state).run(latent)[0][-1]
+
     def through(self, model: nn.Module) -> Rollout:
         """The same recording through another model: one that takes the same calls, such as the quantized one after `freeze`."""
         other = object.__new__(Rollout)

@@ -16,7 +16,7 @@ multistep solvers is left out of J).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -170,7 +170,4 @@ def _one_stretch(
 ) -> Float[Tensor, "n ..."]:
     """The last sample when only the steps of `part` are quantized."""
     reached, states = quantized.chain(picked, part).run(latents[part.start])
-    if part.stop == full.steps:
-        return reached[-1]
-    rest = replace(full.chain(picked, range(part.stop, full.steps)), state=states[-1])
-    return rest.run(reached[-1])[0][-1]
+    return full.finish(picked, part.stop, reached[-1], states[-1])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal, final
 
 import torch
@@ -251,11 +250,9 @@ def _final_error(rollout: Rollout, steps: range, trajectories: Tensor, batch_siz
     total = 0.0
     for picked in trajectories.split(batch_size):
         latents, states = rollout.chain(picked, steps).run()
-        rest = range(steps.stop, rollout.steps)
-        target, reached = rollout.chain(picked, range(rollout.steps)).recorded(rollout.steps), latents[-1]
-        if len(rest):
-            with full_precision(rollout.model):
-                reached = replace(rollout.chain(picked, rest), state=states[-1]).run(reached)[0][-1]
+        with full_precision(rollout.model):
+            reached = rollout.finish(picked, steps.stop, latents[-1], states[-1])
+        target = rollout.chain(picked, range(rollout.steps)).recorded(rollout.steps)
         total += float((reached - target).square().mean()) * len(picked)
     return total / len(trajectories)
 

@@ -2,15 +2,14 @@
 
 Every input quantizer has G parameter sets. While searching, its output at timestep t is the mixture of all G quantized inputs by
 softmax(logits[t]); logits, steps and zero points are learned together on the error of the model's output plus the entropy of the
-mixtures, network weights fixed. Then each timestep takes the set with the largest logit, for good, and steps and zero points are
-learned on with it. Calibration latents are added where the search is undecided (entropy) or was seldom:
-``score(t) = H_t + bonus / (N_t + 1)``.
+mixtures, network weights fixed. Then each timestep takes the set with the largest logit, for good. Calibration latents are added
+where the search is undecided (entropy) or was seldom: ``score(t) = H_t + bonus / (N_t + 1)``.
 
 Source: Wang et al. 2024 (arXiv 2305.18723). The released code is another method (groups of channels, never hardened) and is not
 followed. *Differs*: the target is the full-precision output and the inputs are recorded latents (paper: the noise itself, on noised
 images; ``target`` and ``inputs`` give that); the entropy is a mean over layers, so that its weight does not depend on their number;
 rates of steps are relative; sets start from clusters of the timesteps' ranges, which the paper leaves open; ``lead``,
-``temperature`` and ``settling`` are not the paper's.
+``temperature`` and ``settling`` (off unless asked for) are not the paper's.
 """
 
 from __future__ import annotations

@@ -331,10 +331,10 @@ def _validated(kind: type[Any], raw: Any, where: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"]
+        message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"unknown key; allowed are {', '.join(kind.model_fields)}" if len(first["loc"]) == 1 else "unknown key"
-        raise RecipeError(f"{where}: {place}: {message}") from error
+        raise RecipeError(": ".join(part for part in (where, place, message) if part)) from error
 
 
 def _check_order(recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.core.planning import plan
+from diffquant.core.spec import RecipeError, SpecError
 from diffquant.core.surgery import prepare, quantized_layers, quantizers, switched
 from diffquant.evaluation.accumulation import _one_stretch
 from diffquant.methods.accuquant import AccuQuant, visited
@@ -261,6 +262,38 @@ def test_biases_are_learned_and_kept(recorded, tmp_path):
     dq.save(pipe, tmp_path / "out")
     loaded = dict(dq.load(tmp_path / "out", engine="simulate").unet.named_parameters())
     assert all(torch.equal(value, loaded[name]) for name, value in biases.items())
+
+
+def test_smooth_is_learned_with_codes_as_they_are(recorded, tmp_path):
+    """It starts at one, is part of what a finished pass keeps and of the checkpoint, and brings segments nearer."""
+    shared = ["layers.0.smooth=true", "passes.0.activations=minmax", "passes.2.iterations=20", "passes.2.rate=1e-9"]
+    shared += ["passes.2.zero_points=false", "passes.2.weights=false"]
+    options = [*shared, "passes.2.smooth=true", "passes.2.smooth_rate=0.02"]
+    model, report = quantized(recorded, *options, folder=tmp_path / "work")
+    figures = report.passes[-1]["figures"]
+    assert figures["kept"]
+    before, after = (sum(row[key] for row in figures["segments"]) for key in ("error_before", "error_after"))
+    assert after < 0.95 * before
+    resumed, _ = quantized(recorded, *options, folder=tmp_path / "work")
+    without, _ = quantized(recorded, *shared)
+    learned, kept, started = (dict(quantized_layers(one)) for one in (model, resumed, without))
+    for name, layer in learned.items():
+        assert layer.smooth.is_leaf and not layer.smooth.requires_grad
+        assert torch.equal(layer.smooth, kept[name].smooth) and not torch.equal(layer.smooth, started[name].smooth)
+        assert torch.equal(started[name].smooth, torch.ones_like(layer.smooth))
+        assert torch.equal(layer.weight_quantizer.codes, started[name].weight_quantizer.codes)
+    pipe = copy.deepcopy(recorded[0])
+    pipe.unet = model
+    dq.save(pipe, tmp_path / "out")  # reads back what it wrote
+    loaded = dict(quantized_layers(dq.load(tmp_path / "out", engine="simulate").unet))
+    assert all(torch.equal(layer.smooth, loaded[name].smooth) for name, layer in learned.items())
+
+
+def test_smooth_without_a_vector_or_beside_rounding_is_refused(recorded):
+    with pytest.raises(SpecError, match=r"no layer has smooth: true"):
+        quantized(recorded, "passes.2.smooth=true")
+    with pytest.raises(RecipeError, match=r"AccuQuant: smooth is learned .* leave out rounding or smooth"):
+        load_recipe("accuquant-w4a4", ["passes.2.smooth=true", "passes.2.rounding=true"])
 
 
 def test_codes_of_weights_stay_while_their_steps_move(recorded):

@@ -17,16 +17,17 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, cosine, fit
 from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.spec import SpecError
 from diffquant.core.surgery import full_precision, quantized_layers, quantizers, switched
 from diffquant.methods.gradients import Gradient, gradient_of, segment_gradient
-from diffquant.methods.learned import Learned, LearnedOffset, LearnedRounding, float_weight
+from diffquant.methods.learned import Learned, LearnedOffset, LearnedRounding, LearnedSmooth, float_weight
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
 from diffquant.methods.steps import LearnedSteps
 
@@ -48,7 +49,8 @@ class AccuQuant(Pass):
     has reached there, from which full precision then also runs; that costs the steps up to the segment in every iteration.
     ``per_segment`` gives activations a parameter set per segment, where they had one for all. Rates: of steps relative to the step,
     of zero points relative to the range, of biases relative to the spread of the layer's outputs. ``rounding`` learns the rounding
-    of weights again, from what was decided before, in place of their steps; ``biases`` learns what is added to the bias of a layer
+    of weights again, from what was decided before, in place of their steps; ``smooth`` learns a step of its own for every input
+    channel of the layers that have ``smooth``, codes of weights unchanged; ``biases`` learns what is added to the bias of a layer
     while it is quantized. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning. Where
     one graph of the model does not fit: ``checkpointing`` keeps the inputs of its blocks and computes each block again as gradients
     pass it, with equal gradients; ``split_guidance`` takes the halves of a guided call one after the other.
@@ -67,12 +69,20 @@ class AccuQuant(Pass):
     weight_rate: float = Field(default=2e-3, gt=0)
     biases: bool = False
     bias_rate: float = Field(default=2e-3, gt=0)
+    smooth: bool = False
+    smooth_rate: float = Field(default=2e-3, gt=0)
     rounding: bool = False
     rounding_rate: float = Field(default=1e-2, gt=0)
     regularization: float = Field(default=1e-3, ge=0)
     cosines: bool = True
     checkpointing: bool = False
     split_guidance: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_rounding_and_smooth(self) -> AccuQuant:
+        if self.rounding and self.smooth:
+            raise ValueError("smooth is learned with the codes of weights as they are; leave out rounding or smooth")
+        return self
 
     def sample_forwards(self, blocks: int) -> float:
         """A forward, and one with its backward and what it computes again, for each step; the measuring beside it is small."""
@@ -135,10 +145,16 @@ class AccuQuant(Pass):
                 learned.append(LearnedSteps.of(quantizer, self.rate, self.zero_points))
             elif self.rounding:
                 learned.append(LearnedRounding.of(quantizer, layers[quantizer], self.rounding_rate))
-            elif self.weights:
+            elif self.weights or self.smooth:
                 if quantizer.codes is None:
                     quantizer.decide(float_weight(layers[quantizer]))
-                learned.append(LearnedSteps.of(quantizer, self.weight_rate, zero_points=False))
+                if self.weights:
+                    learned.append(LearnedSteps.of(quantizer, self.weight_rate, zero_points=False))
+        if self.smooth:
+            scaled = [layer for layer in layers.values() if layer.input_quantizer is not None and layer.smooth is not None]
+            if not scaled:
+                raise SpecError("AccuQuant: no layer has smooth: true; add it to a rule")
+            learned += [LearnedSmooth.of(layer, self.smooth_rate) for layer in scaled]
         if self.biases:
             live = (layer for layer in layers.values() if layer.input_quantizer is not None and layer.bias is not None)
             learned += [LearnedOffset.of(layer, self.bias_rate) for layer in live]

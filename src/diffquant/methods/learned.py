@@ -1,4 +1,4 @@
-"""What AccuQuant learns beside steps: offsets of biases, and the rounding of weights once more.
+"""What AccuQuant learns beside steps: ``smooth``, offsets of biases, and the rounding of weights once more.
 
 Both are called as `LearnedSteps` are.
 """
@@ -64,6 +64,46 @@ class LearnedOffset:
 
 
 @dataclass
+class LearnedSmooth:
+    """``smooth`` of one layer, as logarithms, while the codes of its weight stay.
+
+    Each input channel has then a step of its own, and with it its column of the weight a factor: 1 / smooth. *Chosen here*.
+    """
+
+    layer: QuantizedLayer
+    log_smooth: Tensor
+    rate: float
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer, rate: float) -> LearnedSmooth:
+        """`rate` is relative. The layer's input has to be quantized and the codes of its weight decided."""
+        assert layer.smooth is not None
+        return cls(layer, layer.smooth.detach().log(), rate)
+
+    def parameters(self) -> list[tuple[Tensor, float]]:
+        """The leaf and its peak rate."""
+        return [(self.log_smooth, self.rate)]
+
+    def place(self) -> None:
+        """Give the layer this iteration's vector, as a leaf of its own."""
+        self.layer.smooth = self.log_smooth.detach().exp().requires_grad_(True)
+
+    def collect(self) -> None:
+        """Take over the gradient: d/d log s = s d/ds."""
+        smooth = self.layer.smooth
+        assert smooth is not None
+        self.log_smooth.grad = torch.zeros_like(smooth) if smooth.grad is None else smooth.grad * smooth.detach()
+
+    def gradient(self) -> Tensor:
+        """The collected gradient."""
+        return torch.zeros(0) if self.log_smooth.grad is None else self.log_smooth.grad
+
+    def finish(self) -> None:
+        """Leave the layer with what was learned, without gradients."""
+        self.layer.smooth = self.log_smooth.detach().exp()
+
+
+@dataclass
 class LearnedRounding:
     """The rounding of one weight while it is learned again, starting near the codes that were decided."""
 
@@ -115,4 +155,4 @@ def float_weight(layer: QuantizedLayer) -> Tensor:
     return smoothed_weight(layer).detach().float()
 
 
-Learned = LearnedSteps | LearnedOffset | LearnedRounding
+Learned = LearnedSteps | LearnedSmooth | LearnedOffset | LearnedRounding

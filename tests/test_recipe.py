@@ -72,6 +72,20 @@ def test_a_file_of_ones_own_with_tuned_values(tmp_path):
     assert load_recipe(str(path), ["passes.0.samples=40"]).steps()[0].samples == 40
 
 
+@pytest.mark.parametrize(
+    ("recipe", "override", "passed", "field"),
+    [
+        ("accuquant-w4a6", "passes.2.smooth=true", "AccuQuant", "smooth"),
+        ("dmq-w4a6", "layers.0.smooth=false", "LearnEquivalentScaling", "smooth"),
+        ("dmq-w4a6", "layers.2.shift=false", "PowerOfTwoScaling", "shift"),
+        ("qncd-w4a6", "layers.2.smooth=false", "EmbeddingSmoothing", "smooth"),
+    ],
+)
+def test_a_pass_without_the_vector_that_it_works_on_is_refused(recipe, override, passed, field):
+    with pytest.raises(RecipeError, match=rf"passes\[\d\] {passed}: no rule has {field}: true; add it to one"):
+        load_recipe(recipe, [override])
+
+
 def test_a_recipe_that_does_not_start_with_ranges_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nsummary: x\nlayers: [{match: '@all', weight_bits: 4}]\npasses: [{pass: LearnScales}]\n")

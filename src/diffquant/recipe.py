@@ -149,6 +149,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     raw["layers"] = [_with_bits(rule, chosen) for rule in raw.get("layers", [])]
     recipe: Recipe = _validated(Recipe, raw, where)
     _check_order(recipe)
+    _check_needs(recipe)
     return recipe
 
 
@@ -349,3 +350,13 @@ def _check_order(recipe: Recipe) -> None:
         calibrated = not step.before_ranges
     if not calibrated:
         raise RecipeError(f"{recipe.name}: ends with {kind}; after it must come CalibrateRanges, which sets the scales")
+
+
+def _check_needs(recipe: Recipe) -> None:
+    """Some rule gives layers what a pass works on: better said here than after the hours of the passes before it."""
+    for index, step in enumerate(recipe.steps()):
+        if step.needs and not any(getattr(rule, step.needs) for rule in recipe.layers):
+            kind = type(step).__name__
+            raise RecipeError(
+                f"{recipe.name}: passes[{index}] {kind}: no rule has {step.needs}: true; add it to one, as in layers[0]"
+            )

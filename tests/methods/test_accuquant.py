@@ -290,8 +290,8 @@ def test_smooth_is_learned_with_codes_as_they_are(recorded, tmp_path):
 
 
 def test_smooth_without_a_vector_or_beside_rounding_is_refused(recorded):
-    with pytest.raises(SpecError, match=r"no layer has smooth: true"):
-        quantized(recorded, "passes.2.smooth=true")
+    with pytest.raises(SpecError, match=r"AccuQuant: no layer has smooth: true and quantizes both operands"):
+        quantized(recorded, "passes.2.smooth=true", "layers.0.smooth=false", "layers.1.smooth=true")
     with pytest.raises(RecipeError, match=r"AccuQuant: smooth is learned .* leave out rounding or smooth"):
         load_recipe("accuquant-w4a4", ["passes.2.smooth=true", "passes.2.rounding=true"])
 

@@ -84,6 +84,11 @@ class AccuQuant(Pass):
             raise ValueError("smooth is learned with the codes of weights as they are; leave out rounding or smooth")
         return self
 
+    @property
+    def needs(self) -> Literal["smooth"] | None:
+        """The vector, where it is learned."""
+        return "smooth" if self.smooth else None
+
     def sample_forwards(self, blocks: int) -> float:
         """A forward, and one with its backward and what it computes again, for each step; the measuring beside it is small."""
         again = 1.0 if self.checkpointing or self.split_guidance else 0.0
@@ -153,7 +158,7 @@ class AccuQuant(Pass):
         if self.smooth:
             scaled = [layer for layer in layers.values() if layer.input_quantizer is not None and layer.smooth is not None]
             if not scaled:
-                raise SpecError("AccuQuant: no layer has smooth: true; add it to a rule")
+                raise SpecError("AccuQuant: no layer has smooth: true and quantizes both operands; add it to a rule")
             learned += [LearnedSmooth.of(layer, self.smooth_rate) for layer in scaled]
         if self.biases:
             live = (layer for layer in layers.values() if layer.input_quantizer is not None and layer.bias is not None)

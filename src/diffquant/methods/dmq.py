@@ -56,6 +56,11 @@ class LearnEquivalentScaling(UnitPass):
     bins: int = Field(default=20, ge=1)
     floor: float = Field(default=1e-2, gt=0)
 
+    @property
+    def needs(self) -> Literal["smooth"]:
+        """The vector that is chosen."""
+        return "smooth"
+
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Learn the vectors; ranges have to be calibrated afterwards. Raises `SpecError` where no layer has one."""
         if not any(map(has_both, (layer for _, layer in quantized_layers(model)))):
@@ -154,6 +159,11 @@ class PowerOfTwoScaling(Pass):
     shared: bool = False
     samples: int = Field(default=1024, ge=1)
     batch_size: int = Field(default=32, ge=1)
+
+    @property
+    def needs(self) -> Literal["shift"]:
+        """The vector that is chosen."""
+        return "shift"
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Choose the factors layer by layer, on inputs from the quantized layers before.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -28,6 +28,11 @@ class Pass(BaseModel):
     before_ranges: ClassVar[bool] = False
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def needs(self) -> Literal["smooth", "shift"] | None:
+        """What a rule of the recipe has to give some layer, or the pass has nothing to work on."""
+        return None
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Change the quantizers of `model` in place; return figures that JSON can hold, ``layers`` among them a row per layer."""

@@ -46,6 +46,11 @@ class EmbeddingSmoothing(Pass):
     samples: int = Field(default=256, ge=1)
     batch_size: int = Field(default=32, ge=1)
 
+    @property
+    def needs(self) -> Literal["smooth"]:
+        """The vector that is chosen."""
+        return "smooth"
+
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Set the vectors; ranges have to be calibrated afterwards. Raises `SpecError` where no layer is of that kind."""
         blocks = {name: block for name, block in residual_blocks(model).items() if has_both(block.conv2)}

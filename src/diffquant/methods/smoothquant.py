@@ -5,7 +5,7 @@ Source: Xiao et al. 2023 (arXiv 2211.10438), eq. 4.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,11 @@ class SmoothQuant(Pass):
     alpha: float = Field(default=0.5, ge=0, le=1)
     samples: int = Field(default=512, ge=1)
     batch_size: int = Field(default=32, ge=1)
+
+    @property
+    def needs(self) -> Literal["smooth"]:
+        """The vector that is chosen."""
+        return "smooth"
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Set the vectors; ranges have to be calibrated afterwards. Raises `SpecError` where no layer has one."""

@@ -35,7 +35,7 @@ from diffquant.core.surgery import enable, prepare
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.gradients import gradient_of
 from diffquant.methods.passes import evaluating, restore_quantizers
-from diffquant.recipe import pass_names
+from diffquant.quantization import pass_names
 from diffquant.runtime.engines.int8_cpu import release_freed_memory
 
 STAGE_TWO = 2  # position of the last pass in both recipes

@@ -36,7 +36,7 @@ from diffquant.evaluation.sampling import Sampled, StepResult, sample
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.passes import restore_quantizers
 from diffquant.methods.qncd import residual_blocks
-from diffquant.recipe import pass_names
+from diffquant.quantization import pass_names
 from diffquant.runtime.correction import attach, detach
 
 CALLS = 64  # recorded calls over which layers are compared

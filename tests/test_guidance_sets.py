@@ -22,7 +22,7 @@ from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import full_precision, prepare, quantized_layers, quantizers
-from diffquant.recipe import pass_names
+from diffquant.quantization import pass_names
 from diffquant.runtime.engines import openvino
 from diffquant.runtime.engines.int8_cpu import unsupported
 from tests import pipelines

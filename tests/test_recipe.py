@@ -10,7 +10,8 @@ from diffquant.core.spec import CalibrationError, RecipeError, SpecError
 from diffquant.core.surgery import is_frozen, quantized_layers
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.rounding import ReconstructRounding
-from diffquant.recipe import load_recipe, quantize, shipped
+from diffquant.quantization import quantize
+from diffquant.recipe import load_recipe, shipped
 from tests import pipelines
 
 

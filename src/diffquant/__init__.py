@@ -12,7 +12,8 @@ from diffquant.core.spec import DiffquantError, LayerRule, LayerSpec, QuantSpec
 from diffquant.core.surgery import full_precision
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.sampling import SamplingProtocol
-from diffquant.recipe import QuantizationReport, Recipe, load_recipe, quantize
+from diffquant.quantization import QuantizationReport, quantize
+from diffquant.recipe import Recipe, load_recipe
 from diffquant.runtime import hf
 from diffquant.runtime.checkpoint import load, save, verify
 from diffquant.runtime.correction import attach, detach

@@ -17,7 +17,8 @@ from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.sampling import OnProgress, SamplingProtocol
-from diffquant.recipe import load_recipe, quantize
+from diffquant.quantization import quantize
+from diffquant.recipe import load_recipe
 from diffquant.runtime.checkpoint import save
 
 CALIBRATION = Calibration(samples=64, steps=20)

@@ -1,0 +1,133 @@
+"""A recipe carried out: the denoiser of a pipeline quantized in place, pass by pass, and what was done, as a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffquant.calibration import fit
+from diffquant.calibration.memory import BUDGET, GIB
+from diffquant.calibration.observe import find_denoiser
+from diffquant.calibration.rollout import conditional_half
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.correction import Stored, give, warn_unless_attached
+from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
+from diffquant.core.spec import SpecError
+from diffquant.core.surgery import enable, freeze, prepare
+from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
+from diffquant.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize` did: a row per pass with its figures, and a row per layer."""
+
+    recipe: str
+    seed: int
+    calibration: dict[str, Any]
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1))
+        temporary.replace(path)
+
+
+def quantize(
+    pipe: Any,
+    recipe: str | Recipe,
+    data: Trajectory,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    memory_gib: float = BUDGET / GIB,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantize the denoiser of `pipe` (or a denoiser itself) in place by `recipe`, calibrated on `data`; end with `freeze`.
+
+    With `folder` every finished pass is kept there: a killed run goes on where it stopped, and a recipe that begins with the same
+    passes on the same layers, data and seed starts from them, so variants of a recipe share what they have in common.
+    ``memory_gib``: what the recorded inputs and outputs of a block that is being fitted may take in memory; more are kept in files
+    while they are needed, in `folder` or where temporary files go. It changes no result.
+
+    Raises `RecipeError`, `SpecError`, or `CalibrationError` when `data` was recorded with another model.
+    """
+    model = pipe if isinstance(pipe, nn.Module) else find_denoiser(pipe)[1]
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    steps = recipe.steps()
+    _check_weights(model)
+    rows = plan(model, recipe.layers)
+    data.verify(model)
+    report = QuantizationReport(recipe.full_name, seed, data.manifest, layers=[_row(row) for row in rows])
+    names = pass_names(recipe, steps, seed, data)
+    conditional = None if first_with_guidance_sets(rows) is None else conditional_half(data)
+    prepare(model, rows, data.timesteps, conditional)
+    with fit.run(folder, progress, memory_gib * GIB) as run:
+        for index, (step, name) in enumerate(zip(steps, names, strict=True)):
+            generator = torch.Generator().manual_seed(seed * 1_000 + index)
+            done = None if folder is None else folder / f"{name}.safetensors"
+            begun = time.monotonic()
+            if done is not None and done.exists():
+                tensors, metadata = fit.load_tensors(done)
+                restore_quantizers(model, tensors)
+                report.passes.append(json.loads(metadata["row"]))
+                if "correction" in (figures := report.passes[-1]["figures"]):
+                    give(model, Stored.model_validate({"correction": figures["correction"]}).correction)
+                continue
+            figures = step.apply(model, data, generator, run.below(name))
+            row = {
+                "pass": type(step).__name__,
+                "options": step.model_dump(),
+                "seconds": round(time.monotonic() - begun, 2),
+                "figures": figures,
+            }
+            report.passes.append(row)
+            if done is not None:
+                fit.save_tensors(done, quantizer_state(model), {"row": json.dumps(row)})
+                shutil.rmtree(done.with_suffix(""), ignore_errors=True)  # what the pass kept while it was not finished
+    enable(model)
+    freeze(model)
+    if hasattr(model, "correction"):
+        model.register_forward_pre_hook(warn_unless_attached)
+    model.recipe_name = recipe.full_name  # type: ignore[assignment]
+    return report
+
+
+def _row(row: PlannedLayer) -> dict[str, Any]:
+    spec = None if row.spec is None else row.spec.model_dump(exclude_defaults=True)
+    return {"name": row.name, "kind": row.kind, "shape": row.shape, "spec": spec, "reason": row.reason}
+
+
+def pass_names(recipe: Recipe, steps: Sequence[Pass], seed: int, data: Trajectory) -> list[str]:
+    """A name for each pass that holds a hash of everything its result depends on: the passes before it too."""
+    recorded = {key: data.manifest[key] for key in ("model_hash", "scheduler", "calibration", "run")}
+    unset = {"guidance_sets"}  # came later: left out where it is not set, so that passes finished before keep their names
+    rules = [
+        {key: value for key, value in rule.model_dump(mode="json").items() if value is not None or key not in unset}
+        for rule in recipe.layers
+    ]
+    digest = hashlib.sha256(json.dumps([seed, recorded, rules], sort_keys=True).encode())
+    names = []
+    for index, step in enumerate(steps):
+        kind = type(step).__name__
+        digest.update(f"{kind} {step.model_dump_json()}".encode())
+        names.append(f"pass-{index:02d}-{kind}-{digest.hexdigest()[:12]}")
+    return names
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise SpecError(f"{name}: the weight holds inf or nan; quantize a model whose weights are finite")

@@ -21,6 +21,7 @@ from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm import SearchParameterSets
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
+from diffquant.methods.learned import LearnedSmooth
 from diffquant.methods.passes import Pass, quantizer_state
 from diffquant.methods.qncd import EmbeddingSmoothing
 from diffquant.methods.ranges import CalibrateRanges, search_range
@@ -297,6 +298,24 @@ def test_a_shared_zero_point_gets_the_gradient_of_all_sets():
     quantizer.zero_point.grad = torch.tensor([[1.0], [2.0], [4.0]])
     learned.collect()
     assert learned.zero_point.tolist() == [[5.0]] and learned.zero_point.grad.tolist() == [[7.0]]
+
+
+def test_smooth_gets_the_gradient_of_its_logarithm(pipe, data):
+    layer = dict(quantized_layers(quantizable(pipe, data)))["mid_block.resnets.0.conv1"]
+    enable(layer)
+    layer.weight_quantizer.decide(layer.weight.detach())
+    layer.smooth = torch.linspace(0.5, 2, len(layer.smooth))
+    x = torch.randn(2, len(layer.smooth), 4, 4, generator=torch.Generator().manual_seed(1))
+    learned = LearnedSmooth.of(layer, 1e-3)
+    learned.place()
+    layer(x).square().sum().backward()
+    learned.collect()
+    logarithm = layer.smooth.detach().log().requires_grad_(True)
+    layer.smooth = logarithm.exp()
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(learned.log_smooth.grad, logarithm.grad)
+    learned.finish()
+    torch.testing.assert_close(layer.smooth, torch.linspace(0.5, 2, len(layer.smooth)))
 
 
 def test_sets_share_a_zero_point_where_a_rule_says_so(pipe, data):

@@ -27,6 +27,7 @@ from diffquant.methods.accuquant import AccuQuant, visited
 from diffquant.methods.gradients import segment_gradient
 from diffquant.methods.passes import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
+from diffquant.methods.starts import Starts
 from diffquant.recipe import load_recipe
 from tests import pipelines
 from tests.calibration.test_rollout import own_loop
@@ -65,7 +66,7 @@ class Hand(Chain):
 def test_the_hand_computed_case(gradient, expected):
     chain = Hand(object.__new__(Rollout), torch.zeros(1, dtype=torch.long), range(2), {})
     Hand.theta.grad = None
-    loss = segment_gradient(chain, chain.recorded(0), lambda i: torch.full((1, 1), 0.9, dtype=torch.float64), gradient)
+    loss, _ = segment_gradient(chain, chain.recorded(0), lambda i: torch.full((1, 1), 0.9, dtype=torch.float64), gradient)
     assert float(loss) == pytest.approx((1.202144 - 0.9) ** 2, abs=1e-6)
     assert float(Hand.theta.grad) == pytest.approx(expected, abs=2e-6)
 
@@ -310,27 +311,55 @@ def test_codes_of_weights_stay_while_their_steps_move(recorded):
     assert moved
 
 
-def test_a_killed_stage_goes_on_and_ends_bit_equal(recorded, tmp_path, monkeypatch):
-    whole, _ = quantized(recorded)
+def test_chains_start_where_the_segment_before_ended(recorded):
+    """With other trajectories and as recorded only at the noise, and where nothing has come to the segment yet."""
+    model, data = copy.deepcopy(recorded[0].unet), recorded[1]
+    prepare(model, plan(model, load_recipe("minmax-w4a4").layers), data.timesteps)
+    with fit.run(show=False) as run:
+        CalibrateRanges(samples=8, batch_size=4).apply(model, data, torch.Generator(), run)
+    rollout, generator = Rollout(model, data), torch.Generator().manual_seed(0)
+    with switched(model, True):
+        starts = Starts(rollout, rollout.segments(2), 2, carried=True)
+        second, latent = starts.take(1, generator)
+        assert torch.equal(latent, second.recorded(0))
+        first, latent = starts.take(0, generator)
+        assert torch.equal(latent, first.recorded(0))
+        end = first.run()[0][-1]
+        starts.leave(0, first, end)
+        starts.take(0, generator)  # a visit that has not ended changes nothing
+        again, latent = starts.take(1, generator)
+        assert torch.equal(again.trajectories, first.trajectories) and again.steps == range(2, 4)
+        assert torch.equal(latent, end) and not torch.allclose(latent, again.recorded(0))
+        starts.leave(1, again, end)  # the last one's end is nobody's start
+    fresh = Starts(rollout, rollout.segments(2), 2, carried=False)
+    fresh.leave(0, first, end)
+    chain, latent = fresh.take(1, generator)
+    assert torch.equal(latent, chain.recorded(0))
+
+
+@pytest.mark.parametrize("start", ["full_precision", "quantized"])
+def test_a_killed_stage_goes_on_and_ends_bit_equal(recorded, tmp_path, monkeypatch, start):
+    options = [f"passes.2.start={start}", "passes.2.steps_per_segment=2"]
+    whole, _ = quantized(recorded, *options)
     real = AccuQuant._loss
 
-    def killed(self, rollout, segments, norms, learned, iteration, number, generator):
+    def killed(self, iteration, *given):
         if iteration == 4:
             raise KeyboardInterrupt
-        return real(self, rollout, segments, norms, learned, iteration, number, generator)
+        return real(self, iteration, *given)
 
     monkeypatch.setattr("diffquant.methods.accuquant.SAVE_EVERY", 2)
     monkeypatch.setattr(AccuQuant, "_loss", killed)
     with pytest.raises(KeyboardInterrupt):
-        quantized(recorded, folder=tmp_path)
+        quantized(recorded, *options, folder=tmp_path)
     assert list(tmp_path.rglob("fit.safetensors"))
 
-    def late(self, rollout, segments, norms, learned, iteration, number, generator):
+    def late(self, iteration, *given):
         assert iteration >= 4
-        return real(self, rollout, segments, norms, learned, iteration, number, generator)
+        return real(self, iteration, *given)
 
     monkeypatch.setattr(AccuQuant, "_loss", late)
-    resumed, _ = quantized(recorded, folder=tmp_path)
+    resumed, _ = quantized(recorded, *options, folder=tmp_path)
     one, two = quantizer_state(whole), quantizer_state(resumed)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 

@@ -29,6 +29,7 @@ from diffquant.core.surgery import full_precision, quantized_layers, quantizers,
 from diffquant.methods.gradients import Gradient, gradient_of, segment_gradient
 from diffquant.methods.learned import Learned, LearnedOffset, LearnedRounding, LearnedSmooth, float_weight
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
+from diffquant.methods.starts import Starts
 from diffquant.methods.steps import LearnedSteps
 
 LOW_COSINE = 0.8  # of approximate and exact gradient: below it a segment is called too long
@@ -60,6 +61,7 @@ class AccuQuant(Pass):
     gradient: Gradient = "identity"
     visits: Literal["equally", "final_error"] = "equally"
     start: Literal["full_precision", "quantized"] = "full_precision"
+    target: Literal["own", "recorded"] = "own"
     iterations: int = Field(default=400, ge=1)
     batch_size: int = Field(default=16, ge=1)
     rate: float = Field(default=2e-3, gt=0)
@@ -113,17 +115,16 @@ class AccuQuant(Pass):
             agreement = [self._cosine(rollout, segment, probe, learned) for segment in segments]
             norms = torch.tensor(measured).clamp(min=1e-12)
             shares = self._shares(rollout, segments, norms, probe)
+            starts = Starts(rollout, segments, self.batch_size, carried=self.start == "quantized")
             curve = fit(
                 [pair for one in learned for pair in one.parameters()],
-                lambda iteration, drawn: self._loss(
-                    rollout, segments, norms, learned, iteration, visited(shares, iteration, seed), drawn
-                ),
+                lambda iteration, drawn: self._loss(iteration, starts, visited(shares, iteration, seed), norms, learned, drawn),
                 iterations=self.iterations,
                 seed=seed,
                 run=run,
                 label=f"{self.steps_per_segment} steps at once",
                 schedule=cosine,
-                also_kept={"norms": norms, "shares": shares},
+                also_kept={"norms": norms, "shares": shares, "trajectories": starts.trajectories, "latents": starts.latents},
                 save_every=SAVE_EVERY,
             )
             for one in learned:
@@ -167,21 +168,19 @@ class AccuQuant(Pass):
 
     def _loss(
         self,
-        rollout: Rollout,
-        segments: list[range],
+        iteration: int,
+        starts: Starts,
+        number: int,
         norms: Tensor,
         learned: list[Learned],
-        iteration: int,
-        number: int,
         generator: torch.Generator,
     ) -> Tensor:
         """Put the gradient of segment `number` on one batch into the parameters; return the loss, relative to its first."""
-        picked = torch.randperm(rollout.trajectories, generator=generator)[: self.batch_size]
         for one in learned:
             one.place()
-        chain = rollout.chain(picked, segments[number])
-        start, targets = self._ends(rollout, chain)
-        loss = segment_gradient(chain, start, targets, self.gradient, 1.0 / float(norms[number]))
+        chain, start = starts.take(number, generator)
+        loss, end = segment_gradient(chain, start, self._targets(chain, start), self.gradient, 1.0 / float(norms[number]))
+        starts.leave(number, chain, end)
         for one in learned:
             one.collect()
             if isinstance(one, LearnedRounding):
@@ -205,15 +204,13 @@ class AccuQuant(Pass):
             shares[stretch] = final * (norms[stretch] / norms[stretch].sum()).double()
         return (1 - SPREAD) * shares / shares.sum().clamp(min=1e-30) + SPREAD * equal
 
-    def _ends(self, rollout: Rollout, chain: Chain) -> tuple[Tensor, Callable[[int], Tensor]]:
-        """Where the quantized chain starts, and the full-precision latent after each of its steps."""
-        if self.start == "full_precision" or chain.steps.start == 0:
-            return chain.recorded(0), lambda i: chain.recorded(i + 1)
-        before = rollout.chain(chain.trajectories, range(chain.steps.start))
-        start = before.run()[0][-1]
-        with full_precision(rollout.model):
+    def _targets(self, chain: Chain, start: Tensor) -> Callable[[int], Tensor]:
+        """The full-precision latent after each of the chain's steps."""
+        if self.target == "recorded" or self.start == "full_precision" or chain.steps.start == 0:
+            return lambda i: chain.recorded(i + 1)
+        with full_precision(chain.rollout.model):
             latents, _ = chain.run(start)
-        return start, lambda i: latents[i + 1]
+        return lambda i: latents[i + 1]
 
     def _cosine(self, rollout: Rollout, segment: range, probe: Tensor, learned: list[Learned]) -> float | None:
         """Cosine of the gradient used and the exact one, over all parameters; None where it is not asked for."""

@@ -19,14 +19,15 @@ from diffquant.calibration.scheduling import Key, history, with_history
 from diffquant.methods.learned import Learned, LearnedRounding
 
 Gradient = Literal["identity", "exact", "accumulate", "chain"]
+Ended = tuple[Tensor, Tensor]  # the loss, and the latent at the chain's end
 
 
 def segment_gradient(
     chain: Chain, start: Tensor, targets: Callable[[int], Tensor], gradient: Gradient, factor: float = 1.0
-) -> Tensor:
-    """Add the gradient of ``factor * mean((z_M - targets(M - 1))^2)`` to the leaves the model uses; return the loss.
+) -> Ended:
+    """Add the gradient of ``factor * mean((z_M - targets(M - 1))^2)`` to the leaves the model uses; return the loss and z_M.
 
-    `start` is z_0; ``targets(i)`` the full-precision latent after step i. The loss has no graph.
+    `start` is z_0; ``targets(i)`` the full-precision latent after step i. Neither loss nor z_M has a graph.
     """
     ways = {"identity": _backwards, "exact": _backwards, "accumulate": _accumulate, "chain": _unrolled}
     return ways[gradient](chain, start, targets, factor, gradient == "exact")
@@ -64,7 +65,7 @@ def _distance(end: Tensor, target: Tensor, factor: float) -> Tensor:
     return factor * (end - target).square().mean()
 
 
-def _backwards(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Tensor:
+def _backwards(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Ended:
     """Run the chain without gradients, then visit its steps from the last to the first, one graph at a time.
 
     The cotangent at a step's end is the one at the chain's end, or (`exact`) what the later steps' Jacobians make of it. What a
@@ -73,7 +74,7 @@ def _backwards(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], fa
     steps = len(chain.steps)
     latents, states = chain.run(start, steps - 1)
     remembered: dict[Key, Tensor] = {}
-    cotangent, loss = torch.zeros(()), torch.zeros(())
+    cotangent, loss, reached = torch.zeros(()), torch.zeros(()), start
     for i in reversed(range(steps)):
         latent = latents[i].detach().requires_grad_(exact)
         output = chain.predict(latent, i, states[i])
@@ -82,6 +83,7 @@ def _backwards(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], fa
         kept = {key: tensor.detach().requires_grad_(True) for key, tensor in history(states[i], sample.shape).items()}
         end, after = chain.step(model_output, sample, i, with_history(states[i], kept))
         if i == steps - 1:
+            reached = end.detach()
             loss, cotangent = _loss_and_cotangent(end, targets(i), factor)
         later = history(after, sample.shape)
         outputs = [(end, cotangent)] + [(later[key], value) for key, value in remembered.items() if later[key].requires_grad]
@@ -94,10 +96,10 @@ def _backwards(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], fa
         if exact:
             assert latent.grad is not None
             cotangent = given[1] + latent.grad
-    return loss
+    return loss, reached
 
 
-def _accumulate(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Tensor:
+def _accumulate(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Ended:
     """One pass: at every step the error so far is the cotangent."""
     latent, state, loss = start, chain.state, torch.zeros(())
     for i in range(len(chain.steps)):
@@ -109,14 +111,14 @@ def _accumulate(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], f
         output.backward(found.to(output.dtype))
         kept = {key: tensor.detach() for key, tensor in history(after, latent.shape).items()}
         latent, state = end.detach(), with_history(after, kept)
-    return loss
+    return loss, latent
 
 
-def _unrolled(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Tensor:
+def _unrolled(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Ended:
     """Plain back-propagation through the whole chain."""
     latent, state = start, chain.state
     for i in range(len(chain.steps)):
         latent, state = chain.step(chain.predict(latent, i, state), latent, i, state)
     loss = _distance(latent, targets(len(chain.steps) - 1), factor)
     loss.backward()
-    return loss.detach()
+    return loss.detach(), latent.detach()

@@ -87,6 +87,16 @@ def test_a_pass_without_the_vector_that_it_works_on_is_refused(recipe, override,
         load_recipe(recipe, [override])
 
 
+def test_a_rule_can_be_added():
+    recipe = load_recipe(
+        "brecq-w4a6", ['layers.+={match: "*.conv2", input_bits: 8}', "layers.+={match: '@last', input_bits: activations}"]
+    )
+    assert [rule.match for rule in recipe.layers] == ["@all", "@attention", "@first", "@last", "*.conv2", "@last"]
+    assert [rule.input_bits for rule in recipe.layers[-2:]] == [8, 6]
+    with pytest.raises(RecipeError, match=r"layers\.4.*valid dictionary|layers\.4"):
+        load_recipe("brecq-w4a6", ["layers.+=8"])
+
+
 def test_a_recipe_that_does_not_start_with_ranges_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nsummary: x\nlayers: [{match: '@all', weight_bits: 4}]\npasses: [{pass: LearnScales}]\n")

@@ -91,6 +91,8 @@ def shipped() -> list[str]:
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe called `name` (``brecq-w4a8``, or a path to a YAML file), with overrides such as ``passes.1.iterations=100``.
 
+    ``layers.+={match: "*.conv2", input_bits: 8}`` adds a rule after the others.
+
     Raises `RecipeError` for unknown names, keys, values, bits and paths.
     """
     text, where, bits = _find(name)
@@ -168,7 +170,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
-    """Set `path` (keys and list positions joined by dots) in a raw recipe."""
+    """Set `path` (keys and list positions joined by dots, ``+`` for a new last one) in a raw recipe."""
     place: Any = raw
     *parents, last = path.split(".")
     for part in parents:
@@ -176,7 +178,9 @@ def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
         except (ValueError, IndexError, AttributeError) as error:
             raise RecipeError(f"{path}: {part!r} does not lead anywhere; the recipe has {_choices(place)}") from error
-    if isinstance(place, list):
+    if isinstance(place, list) and last == "+":
+        place.append(value)
+    elif isinstance(place, list):
         if not last.isdigit() or int(last) >= len(place):
             raise RecipeError(f"{path}: {last!r} does not lead anywhere; the recipe has {_choices(place)}")
         place[int(last)] = value

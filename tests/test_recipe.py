@@ -88,12 +88,11 @@ def test_a_pass_without_the_vector_that_it_works_on_is_refused(recipe, override,
 
 
 def test_a_rule_can_be_added():
-    recipe = load_recipe(
-        "brecq-w4a6", ['layers.+={match: "*.conv2", input_bits: 8}', "layers.+={match: '@last', input_bits: activations}"]
-    )
+    added = ['layers.+={match: "*.conv2", input_bits: 8}', 'layers.+={match: "@last", input_bits: activations}']
+    recipe = load_recipe("brecq-w4a6", added)
     assert [rule.match for rule in recipe.layers] == ["@all", "@attention", "@first", "@last", "*.conv2", "@last"]
     assert [rule.input_bits for rule in recipe.layers[-2:]] == [8, 6]
-    with pytest.raises(RecipeError, match=r"layers\.4.*valid dictionary|layers\.4"):
+    with pytest.raises(RecipeError, match=r"layers\.4"):
         load_recipe("brecq-w4a6", ["layers.+=8"])
 
 

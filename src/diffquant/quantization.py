@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from diffquant.calibration.observe import find_denoiser
 from diffquant.calibration.rollout import conditional_half
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.correction import Stored, give, warn_unless_attached
+from diffquant.core.layers import present_spec
 from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
 from diffquant.core.spec import SpecError
-from diffquant.core.surgery import enable, freeze, prepare
+from diffquant.core.surgery import enable, freeze, prepare, quantized_layers
 from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
 from diffquant.recipe import Recipe, load_recipe
 
@@ -70,7 +71,7 @@ def quantize(
     _check_weights(model)
     rows = plan(model, recipe.layers)
     data.verify(model)
-    report = QuantizationReport(recipe.full_name, seed, data.manifest, layers=[_row(row) for row in rows])
+    report = QuantizationReport(recipe.full_name, seed, data.manifest)
     names = pass_names(recipe, steps, seed, data)
     conditional = None if first_with_guidance_sets(rows) is None else conditional_half(data)
     prepare(model, rows, data.timesteps, conditional)
@@ -99,6 +100,8 @@ def quantize(
                 shutil.rmtree(done.with_suffix(""), ignore_errors=True)  # what the pass kept while it was not finished
     enable(model)
     freeze(model)
+    specs = {name: present_spec(layer) for name, layer in quantized_layers(model)}
+    report.layers[:] = [_row(replace(row, spec=specs.get(row.name, row.spec))) for row in rows]
     if hasattr(model, "correction"):
         model.register_forward_pre_hook(warn_unless_attached)
     model.recipe_name = recipe.full_name  # type: ignore[assignment]

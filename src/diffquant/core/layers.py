@@ -146,10 +146,11 @@ def smoothed_weight(layer: QuantizedLayer) -> Tensor:
 
 
 def present_spec(layer: QuantizedLayer) -> LayerSpec:
-    """The layer's spec, with as many parameter sets as its input quantizer has now."""
+    """The layer's spec, with as many parameter sets and bits as its input quantizer has now."""
     spec: LayerSpec = layer.layer_spec  # type: ignore[assignment]
-    sets = 1 if layer.input_quantizer is None else _sets(layer.input_quantizer, spec.guidance_sets)
-    return spec.model_copy(update={"sets": sets})
+    if layer.input_quantizer is None:
+        return spec.model_copy(update={"sets": 1})
+    return spec.model_copy(update={"sets": _sets(layer.input_quantizer, spec.guidance_sets), "input": layer.input_quantizer.spec})
 
 
 def _sets(quantizer: Quantizer, guidance_sets: bool) -> int:

@@ -233,6 +233,12 @@ class Quantizer(nn.Module):
             scale = scale * torch.exp2(self.shift[picked].float()).view(self._view(x, self.shift.shape[1]))
         return scale, zero_point
 
+    def set_bits(self, bits: int) -> None:
+        """Quantize at `bits` from now on, over the ranges as they are."""
+        low, high = ((end - self.zero_point) * self.scale for end in (self.spec.code_min, self.spec.code_max))
+        self.spec = self.spec.model_copy(update={"bits": bits})
+        self.set_ranges(low, high)
+
     def divide_sets(self, table: Int[Tensor, " intervals"]) -> None:
         """Give every set that `table` names, 0 to its largest entry, a copy of the one parameter set there is.
 

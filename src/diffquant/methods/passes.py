@@ -49,13 +49,17 @@ def draw_seed(generator: torch.Generator) -> int:
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every buffer of every quantizer, `smooth` and `offset` of the layers, by full name: all that passes change."""
+    """Every buffer of every quantizer, the bits of activations, `smooth` and `offset` of the layers, by full name.
+
+    It is all that passes change.
+    """
     state = {
         f"{name}.{buffer}": value
         for name, quantizer in quantizers(model)
         for buffer, value in quantizer._buffers.items()
         if value is not None
     }
+    state |= {f"{name}.bits": torch.tensor(one.spec.bits) for name, one in quantizers(model) if one.clock is not None}
     for name, layer in quantized_layers(model):
         state |= {f"{name}.{buffer}": value for buffer in OF_LAYERS if (value := layer._buffers[buffer]) is not None}
     return state
@@ -64,6 +68,8 @@ def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
 def restore_quantizers(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put back a `quantizer_state`; buffers that it lacks become None again."""
     for name, quantizer in quantizers(model):
+        if f"{name}.bits" in state:
+            quantizer.spec = quantizer.spec.model_copy(update={"bits": int(state[f"{name}.bits"])})
         for buffer in list(quantizer._buffers):
             value = state.get(f"{name}.{buffer}")
             quantizer._buffers[buffer] = None if value is None else value.to(quantizer.scale.device)

@@ -1,0 +1,115 @@
+"""Bits by sensitivity: the estimate against finite differences, the choice by hand, and bits through passes and checkpoint."""
+
+import copy
+
+import pytest
+import torch
+
+import diffquant as dq
+from diffquant.calibration import fit
+from diffquant.calibration.observe import Calibration
+from diffquant.calibration.record import record
+from diffquant.core.planning import plan
+from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.spec import LayerRule, QuantSpec
+from diffquant.core.surgery import full_precision, prepare, quantized_layers
+from diffquant.methods.allocation import AllocateBits, _gated
+from diffquant.methods.passes import evaluating
+from diffquant.methods.ranges import CalibrateRanges
+from diffquant.recipe import load_recipe
+from tests import pipelines
+
+QUICK = ["passes.0.samples=8", "passes.0.candidates=8", "passes.2.samples=8", "passes.2.candidates=8", "passes.1.samples=8"]
+QUICK += ["passes.3.iterations=2", "passes.3.samples=8", "passes.4.iterations=2", "passes.4.cosines=false"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipelines.micro()
+
+
+@pytest.fixture(scope="module")
+def data(pipe):
+    return record(pipe, Calibration(samples=4, steps=4, batch_size=4), progress=False)
+
+
+def calibrated(pipe, data):
+    model = copy.deepcopy(pipe.unet)
+    prepare(model, plan(model, (LayerRule(match="@all", weight_bits=8, input_bits=3),)), data.timesteps)
+    with fit.run(show=False) as run:
+        CalibrateRanges(samples=8, batch_size=4, activations="minmax").apply(model, data, torch.Generator(), run)
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_is_what_a_small_part_of_the_error_does_to_the_output(pipe, data, checkpointing):
+    """Of 400 directions its relative standard deviation is sqrt(2 / 400) = 0.07; five of them are allowed."""
+    model = calibrated(pipe, data)
+    inputs = dict(quantized_layers(model))
+    options = AllocateBits(samples=4, batch_size=4, directions=400, checkpointing=checkpointing)
+    with fit.run(show=False) as run:
+        squares, products = options._measured(model, inputs, data, torch.Generator().manual_seed(0), run)
+    picked = data.subset(4, torch.Generator().manual_seed(0))
+    arguments, _ = data.batch(picked)
+    model.double()
+    arguments = {key: value.double() if value.is_floating_point() else value for key, value in arguments.items()}
+    with evaluating(model), full_precision(model), torch.no_grad(), _gated(inputs, {}) as gates:
+        plain = model(**arguments).sample
+        largest = max(squares.values())
+        for name, gate in gates.items():
+            gate.data.fill_(1e-4)
+            moved = float(((model(**arguments).sample - plain) / 1e-4).square().sum())
+            gate.data.zero_()
+            assert squares[name] == pytest.approx(moved, rel=0.35, abs=1e-6 * largest), name
+    conv = inputs["conv_in"]
+    assert products["conv_in"] == conv.weight.numel() * pipe.unet.config.sample_size**2
+
+
+def test_layers_are_chosen_by_the_error_taken_away_for_each_multiplication():
+    bits = {"a": 6, "b": 6, "c": 6, "full": 8, "d": 4}
+    squares = {"a": 1.0, "b": 0.5, "c": 0.2, "full": 9.0, "d": 0.0}
+    products = {"a": 10, "b": 1, "c": 100, "full": 1, "d": 1}  # 113
+    assert AllocateBits(products=0.0)._chosen(bits, squares, products) == set()
+    assert AllocateBits(products=0.01)._chosen(bits, squares, products) == {"b"}
+    assert AllocateBits(products=0.1)._chosen(bits, squares, products) == {"a", "b"}
+    assert AllocateBits(products=1.0)._chosen(bits, squares, products) == {"a", "b", "c"}
+    assert AllocateBits(products=1.0, bits=5)._chosen(bits, squares, products) == set()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_more_bits_cover_the_same_range(symmetric):
+    quantizer = Quantizer(QuantSpec(bits=4, symmetric=symmetric), rows=2, clock=StepClock((1.0, 0.0)))
+    low, high = torch.tensor([[-1.0], [-0.25]]), torch.tensor([[2.0], [0.5]])
+    quantizer.set_ranges(low, high)
+    spec, scale, zero_point = quantizer.spec, quantizer.scale.clone(), quantizer.zero_point.clone()
+    quantizer.set_bits(8)
+    for end, then in ((quantizer.spec.code_min, spec.code_min), (quantizer.spec.code_max, spec.code_max)):
+        reached, wanted = (end - quantizer.zero_point) * quantizer.scale, (then - zero_point) * scale
+        assert ((reached - wanted).abs() <= 1.001 * scale).all()
+    assert quantizer.spec.bits == 8 and (quantizer.scale < scale / 8).all()
+
+
+def test_bits_are_kept_by_finished_passes_and_in_the_checkpoint(pipe, data, tmp_path):
+    """The report's rows, a run that goes on after a kill, and the loaded model have the bits that were chosen."""
+    recipe = load_recipe("mixed-w4a4", QUICK)
+    one, two = copy.deepcopy(pipe), copy.deepcopy(pipe)
+    report = dq.quantize(one, recipe, data, folder=tmp_path / "work", progress=False)
+    figures = report.passes[1]["figures"]
+    assert 0 < figures["products"] <= 0.1 and 4 < figures["mean_bits"] < 8
+    raised = {row["layer"] for row in figures["layers"] if row["bits"] > row["bits_before"]}
+    assert raised
+    bits = {name: None if it.input_quantizer is None else it.input_quantizer.spec.bits for name, it in quantized_layers(one.unet)}
+    assert bits["conv_in"] is None and {name for name, count in bits.items() if count == 8} >= raised and 4 in bits.values()
+    rows = {row["name"]: row["spec"] for row in report.layers}
+    assert all(rows[name]["input"]["bits"] == 8 for name in raised)
+    dq.quantize(two, recipe, data, folder=tmp_path / "work", progress=False)
+    for (_, ours), (_, theirs) in zip(quantized_layers(one.unet), quantized_layers(two.unet), strict=True):
+        assert (ours.input_quantizer and ours.input_quantizer.spec) == (theirs.input_quantizer and theirs.input_quantizer.spec)
+    dq.save(one, tmp_path / "out")
+    loaded = dq.load(tmp_path / "out", engine="simulate").unet
+    assert bits == {
+        name: None if layer.input_quantizer is None else layer.input_quantizer.spec.bits for name, layer in quantized_layers(loaded)
+    }
+    arguments, _ = data.batch(torch.arange(4))
+    with torch.no_grad():
+        assert torch.equal(loaded(**arguments).sample, one.unet(**arguments).sample)

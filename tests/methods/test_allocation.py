@@ -71,6 +71,7 @@ def test_layers_are_chosen_by_the_error_taken_away_for_each_multiplication():
     products = {"a": 10, "b": 1, "c": 100, "full": 1, "d": 1}  # 113
     assert AllocateBits(products=0.0)._chosen(bits, squares, products) == set()
     assert AllocateBits(products=0.01)._chosen(bits, squares, products) == {"b"}
+    assert AllocateBits(products=0.095)._chosen(bits, squares, products) == {"b"}  # a fits alone, but not beside b
     assert AllocateBits(products=0.1)._chosen(bits, squares, products) == {"a", "b"}
     assert AllocateBits(products=1.0)._chosen(bits, squares, products) == {"a", "b", "c"}
     assert AllocateBits(products=1.0, bits=5)._chosen(bits, squares, products) == set()

@@ -47,7 +47,7 @@ class AccuQuant(Pass):
     `accumulate` takes the error so far at every step, in one pass; `chain` is plain back-propagation, whose memory grows with the
     segment. ``visits``: all segments `equally`, or in proportion to the `final_error` that a segment's quantization alone causes,
     but for a tenth of the visits. ``start`` of the chains: the full-precision latent, or (`quantized`) the one the quantized model
-    has reached there, from which full precision then also runs; that costs the steps up to the segment in every iteration.
+    has reached there (`methods.starts`), from which full precision then also runs: M forward passes more in every iteration.
     ``per_segment`` gives activations a parameter set per segment, where they had one for all. Rates: of steps relative to the step,
     of zero points relative to the range, of biases relative to the spread of the layer's outputs. ``rounding`` learns the rounding
     of weights again, from what was decided before, in place of their steps; ``smooth`` learns a step of its own for every input
@@ -61,7 +61,6 @@ class AccuQuant(Pass):
     gradient: Gradient = "identity"
     visits: Literal["equally", "final_error"] = "equally"
     start: Literal["full_precision", "quantized"] = "full_precision"
-    target: Literal["own", "recorded"] = "own"
     iterations: int = Field(default=400, ge=1)
     batch_size: int = Field(default=16, ge=1)
     rate: float = Field(default=2e-3, gt=0)
@@ -206,7 +205,7 @@ class AccuQuant(Pass):
 
     def _targets(self, chain: Chain, start: Tensor) -> Callable[[int], Tensor]:
         """The full-precision latent after each of the chain's steps."""
-        if self.target == "recorded" or self.start == "full_precision" or chain.steps.start == 0:
+        if self.start == "full_precision" or chain.steps.start == 0:
             return lambda i: chain.recorded(i + 1)
         with full_precision(chain.rollout.model):
             latents, _ = chain.run(start)

@@ -220,6 +220,20 @@ def test_a_model_is_lowered_and_raised_again() -> None:
     assert torch.equal(twin(x, 500).sample, after)
 
 
+def test_what_stays_in_floating_point_writes_channels_last_too() -> None:
+    """Or all that follows it, up to the end of the model, copies what it reads."""
+    model = quantized_unet()
+    layer = model.get_submodule("mid_block.resnets.0.conv1")
+    x = torch.randn(2, layer.in_channels, 4, 4)
+    before = layer(x)
+    assert before.is_contiguous()
+    engines.use_engine(model, "int8")
+    after = layer(x)
+    assert torch.equal(after, before) and after.is_contiguous(memory_format=torch.channels_last)
+    engines.use_engine(model, "simulate")
+    assert type(layer) is QuantizedConv2d
+
+
 def test_layers_compute_with_integers_while_quantizers_are_on() -> None:
     model = quantized_unet()
     engines.use_engine(model, "int8")

@@ -24,7 +24,14 @@ from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedL
 from diffquant.core.surgery import quantized_layers
 from diffquant.runtime.engines.attention import BlockedProducts
 from diffquant.runtime.engines.integer_blocks import IntegerFeedForward, IntegerUpsample, ReusingSiLU, one_product, reuse_norms
-from diffquant.runtime.engines.integer_layers import INTEGER, IntegerConv2d, IntegerLinear, PackedCodes, steps_of
+from diffquant.runtime.engines.integer_layers import (
+    INTEGER,
+    ChannelsLastConv2d,
+    IntegerConv2d,
+    IntegerLinear,
+    PackedCodes,
+    steps_of,
+)
 from diffquant.runtime.engines.kernels import Product
 
 
@@ -50,7 +57,11 @@ def unsupported() -> str:
 
 def lower(model: nn.Module) -> list[Lowered]:
     """Let every layer and attention of a frozen `model` that can compute with integers, in place; a row for each."""
-    rows = [Lowered(name, lower_layer(layer)) for name, layer in quantized_layers(model)]
+    rows = []
+    for name, layer in quantized_layers(model):
+        rows.append(Lowered(name, lower_layer(layer)))
+        if rows[-1].reason and type(layer) is QuantizedConv2d:
+            layer.__class__ = ChannelsLastConv2d
     for name, module in model.named_modules():
         if type(module) is FeedForward and type(module.net[0]) in (GELU, GEGLU):
             module.__class__ = IntegerFeedForward
@@ -75,6 +86,8 @@ def simulate(model: nn.Module) -> None:
         if isinstance(layer, INTEGER):
             layer.__class__ = QuantizedLinear if isinstance(layer, IntegerLinear) else QuantizedConv2d  # type: ignore[assignment]
             del layer.product
+        if isinstance(layer, ChannelsLastConv2d):
+            layer.__class__ = QuantizedConv2d  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, IntegerFeedForward):
             module.__class__ = FeedForward

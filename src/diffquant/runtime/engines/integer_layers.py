@@ -153,6 +153,16 @@ class IntegerConv2d(QuantizedConv2d):
 
 
 IntegerLayer = IntegerLinear | IntegerConv2d
+
+
+class ChannelsLastConv2d(QuantizedConv2d):
+    """A convolution that stays in floating point; what follows it expects channels last, as integer convolutions write them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As without the engine; the output channels last."""
+        return super().forward(x).contiguous(memory_format=torch.channels_last)
+
+
 INTEGER = (IntegerLinear, IntegerConv2d)  # for isinstance
 
 

@@ -55,8 +55,10 @@ def test_one_hot_shares_are_the_table_and_equal_sets_the_plain_quantizer():
     assert torch.allclose(mixture(same, torch.randn(4, 2), x), same(x), atol=1e-6)
 
 
-def test_gradients_are_those_of_the_formulas():
-    """The hand-written backward pass against autograd through `fake_quantize`."""
+@pytest.mark.parametrize("block", [1 << 15, 5])
+def test_gradients_are_those_of_the_formulas(monkeypatch, block):
+    """The hand-written backward pass against autograd through `fake_quantize`, in one piece a sample and in three."""
+    monkeypatch.setattr("diffquant.methods.mixture.BLOCK", block)
     one, x = quantizer([0.02, 0.11, 0.3]), torch.randn(6, 4, 3)
     one.clock.set_interval(torch.tensor([0, 1, 2, 3, 1, 0]))
     weights = torch.randn_like(x)

@@ -56,7 +56,7 @@ class _FakeQuantize(torch.autograd.Function):
         value = code.clamp(spec.code_min, spec.code_max).sub_(zero_point).mul_(scale)
         slope = None  # times the scale
         if scale.requires_grad:
-            slope = _where_free(x, code, spec)
+            slope = where_free(x, code, spec.code_min, spec.code_max)
             torch.sub(value, slope, out=slope)
         ctx.spec = spec
         ctx.save_for_backward(code, slope, scale, zero_point)
@@ -66,7 +66,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         code, slope, scale, zero_point = ctx.saved_tensors
         of_x, of_scale, of_zero_point = ctx.needs_input_grad[:3]
-        passed = _where_free(gradient, code, ctx.spec) if of_x or of_zero_point else gradient
+        passed = where_free(gradient, code, ctx.spec.code_min, ctx.spec.code_max) if of_x or of_zero_point else gradient
         return (
             passed if of_x else None,
             _summed(gradient, slope, scale) / scale if of_scale else None,
@@ -75,9 +75,14 @@ class _FakeQuantize(torch.autograd.Function):
         )
 
 
-def _where_free(x: Tensor, code: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` where the integer `code` is within bounds, else 0: in one pass, by the gradient of a clamp half a code further out."""
-    kept: Tensor = torch.ops.aten.hardtanh_backward(x, code, spec.code_min - 0.5, spec.code_max + 0.5)
+def where_free(x: Tensor, code: Tensor, low: float, high: float, out: Tensor | None = None) -> Tensor:
+    """`x` where the integer `code` is from `low` to `high`, else 0: in one pass, by the gradient of a clamp half a code further out."""
+    bounds = low - 0.5, high + 0.5
+    kept: Tensor = (
+        torch.ops.aten.hardtanh_backward(x, code, *bounds)
+        if out is None
+        else torch.ops.aten.hardtanh_backward.grad_input(x, code, *bounds, grad_input=out)
+    )
     return kept
 
 

@@ -9,8 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffquant.core.affine import where_free
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import SpecError
+
+BLOCK = 1 << 16  # values at once: with what is computed from them, no more than a second-level cache holds
 
 
 def entropies(logits: Float[Tensor, "intervals sets"]) -> Float[Tensor, " intervals"]:
@@ -43,40 +46,55 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shares: Tensor, scale: Tensor, zero_point: Tensor, code_min: int, code_max: int) -> Tensor:
-        ctx.save_for_backward(x, shares, scale, zero_point)
-        ctx.codes = code_min, code_max
-        total = torch.zeros_like(x)
-        for share, step, zero in zip(_columns(shares, x), scale, zero_point, strict=True):
-            total += share * (((x / step).round_().add_(zero).clamp_(code_min, code_max) - zero) * step)
-        return total
+        ctx.save_for_backward(x, shares, scale)
+        ctx.bounds = [(code_min - zero, code_max - zero) for zero in zero_point.tolist()]
+        values, factors = x.flatten(1), shares * scale
+        total = torch.zeros_like(values)
+        for samples, here in _blocks(values):
+            part, sums = values[samples, here], total[samples, here]
+            code = torch.empty_like(part)
+            for step, (low, high), factor in zip(scale, ctx.bounds, factors[samples].split(1, dim=1), strict=True):
+                torch.div(part, step, out=code).round_().clamp_(low, high)  # codes are counted from the zero point
+                sums.addcmul_(code, factor)
+        return total.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, shares, scale, zero_point = ctx.saved_tensors
-        code_min, code_max = ctx.codes
-        to_x, to_shares = torch.zeros_like(x), []
-        to_scale, to_zero = torch.zeros_like(scale), torch.zeros_like(zero_point)
-        for index, share in enumerate(_columns(shares, x)):
-            step, zero = scale[index], zero_point[index]
-            ratio = x / step
-            unclamped = ratio.round() + zero
-            code = unclamped.clamp(code_min, code_max)
-            inside = code == unclamped
-            quantized = code - zero
-            to_shares.append((gradient * quantized * step).flatten(1).sum(dim=1))
-            weighted = gradient * share
-            to_x += weighted * inside
-            to_scale[index] = (weighted * torch.where(inside, quantized - ratio, quantized)).sum()
-            to_zero[index] = -(weighted * ~inside).sum() * step
-        return to_x, torch.stack(to_shares, dim=1), to_scale, to_zero, None, None
+        x, shares, scale = ctx.saved_tensors
+        values, gradient = x.flatten(1), gradient.flatten(1)
+        to_x = torch.zeros_like(values)
+        found = torch.zeros(len(scale), 3, len(values), device=x.device)  # products of the gradient, sums over a sample's values
+        for samples, here in _blocks(values):
+            part, given, sums = values[samples, here], gradient[samples, here], to_x[samples, here]
+            ratio, rounded, code, passed = (torch.empty_like(given) for _ in range(4))
+            for index, (step, (low, high), share) in enumerate(
+                zip(scale, ctx.bounds, shares[samples].split(1, dim=1), strict=True)
+            ):
+                torch.div(part, step, out=ratio)
+                torch.round(ratio, out=rounded)
+                torch.clamp(rounded, low, high, out=code)
+                where_free(given, rounded, low, high, out=passed)
+                sums.addcmul_(passed, share)
+                products = torch.linalg.vecdot(given, code), torch.linalg.vecdot(passed, ratio), passed.sum(dim=1)
+                found[index, :, samples] += torch.stack(products)
+        of_code, of_ratio, of_passed = found.unbind(dim=1)
+        to_scale = (shares.t() * (of_code - of_ratio)).sum(dim=1)
+        to_zero = (shares.t() * (of_passed - gradient.sum(dim=1))).sum(dim=1) * scale
+        return to_x.view(x.shape), of_code.t() * scale, to_scale, to_zero, None, None
+
+
+def _blocks(values: Float[Tensor, "n values"]) -> Iterator[tuple[slice, slice]]:
+    """Pieces of a batch that stay in a processor's cache while every set is gone through; all of it on an accelerator."""
+    if values.device.type != "cpu":
+        yield slice(None), slice(None)
+        return
+    count, size = values.shape
+    together = max(1, BLOCK // size)  # samples
+    for first in range(0, count, together):
+        for start in range(0, size, BLOCK):
+            yield slice(first, first + together), slice(start, start + BLOCK)
 
 
 def _mixed(*operands: Any) -> Tensor:
     output: Tensor = _Mixture.apply(*operands)  # type: ignore[no-untyped-call]
     return output
-
-
-def _columns(shares: Float[Tensor, "n sets"], x: Tensor) -> Iterator[Tensor]:
-    """The share of each set, shaped to broadcast against `x`."""
-    for column in shares.unbind(dim=1):
-        yield column.view(-1, *[1] * (x.dim() - 1))

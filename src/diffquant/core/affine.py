@@ -76,7 +76,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def where_free(x: Tensor, code: Tensor, low: float, high: float, out: Tensor | None = None) -> Tensor:
-    """`x` where the integer `code` is from `low` to `high`, else 0: in one pass, by the gradient of a clamp half a code further out."""
+    """`x` where the integer `code` is in [low, high], else 0: in one pass, by the gradient of a clamp half a code further out."""
     bounds = low - 0.5, high + 0.5
     kept: Tensor = (
         torch.ops.aten.hardtanh_backward(x, code, *bounds)

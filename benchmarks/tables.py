@@ -1,16 +1,19 @@
 """Tables of what `compare.py` and `accuquant.py compare` wrote, every arm beside a baseline of the same bits and seed.
 
     python benchmarks/tables.py benchmarks/results/accuquant-compare.json --bits w4a6 --base brecq
+    python benchmarks/tables.py benchmarks/results/accuquant-compare.json benchmarks/results/mixed-compare.json --over-seeds
     python benchmarks/tables.py benchmarks/results/dmq-compare.json --base "brecq layers.0.sets=1000 layers.1.sets=1000"
 
 Ratios of mean final errors are paired by noise; intervals are 95 % bootstrap intervals of the mean over those samples. Of several
-calibration seeds the last column has the mean of the ratios and the least and largest of them.
+calibration seeds the last column has the mean of the ratios and the least and largest of them. With --over-seeds there is one line
+for each arm: means over its seeds, least and largest in brackets.
 """
 
 import argparse
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from diffquant.evaluation.features import interval_generator
 from diffquant.evaluation.metrics import Interval, bootstrap_ratio_of_means
 
 COLUMNS = ("seed", "arm", "final error", "median", "FID (floor)", "ratio", "over seeds")
+OVER_SEEDS = ("arm", "seeds", "final error", "median", "FID", "ratio")
 
 
 def parts(label: str) -> tuple[str, str, int]:
@@ -38,25 +42,51 @@ def ratio(row: dict[str, Any], base: dict[str, Any]) -> Interval:
     return bootstrap_ratio_of_means(*errors, interval_generator())
 
 
-def table(found: dict[str, dict[str, Any]], base: str, bits: str, only: list[str] | None) -> list[tuple[str, ...]]:
-    """Rows of the arms at some bits; an arm's ratio is left empty where its seed lacks the baseline."""
+def arms(found: dict[str, dict[str, Any]], base: str, bits: str, only: list[str] | None) -> dict[str, dict[int, dict[str, Any]]]:
+    """Results of the arms at some bits, by arm and seed."""
     rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for label, row in found.items():
         its_bits, arm, seed = parts(label)
         if its_bits == bits and (only is None or arm in {*only, base}):
             rows[arm][seed] = row
+    return rows
+
+
+def ratios(rows: dict[str, dict[int, dict[str, Any]]], arm: str, base: str) -> dict[int, Interval]:
+    """An arm's ratio to the baseline, for the seeds that have both."""
+    compared_to = {} if arm == base else rows.get(base, {})
+    return {seed: ratio(row, compared_to[seed]) for seed, row in rows[arm].items() if seed in compared_to}
+
+
+def table(rows: dict[str, dict[int, dict[str, Any]]], base: str) -> list[tuple[str, ...]]:
+    """A line for each arm and seed."""
     lines = []
     for arm, seeds in rows.items():
-        compared_to = {} if arm == base else rows.get(base, {})
-        ratios = {seed: ratio(row, compared_to[seed]) for seed, row in seeds.items() if seed in compared_to}
-        values = [each.value for each in ratios.values()]
-        pooled = f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+        compared = ratios(rows, arm, base)
+        pooled = over(each.value for each in compared.values()) if len(compared) > 1 else ""
         for seed, row in sorted(seeds.items()):
             error, median, fid = Interval(**row["final_error"]), row["median"]["value"], row["fid"]["value"]
-            compared = f"{ratios[seed].value:.2f} [{ratios[seed].low:.2f}, {ratios[seed].high:.2f}]" if seed in ratios else ""
-            lines.append((str(seed), arm, written(error), f"{median:.3f}", f"{fid:.2f} ({row['floor']:.1f})", compared, pooled))
+            its = f"{compared[seed].value:.2f} [{compared[seed].low:.2f}, {compared[seed].high:.2f}]" if seed in compared else ""
+            lines.append((str(seed), arm, written(error), f"{median:.3f}", f"{fid:.2f} ({row['floor']:.1f})", its, pooled))
             pooled = ""
     return lines
+
+
+def table_over_seeds(rows: dict[str, dict[int, dict[str, Any]]], base: str) -> list[tuple[str, ...]]:
+    """A line for each arm."""
+    lines = []
+    for arm, seeds in rows.items():
+        measured = [over(row[name]["value"] for row in seeds.values()) for name in ("final_error", "median", "fid")]
+        compared = over(each.value for each in ratios(rows, arm, base).values())
+        lines.append((arm, " ".join(str(seed) for seed in sorted(seeds)), *measured, compared))
+    return lines
+
+
+def over(values: Iterable[float]) -> str:
+    """Mean, least and largest; nothing of nothing."""
+    given = list(values)
+    spread = f" ({min(given):.3f} to {max(given):.3f})" if len(given) > 1 else ""
+    return f"{statistics.mean(given):.3f}{spread}" if given else ""
 
 
 def main() -> None:
@@ -65,13 +95,15 @@ def main() -> None:
     parser.add_argument("--base", default="brecq", help="the arm that ratios are to")
     parser.add_argument("--bits", nargs="+", help="default: all in the files")
     parser.add_argument("--arms", nargs="+", help="default: all in the files")
+    parser.add_argument("--over-seeds", action="store_true", help="one line for each arm")
     arguments = parser.parse_args()
+    columns, lines_of = (OVER_SEEDS, table_over_seeds) if arguments.over_seeds else (COLUMNS, table)
     found: dict[str, dict[str, Any]] = {}
     for file in arguments.files:
         found |= json.loads(file.read_text())["arms"]
     for bits in arguments.bits or sorted({parts(label)[0] for label in found}):
-        print(f"\n{bits}, ratio to {arguments.base}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-        for line in table(found, arguments.base, bits, arguments.arms):
+        print(f"\n{bits}, ratio to {arguments.base}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for line in lines_of(arms(found, arguments.base, bits, arguments.arms), arguments.base):
             print(f"| {' | '.join(line)} |")
 
 

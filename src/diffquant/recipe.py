@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diffquant.core.spec import LayerRule, RecipeError
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm import SearchParameterSets
-from diffquant.methods.allocation import AllocateBits
+from diffquant.methods.allocation import AllocateBits, AllocateWeightBits
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.passes import Pass
@@ -32,6 +32,7 @@ from diffquant.methods.smoothquant import SmoothQuant
 PASSES: dict[str, type[Pass]] = {
     "CalibrateRanges": CalibrateRanges,
     "AllocateBits": AllocateBits,
+    "AllocateWeightBits": AllocateWeightBits,
     "ReconstructRounding": ReconstructRounding,
     "LearnScales": LearnScales,
     "AccuQuant": AccuQuant,

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import diffquant as dq
 from diffquant.calibration import fit
@@ -13,9 +14,10 @@ from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import LayerRule, QuantSpec
 from diffquant.core.surgery import full_precision, prepare, quantized_layers
-from diffquant.methods.allocation import AllocateBits, _gated
+from diffquant.methods.allocation import AllocateBits, AllocateWeightBits, dealt, multiplications
 from diffquant.methods.passes import evaluating
 from diffquant.methods.ranges import CalibrateRanges
+from diffquant.methods.sensitivity import gated
 from diffquant.recipe import load_recipe
 from tests import pipelines
 
@@ -35,25 +37,27 @@ def data(pipe):
 
 def calibrated(pipe, data):
     model = copy.deepcopy(pipe.unet)
-    prepare(model, plan(model, (LayerRule(match="@all", weight_bits=8, input_bits=3),)), data.timesteps)
+    prepare(model, plan(model, (LayerRule(match="@all", weight_bits=3, input_bits=3),)), data.timesteps)
     with fit.run(show=False) as run:
         CalibrateRanges(samples=8, batch_size=4, activations="minmax").apply(model, data, torch.Generator(), run)
     return model
 
 
+@pytest.mark.parametrize("operand", ["input_quantizer", "weight_quantizer"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_estimate_is_what_a_small_part_of_the_error_does_to_the_output(pipe, data, checkpointing):
+def test_the_estimate_is_what_a_small_part_of_the_error_does_to_the_output(pipe, data, checkpointing, operand):
     """Of 400 directions its relative standard deviation is sqrt(2 / 400) = 0.07; five of them are allowed."""
     model = calibrated(pipe, data)
-    inputs = dict(quantized_layers(model))
+    layers = dict(quantized_layers(model))
+    present = {name: getattr(layer, operand) for name, layer in layers.items()}
     options = AllocateBits(samples=4, batch_size=4, directions=400, checkpointing=checkpointing)
     with fit.run(show=False) as run:
-        squares, products = options._measured(model, inputs, data, torch.Generator().manual_seed(0), run)
+        squares = options.squares(model, present, data, torch.Generator().manual_seed(0), run)
     picked = data.subset(4, torch.Generator().manual_seed(0))
     arguments, _ = data.batch(picked)
     model.double()
     arguments = {key: value.double() if value.is_floating_point() else value for key, value in arguments.items()}
-    with evaluating(model), full_precision(model), torch.no_grad(), _gated(inputs, {}) as gates:
+    with evaluating(model), full_precision(model), torch.no_grad(), gated(present) as gates:
         plain = model(**arguments).sample
         largest = max(squares.values())
         for name, gate in gates.items():
@@ -61,8 +65,14 @@ def test_the_estimate_is_what_a_small_part_of_the_error_does_to_the_output(pipe,
             moved = float(((model(**arguments).sample - plain) / 1e-4).square().sum())
             gate.data.zero_()
             assert squares[name] == pytest.approx(moved, rel=0.35, abs=1e-6 * largest), name
-    conv = inputs["conv_in"]
-    assert products["conv_in"] == conv.weight.numel() * pipe.unet.config.sample_size**2
+
+
+def test_multiplications(pipe, data):
+    model = calibrated(pipe, data)
+    layers = dict(quantized_layers(model))
+    products = multiplications(model, layers, data)
+    assert products["conv_in"] == layers["conv_in"].weight.numel() * pipe.unet.config.sample_size**2
+    assert min(products.values()) > 0 and not any(layer._forward_hooks for layer in layers.values())
 
 
 def test_layers_are_chosen_by_the_error_taken_away_for_each_multiplication():
@@ -75,6 +85,46 @@ def test_layers_are_chosen_by_the_error_taken_away_for_each_multiplication():
     assert AllocateBits(products=0.1)._chosen(bits, squares, products) == {"a", "b"}
     assert AllocateBits(products=1.0)._chosen(bits, squares, products) == {"a", "b", "c"}
     assert AllocateBits(products=1.0, bits=5)._chosen(bits, squares, products) == set()
+
+
+def test_bits_of_weights_are_dealt_by_the_error_taken_away_for_each_weight():
+    """From 2 bits each: b has most to gain for each weight, then a, then b again; c has nothing to gain."""
+    errors = {"a": {2: 40.0, 3: 10.0, 4: 3.0}, "b": {2: 16.0, 3: 4.0, 4: 1.0}, "c": {2: 0.0, 3: 0.0, 4: 0.0}}
+    sizes = {"a": 10, "b": 2, "c": 5}  # 34 bits at 2 bits each; gains of a 3.0 and 0.7, of b 6.0 and 1.5
+    expected = {34: (2, 2), 35: (2, 2), 36: (2, 3), 46: (3, 3), 48: (3, 4), 57: (3, 4), 58: (4, 4), 99: (4, 4)}
+    for total, (a, b) in expected.items():
+        assert dealt(errors, sizes, total, 2, 4) == {"a": a, "b": b, "c": 2}, total
+    assert dealt(errors, sizes, 44, 2, 4) == {"a": 2, "b": 4, "c": 2}  # a has more to gain than b's second bit but does not fit
+    assert dealt(errors, sizes, 20, 2, 4) == {"a": 2, "b": 2, "c": 2}
+
+
+def test_bits_of_weights_are_kept_and_the_file_does_not_grow(pipe, data, tmp_path):
+    """The loaded model has the weights' bits that were chosen, and its weights have no more bits than one width for all."""
+    recipe = load_recipe("mixed-w4a8", [each for each in QUICK if "passes.1." not in each])
+    passes = [{"pass": "AllocateWeightBits", "samples": 8} if step["pass"] == "AllocateBits" else step for step in recipe.passes]
+    recipe = recipe.model_copy(update={"passes": tuple(passes)})
+    one, two = copy.deepcopy(pipe), copy.deepcopy(pipe)
+    sizes = {name: layer.weight.numel() for name, layer in pipe.unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    report = dq.quantize(one, recipe, data, folder=tmp_path / "work", progress=False)
+    rows = {row["layer"]: row for row in report.passes[1]["figures"]["layers"]}
+    bits = {name: layer.weight_quantizer.spec.bits for name, layer in quantized_layers(one.unet)}
+    assert bits == {name: row["bits"] for name, row in rows.items()} and len(set(bits.values())) > 2
+    before = sum(row["bits_before"] * sizes[name] for name, row in rows.items())
+    after = sum(row["bits"] * sizes[name] for name, row in rows.items())
+    assert 0.97 * before < after <= before
+    dq.quantize(two, recipe, data, folder=tmp_path / "work", progress=False)
+    assert bits == {name: layer.weight_quantizer.spec.bits for name, layer in quantized_layers(two.unet)}
+    dq.save(one, tmp_path / "out")
+    loaded = dq.load(tmp_path / "out", engine="simulate").unet
+    assert bits == {name: layer.weight_quantizer.spec.bits for name, layer in quantized_layers(loaded)}
+    arguments, _ = data.batch(torch.arange(4))
+    with torch.no_grad():
+        assert torch.equal(loaded(**arguments).sample, one.unet(**arguments).sample)
+
+
+def test_least_above_most_is_refused():
+    with pytest.raises(ValueError, match=r"least \(6\) is above most \(4\)"):
+        AllocateWeightBits(least=6, most=4)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

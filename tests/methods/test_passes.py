@@ -19,7 +19,7 @@ from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecErro
 from diffquant.core.surgery import enable, full_precision, prepare, quantized_layers, quantizers
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm import SearchParameterSets
-from diffquant.methods.allocation import AllocateBits
+from diffquant.methods.allocation import AllocateBits, AllocateWeightBits
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.learned import LearnedSmooth
@@ -44,6 +44,7 @@ RANGES = CalibrateRanges(samples=8, batch_size=4, candidates=8)
 EXAMPLES: dict[str, Pass] = {
     "CalibrateRanges": RANGES,
     "AllocateBits": AllocateBits(bits=8, samples=8, batch_size=4, products=0.3),
+    "AllocateWeightBits": AllocateWeightBits(samples=8, batch_size=4),
     "ReconstructRounding": ReconstructRounding(iterations=3, samples=8, batch_size=4),
     "LearnScales": LearnScales(iterations=3, samples=8, batch_size=4, weights=True),
     "AccuQuant": AccuQuant(iterations=2, steps_per_segment=2, batch_size=2),
@@ -114,7 +115,9 @@ def test_same_seed_same_buffers(name, pipe, data):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("name", ["AllocateBits", "ReconstructRounding", "LearnScales", "AccuQuant", "PowerOfTwoScaling"])
+@pytest.mark.parametrize(
+    "name", ["AllocateBits", "AllocateWeightBits", "ReconstructRounding", "LearnScales", "AccuQuant", "PowerOfTwoScaling"]
+)
 def test_refuses_without_ranges(name, pipe, data):
     with pytest.raises(SpecError, match="not calibrated; a recipe starts with a pass that sets ranges"):
         apply(EXAMPLES[name], quantizable(pipe, data, ranges=False), data)

@@ -146,11 +146,11 @@ def smoothed_weight(layer: QuantizedLayer) -> Tensor:
 
 
 def present_spec(layer: QuantizedLayer) -> LayerSpec:
-    """The layer's spec, with as many parameter sets and bits as its input quantizer has now."""
+    """The layer's spec, with as many parameter sets and bits as its quantizers have now."""
     spec: LayerSpec = layer.layer_spec  # type: ignore[assignment]
-    if layer.input_quantizer is None:
-        return spec.model_copy(update={"sets": 1})
-    return spec.model_copy(update={"sets": _sets(layer.input_quantizer, spec.guidance_sets), "input": layer.input_quantizer.spec})
+    weight, given = layer.weight_quantizer, layer.input_quantizer
+    sets = 1 if given is None else _sets(given, spec.guidance_sets)
+    return spec.model_copy(update={"sets": sets, "weight": weight and weight.spec, "input": given and given.spec})
 
 
 def _sets(quantizer: Quantizer, guidance_sets: bool) -> int:

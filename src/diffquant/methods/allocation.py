@@ -1,83 +1,63 @@
-"""More bits for the few inputs that the model's output depends on most.
+"""Bits where the model's output depends on them: of inputs, and of weights.
 
-Quantizing the input of layer l with the error d_l changes the model's output, to first order, by J_l d_l, where J_l is the Jacobian
-of the rest of the model. One backward pass from a random direction v of unit covariance gives v . J_l d_l for all layers at once,
-and the mean square of that over directions is |J_l d_l|^2 (Hutchinson's estimator). Layers then get more bits in the order of the
-error that this takes away for each multiplication of theirs, as long as their multiplications stay within a given share of the
-model's.
+`AllocateBits` gives more bits to inputs, which costs no memory, in the order of the error that this takes away for each
+multiplication, as long as the multiplications stay within a given share of the model's. `AllocateWeightBits` takes the bits that
+all weights have together and deals them out anew, one bit at a time, to the layer where it takes away most error for each weight.
 
 Bits by sensitivity is common practice for weights and activations (MixDQ: Zhao et al. 2024, arXiv 2405.17873, measures layer after
-layer and solves an integer program). *Chosen here*: the estimator, and its use for activations alone, whose bits cost no memory.
+layer and solves an integer program). *Chosen here*: the estimator of `methods.sensitivity`; more bits for inputs alone; the error
+of weights at other bits in proportion to that of rounding to nearest, as if learned rounding lowered it everywhere alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, call_recorded
-from diffquant.calibration.memory import checkpointed
-from diffquant.calibration.observe import predicted
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.affine import fake_quantize
-from diffquant.core.layers import QuantizedLayer
+from diffquant.core.affine import fake_quantize, scale_from_range
+from diffquant.core.layers import QuantizedLayer, smoothed_weight
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.surgery import full_precision, quantized_layers, switched
-from diffquant.methods.passes import Figures, Pass, evaluating
+from diffquant.core.spec import QuantSpec
+from diffquant.core.surgery import full_precision, quantized_layers
+from diffquant.methods.passes import Figures, evaluating
+from diffquant.methods.ranges import search_range
+from diffquant.methods.sensitivity import SensitivityPass
+
+SEEN = 1 << 16  # weights of a layer that its errors at other bits are measured on
 
 
 @final
-class AllocateBits(Pass):
+class AllocateBits(SensitivityPass):
     """Quantize the inputs of the most sensitive layers at ``bits``, where that is more, as far as ``products`` goes.
 
-    ``products``: the share of the model's multiplications (attention's own left out) that may take inputs of more bits.
-    ``directions``: random directions for each batch of recorded samples; the estimate's relative standard deviation is about the
-    square root of 2 over all of them. ``checkpointing`` where the model's graph does not fit: see `AccuQuant`. Ranges stay as they
-    are; `CalibrateRanges` afterwards finds those that suit the new bits.
+    ``products``: the share of the model's multiplications (attention's own left out) that may take inputs of more bits. Ranges stay
+    as they are; `CalibrateRanges` afterwards finds those that suit the new bits.
     """
 
     bits: int = Field(default=8, ge=2, le=8)
     products: float = Field(default=0.1, ge=0, le=1)
-    samples: int = Field(default=256, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-    directions: int = Field(default=2, ge=1)
-    checkpointing: bool = False
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Change the bits of the chosen quantizers. Raises `SpecError` where ranges were not calibrated."""
         inputs = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
         quantizers = {name: layer.input_quantizer for name, layer in inputs.items() if layer.input_quantizer is not None}
-        squares, products = self._measured(model, inputs, data, generator, run)
+        squares, products = self.squares(model, quantizers, data, generator, run), multiplications(model, inputs, data)
         bits = {name: quantizer.spec.bits for name, quantizer in quantizers.items()}
         chosen = self._chosen(bits, squares, products)
         for name in chosen:
             quantizers[name].set_bits(self.bits)
-        total, whole = sum(squares.values()), sum(products.values())
-        rows: list[dict[str, Any]] = [
-            {
-                "layer": name,
-                "operand": "input",
-                "bits_before": bits[name],
-                "bits": quantizer.spec.bits,
-                "error_share": squares[name] / total if total else 0.0,
-                "products_share": products[name] / whole,
-            }
-            for name, quantizer in quantizers.items()
-        ]
+        rows = _rows("input", quantizers, bits, squares, "products_share", products)
         return {
-            "layers": sorted(rows, key=lambda row: -row["error_share"]),
+            "layers": rows,
             "mean_bits": sum(row["bits"] * row["products_share"] for row in rows),
-            "products": sum(products[name] for name in chosen) / whole,
+            "products": sum(products[name] for name in chosen) / sum(products.values()),
         }
-
-    def sample_forwards(self, blocks: int) -> float:
-        """A forward pass, and a backward pass for each direction."""
-        return float(self.samples * (1 + 2 * self.directions))
 
     def _chosen(self, bits: dict[str, int], squares: dict[str, float], products: dict[str, int]) -> set[str]:
         """The layers that get more bits: most error for each multiplication first, those that do not fit any more left out."""
@@ -89,72 +69,88 @@ class AllocateBits(Pass):
                 left -= products[name]
         return chosen
 
-    def _measured(
-        self, model: nn.Module, inputs: dict[str, QuantizedLayer], data: Trajectory, generator: torch.Generator, run: Run
-    ) -> tuple[dict[str, float], dict[str, int]]:
-        """By layer: what its input's quantizer alone adds to the output, squared, and its multiplications for one sample."""
-        batches = data.subset(min(self.samples, len(data)), generator).split(self.batch_size)
-        squares, products = dict.fromkeys(inputs, 0.0), dict.fromkeys(inputs, 0)
-        task = run.progress.add_task("sensitivity", total=len(batches))
-        with (
-            evaluating(model),
-            switched(model, True),  # refuses where ranges are missing
-            full_precision(model),
-            _gated(inputs, products) as gates,
-            checkpointed(model, self.checkpointing),
-        ):
-            for picked in batches:
-                with torch.enable_grad():
-                    output = predicted(model, call_recorded(model, data, picked)).float()
-                for i in range(self.directions):
-                    direction = torch.randn(output.shape, generator=generator).to(output.device)
-                    found = torch.autograd.grad(
-                        output, list(gates.values()), direction, retain_graph=i + 1 < self.directions, allow_unused=True
-                    )
-                    for name, value in zip(gates, found, strict=True):
-                        squares[name] += 0.0 if value is None else float(value) ** 2
-                run.progress.advance(task)
-        run.progress.remove_task(task)
-        calls = len(batches) * self.directions
-        return {name: value / calls for name, value in squares.items()}, products
 
+@final
+class AllocateWeightBits(SensitivityPass):
+    """Give each layer's weight ``least`` to ``most`` bits, together no more than they have.
 
-@contextmanager
-def _gated(inputs: dict[str, QuantizedLayer], products: dict[str, int]) -> Iterator[dict[str, Tensor]]:
-    """While the block runs, each layer's input has ``gate * (its quantization error)`` added, of a gate that is 0.
-
-    `products` is filled with each layer's multiplications for one sample.
+    Ranges stay as they are; `CalibrateRanges` afterwards finds those that suit the new bits.
     """
-    gates, handles = {}, []
+
+    least: int = Field(default=2, ge=2, le=8)
+    most: int = Field(default=8, ge=2, le=8)
+
+    @model_validator(mode="after")
+    def _least_is_least(self) -> AllocateWeightBits:
+        if self.least > self.most:
+            raise ValueError(f"least ({self.least}) is above most ({self.most})")
+        return self
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Change the bits of all weights. Raises `SpecError` where ranges were not calibrated."""
+        weighted = {name: layer for name, layer in quantized_layers(model) if layer.weight_quantizer is not None}
+        quantizers = {name: layer.weight_quantizer for name, layer in weighted.items() if layer.weight_quantizer is not None}
+        squares = self.squares(model, quantizers, data, generator, run)
+        before = {name: quantizer.spec.bits for name, quantizer in quantizers.items()}
+        sizes = {name: layer.weight.numel() for name, layer in weighted.items()}
+        errors = {name: self._errors(layer, quantizers[name]) for name, layer in weighted.items()}
+        for name, of_bits in errors.items():
+            now = of_bits[before[name]]
+            errors[name] = {bits: squares[name] * error / now if now else 0.0 for bits, error in of_bits.items()}
+        total = sum(before[name] * size for name, size in sizes.items())
+        for name, bits in dealt(errors, sizes, total, self.least, self.most).items():
+            quantizers[name].set_bits(bits)
+        rows = _rows("weight", quantizers, before, squares, "weights_share", sizes)
+        return {"layers": rows, "mean_bits": sum(row["bits"] * row["weights_share"] for row in rows)}
+
+    def _errors(self, layer: QuantizedLayer, quantizer: Quantizer) -> dict[int, float]:
+        """The squared error of rounding to nearest, by bits: of some output channels, in the range that is best at these bits."""
+        weight = smoothed_weight(layer).detach().float().flatten(1)
+        some = weight[:: max(1, weight.numel() // SEEN)]
+        rows = some if quantizer.rows > 1 else some.reshape(1, -1)
+        return {
+            bits: _rounding_error(rows, quantizer.spec.model_copy(update={"bits": bits}))
+            for bits in {*range(self.least, self.most + 1), quantizer.spec.bits}
+        }
+
+
+def dealt(errors: dict[str, dict[int, float]], sizes: dict[str, int], total: int, least: int, most: int) -> dict[str, int]:
+    """Bits of each layer from `least` to `most`, `total` bits of weights at most: each to where it takes away most error a weight.
+
+    ``errors`` by layer and bits. All have `least` where that is too many already.
+    """
+    bits = dict.fromkeys(errors, least)
+    left = total - least * sum(sizes.values())
+
+    def gain(name: str) -> float:
+        return (errors[name][bits[name]] - errors[name][bits[name] + 1]) / sizes[name]
+
+    while True:
+        raised = [name for name, count in bits.items() if count < most and sizes[name] <= left]
+        best = max(raised, key=gain, default=None)
+        if best is None or gain(best) <= 0:
+            return bits
+        bits[best] += 1
+        left -= sizes[best]
+
+
+def _rounding_error(rows: Tensor, spec: QuantSpec) -> float:
+    low, high = search_range(rows, torch.ones_like(rows), spec, (rows.amin(dim=1), rows.amax(dim=1)), power=2.0)
+    scale, zero_point = (tensor[:, None] for tensor in scale_from_range(low, high, spec))
+    return float((fake_quantize(rows, scale, zero_point, spec) - rows).square().sum())
+
+
+def multiplications(model: nn.Module, layers: dict[str, QuantizedLayer], data: Trajectory) -> dict[str, int]:
+    """By layer: its multiplications for one sample."""
+    products = dict.fromkeys(layers, 0)
+    handles = [layer.register_forward_hook(_counted(name, products)) for name, layer in layers.items()]
     try:
-        for name, layer in inputs.items():
-            quantizer = layer.input_quantizer
-            assert quantizer is not None
-            gates[name] = torch.zeros((), device=quantizer.scale.device, requires_grad=True)
-            quantizer.observer = _ignore  # with one, the quantizer is called although it is off
-            handles.append(quantizer.register_forward_hook(_added_error(gates[name])))
-            handles.append(layer.register_forward_hook(_counted(name, products)))
-        yield gates
+        with evaluating(model), full_precision(model), torch.no_grad():
+            call_recorded(model, data, torch.zeros(1, dtype=torch.long))
     finally:
-        for layer in inputs.values():
-            assert layer.input_quantizer is not None
-            layer.input_quantizer.observer = None
         for handle in handles:
             handle.remove()
-
-
-def _ignore(x: Tensor) -> None:
-    pass
-
-
-def _added_error(gate: Tensor) -> Callable[[Quantizer, Any, Tensor], Tensor]:
-    def hook(quantizer: Quantizer, arguments: Any, output: Tensor) -> Tensor:
-        with torch.no_grad():
-            x = output.float()
-            error = fake_quantize(x, *quantizer.operands(x), quantizer.spec) - x
-        return output + (gate * error).to(output.dtype)
-
-    return hook
+    return products
 
 
 def _counted(name: str, products: dict[str, int]) -> Callable[[QuantizedLayer, Any, Tensor], None]:
@@ -162,3 +158,27 @@ def _counted(name: str, products: dict[str, int]) -> Callable[[QuantizedLayer, A
         products[name] = output[0].numel() * layer.weight[0].numel()
 
     return hook
+
+
+def _rows(
+    operand: str,
+    quantizers: dict[str, Quantizer],
+    before: dict[str, int],
+    squares: dict[str, float],
+    share: str,
+    costs: dict[str, int],
+) -> list[dict[str, Any]]:
+    """A row for each layer, most error first; `share`: the name of its part of the `costs`."""
+    total, whole = sum(squares.values()), sum(costs.values())
+    rows = [
+        {
+            "layer": name,
+            "operand": operand,
+            "bits_before": before[name],
+            "bits": quantizer.spec.bits,
+            "error_share": squares[name] / total if total else 0.0,
+            share: costs[name] / whole,
+        }
+        for name, quantizer in quantizers.items()
+    ]
+    return sorted(rows, key=lambda row: -row["error_share"])

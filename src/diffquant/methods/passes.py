@@ -49,7 +49,7 @@ def draw_seed(generator: torch.Generator) -> int:
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every buffer of every quantizer, the bits of activations, `smooth` and `offset` of the layers, by full name.
+    """Every buffer of every quantizer, their bits, `smooth` and `offset` of the layers, by full name.
 
     It is all that passes change.
     """
@@ -59,7 +59,7 @@ def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
         for buffer, value in quantizer._buffers.items()
         if value is not None
     }
-    state |= {f"{name}.bits": torch.tensor(one.spec.bits) for name, one in quantizers(model) if one.clock is not None}
+    state |= {f"{name}.bits": torch.tensor(one.spec.bits) for name, one in quantizers(model)}
     for name, layer in quantized_layers(model):
         state |= {f"{name}.{buffer}": value for buffer in OF_LAYERS if (value := layer._buffers[buffer]) is not None}
     return state

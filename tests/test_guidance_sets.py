@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import diffquant as dq
-from diffquant.calibration.fit import call_recorded
 from diffquant.calibration.observe import find_denoiser, run_pipeline
+from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.rollout import conditional_half
 from diffquant.core.affine import scale_from_range
 from diffquant.core.layers import QuantizedConv2d, QuantizedLinear

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import diffquant as dq
-from diffquant.calibration import fit, memory
+from diffquant.calibration import fit, memory, replay
 from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout, conditional_half
@@ -121,7 +121,7 @@ def test_the_budget_is_that_of_one_unit(recorded, spilled):
     def bytes_of(tensors: list[object]) -> int:
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
-    seen = [fit.observe_unit(model, unit.module, data, torch.arange(8)) for unit in units(model)]
+    seen = [replay.observe_unit(model, unit.module, data, torch.arange(8)) for unit in units(model)]
     sizes = [bytes_of(tensors) for one in seen for tensors in ([*one.arguments, *one.keywords.values()], one.outputs)]
     step = ReconstructRounding(iterations=1, samples=8, batch_size=8)
     learned(recorded, step, 2 * max(sizes))
@@ -160,7 +160,7 @@ def test_one_unit_and_its_optimizer_are_held_at_a_time(recorded, monkeypatch):
     """What a unit was given and its optimizer are gone before the next unit is observed, without the garbage collector."""
     alive: list[weakref.ref] = []
     most: list[int] = []
-    of_unit, of_outputs = fit.observe_unit, fit.observe_outputs
+    of_unit, of_outputs = replay.observe_unit, replay.observe_outputs
 
     def given(*arguments, **keywords):
         most.append(sum(reference() is not None for reference in alive))

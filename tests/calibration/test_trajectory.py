@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, PNDMScheduler
 from torch import nn
 
 from diffquant.calibration import record as store
+from diffquant.calibration import recorded_batch
 from diffquant.calibration.observe import PROMPTS, Calibration, find_denoiser, observe
 from diffquant.calibration.record import record
 from diffquant.calibration.trajectory import Trajectory, model_hash
@@ -289,7 +290,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     pipe = pipelines.ddpm()  # its scheduler draws noise at every step
     record(pipe, settings, folder=tmp_path / "whole", progress=False)
 
-    save, written = store.save_file, []
+    save, written = recorded_batch.save_file, []
 
     def interrupted(tensors, path, metadata):
         if len(written) == 1:
@@ -298,7 +299,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
         written.append(path)
         save(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(store, "save_file", interrupted)
+    monkeypatch.setattr(recorded_batch, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         record(pipe, settings, folder=tmp_path / "killed", progress=False)
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from diffquant.calibration import fit
-from diffquant.calibration.fit import UnitInputs
+from diffquant.calibration.replay import UnitInputs
 from diffquant.core.affine import fake_quantize, scale_from_range
 from diffquant.core.layers import make_quantizable
 from diffquant.core.quantizer import Quantizer, StepClock

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffquant.calibration import fit
+from diffquant.calibration import fit, replay
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.calibration.trajectory import Trajectory
@@ -129,7 +129,7 @@ def test_killed_and_resumed_is_the_same(name, pipe, data, tmp_path, monkeypatch)
     apply(EXAMPLES[name], whole, data)
 
     calls = 0
-    original = fit.observe_unit
+    original = replay.observe_unit
 
     def failing(*arguments, **keywords):
         nonlocal calls

@@ -1,4 +1,4 @@
-"""The one optimisation loop, and what it is fed: the inputs and outputs of a unit, recorded through the model.
+"""The one optimisation loop, what it may keep and where, and its progress.
 
 Every random draw of an iteration comes from a generator seeded with (seed, iteration), so a fit that was killed and resumed is the
 same fit, bit for bit at an equal number of threads.
@@ -11,22 +11,19 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffquant.calibration.memory import BUDGET, Columns, Key
-from diffquant.calibration.trajectory import Trajectory
+from diffquant.calibration.memory import BUDGET
 from diffquant.core.spec import CalibrationError
-from diffquant.core.surgery import device_of
 
 Schedule = Callable[[int, int], float]
 
@@ -185,153 +182,6 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise CalibrationError(f"{path}: damaged ({error}); delete it to start this stage again") from error
-
-
-@contextmanager
-def rows_of(model: nn.Module, data: Trajectory, picked: Int[Tensor, " n"]) -> Iterator[None]:
-    """While the block runs, calls of `model` are of the recorded samples `picked`: its clock knows the guided half of each."""
-    clock = getattr(model, "step_clock", None)
-    if clock is None or clock.conditional is None:
-        yield
-        return
-    with clock.rows_are(data.half_of()[picked]):
-        yield
-
-
-def call_recorded(model: nn.Module, data: Trajectory, picked: Int[Tensor, " n"]) -> Any:
-    """What `model` returns for the recorded samples `picked`."""
-    with rows_of(model, data, picked):
-        return model(**data.batch(picked, device_of(model))[0])
-
-
-class _Stop(Exception):
-    """Raised inside a forward pass to end it: everything that was wanted has been seen."""
-
-
-@dataclass
-class UnitInputs:
-    """The recorded calls of one unit: arguments with a leading axis of samples, constants, the interval of each sample.
-
-    ``device``: where the unit computes; the tensors may be elsewhere, in files.
-    """
-
-    arguments: list[Any] = field(default_factory=list)
-    keywords: dict[str, Any] = field(default_factory=dict)
-    outputs: list[Tensor] = field(default_factory=list)
-    intervals: Int[Tensor, " n"] | None = None
-    device: torch.device | None = None
-
-    def rows(self, picked: Int[Tensor, " k"]) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments of the picked samples."""
-
-        def pick(value: Any) -> Any:
-            return self.pick(value, picked) if isinstance(value, Tensor) and value.dim() > 0 else value
-
-        return [pick(value) for value in self.arguments], {name: pick(value) for name, value in self.keywords.items()}
-
-    def targets(self, picked: Int[Tensor, " k"]) -> list[Tensor]:
-        """Outputs of the picked samples."""
-        return [self.pick(tensor, picked) for tensor in self.outputs]
-
-    def pick(self, tensor: Tensor, picked: Int[Tensor, " k"]) -> Tensor:
-        """The picked rows of one of its tensors, where the unit computes."""
-        rows = tensor[picked]
-        return rows if self.device is None else rows.to(self.device)
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """The tensors of a unit's output: itself, or the tensor members of a tuple."""
-    members = output if isinstance(output, tuple) else (output,)
-    return [member for member in members if isinstance(member, Tensor)]
-
-
-def observe_unit(
-    model: nn.Module,
-    unit: nn.Module,
-    data: Trajectory,
-    indices: Int[Tensor, " n"],
-    batch_size: int = 32,
-    *,
-    memory: float = math.inf,
-    folder: Path | None = None,
-    outputs: bool = True,
-) -> UnitInputs:
-    """Run `model` on the recorded samples `indices` as far as `unit`, and keep what goes in and, with `outputs`, comes out of it.
-
-    The model runs as it is switched: quantizers on give the inputs of the quantized prefix, off those of full precision. What would
-    take more than `memory` bytes is kept in files in `folder` (see `memory.mapped`).
-    """
-    return _observed(model, [unit], data, indices, batch_size, memory, folder, True, outputs)[0]
-
-
-def observe_outputs(
-    model: nn.Module,
-    modules: Sequence[nn.Module],
-    data: Trajectory,
-    indices: Int[Tensor, " n"],
-    batch_size: int = 32,
-    *,
-    memory: float = math.inf,
-    folder: Path | None = None,
-) -> list[UnitInputs]:
-    """As `observe_unit`, but what comes out of each of `modules`, given in the order the model runs them, and nothing else.
-
-    `memory` bytes are for each of them.
-    """
-    return _observed(model, modules, data, indices, batch_size, memory, folder, False, True)
-
-
-def _observed(
-    model: nn.Module,
-    modules: Sequence[nn.Module],
-    data: Trajectory,
-    indices: Int[Tensor, " n"],
-    batch_size: int,
-    memory: float,
-    folder: Path | None,
-    inputs: bool,
-    outputs: bool,
-) -> list[UnitInputs]:
-    """The first call of each of `modules` in every call of the model, which ends with that of the last."""
-    columns = {module: Columns(len(indices), memory, folder) for module in modules}
-    seen: set[nn.Module] = set()  # in the present call of the model
-
-    def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        batch: dict[Key, Any] = {}
-        if inputs:
-            batch |= {("argument", i): value for i, value in enumerate(arguments)}
-            batch |= {("keyword", name): value for name, value in keywords.items()}
-        if outputs:
-            batch |= {("output", i): value for i, value in enumerate(output_tensors(output))}
-        if module not in seen:
-            seen.add(module)
-            columns[module].add(len(picked), batch)
-        if module is modules[-1]:
-            raise _Stop
-
-    intervals = []
-    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
-    try:
-        for picked in indices.split(batch_size):
-            seen.clear()
-            clock = model.step_clock
-            with torch.no_grad(), suppress(_Stop):
-                call_recorded(model, data, picked)
-            interval = clock.interval  # type: ignore[union-attr]
-            intervals.append(torch.as_tensor(interval).expand(len(picked)).clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [
-        UnitInputs(
-            arguments=list(found.of("argument").values()),
-            keywords={str(name): value for name, value in found.of("keyword").items()},
-            outputs=list(found.of("output").values()),
-            intervals=torch.cat(intervals),
-            device=device_of(model),
-        )
-        for found in columns.values()
-    ]
 
 
 def lp_loss(output: list[Float[Tensor, "n ..."]], target: list[Float[Tensor, "n ..."]], power: float = 2.0) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import rows_of
 from diffquant.calibration.memory import checkpointed, recomputed
 from diffquant.calibration.observe import predicted
+from diffquant.calibration.replay import rows_of
 from diffquant.calibration.scheduling import State, build_scheduler, noise_is, restore, scale_model_input, snapshot
 from diffquant.calibration.trajectory import RecordedStep, Trajectory
 from diffquant.core.spec import CalibrationError

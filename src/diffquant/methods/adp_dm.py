@@ -25,8 +25,9 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, fit, rows_of
+from diffquant.calibration.fit import Run, fit
 from diffquant.calibration.observe import predicted
+from diffquant.calibration.replay import rows_of
 from diffquant.calibration.scheduling import build_scheduler
 from diffquant.calibration.selection import normal_shares
 from diffquant.calibration.trajectory import Trajectory

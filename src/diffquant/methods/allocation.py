@@ -18,7 +18,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, call_recorded
+from diffquant.calibration.fit import Run
+from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize, scale_from_range
 from diffquant.core.layers import QuantizedLayer, smoothed_weight

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, call_recorded
+from diffquant.calibration.fit import Run
+from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.surgery import full_precision

@@ -20,7 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.calibration.fit import Run, UnitInputs, cosine, fit, observe_unit
+from diffquant.calibration.fit import Run, cosine, fit
+from diffquant.calibration.replay import UnitInputs, observe_unit
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
 from diffquant.core.layers import QuantizedLayer

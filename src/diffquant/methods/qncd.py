@@ -19,7 +19,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, call_recorded, observe_unit
+from diffquant.calibration.fit import Run
+from diffquant.calibration.replay import call_recorded, observe_unit
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import SpecError

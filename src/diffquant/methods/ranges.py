@@ -19,7 +19,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, call_recorded
+from diffquant.calibration.fit import Run
+from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.selection import Timesteps, pick
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize, scale_from_range

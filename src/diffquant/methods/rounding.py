@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, UnitInputs, constant, cosine, fit
+from diffquant.calibration.fit import Run, constant, cosine, fit
+from diffquant.calibration.replay import UnitInputs
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.layers import smoothed_weight
 from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid

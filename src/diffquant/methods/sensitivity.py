@@ -15,9 +15,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, call_recorded
+from diffquant.calibration.fit import Run
 from diffquant.calibration.memory import checkpointed
 from diffquant.calibration.observe import predicted
+from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
 from diffquant.core.quantizer import Quantizer

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, call_recorded
+from diffquant.calibration.fit import Run
+from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
 from diffquant.core.spec import SpecError

@@ -18,17 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import (
-    Run,
-    UnitInputs,
-    call_recorded,
-    load_tensors,
-    lp_loss,
-    observe_outputs,
-    observe_unit,
-    output_tensors,
-    save_tensors,
-)
+from diffquant.calibration.fit import Run, load_tensors, lp_loss, save_tensors
+from diffquant.calibration.replay import UnitInputs, call_recorded, observe_outputs, observe_unit, output_tensors
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.surgery import Unit, full_precision, quantizers, switched, units

@@ -1,0 +1,195 @@
+"""The calls and steps of one batch of trajectories on their way to a file, in the format of `Trajectory`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffquant.calibration.observe import Calibration, timestep_name
+from diffquant.calibration.trajectory import PLACE, digest_tensor, renamed_when_done
+from diffquant.core.spec import CalibrationError
+
+GIB = 2**30
+
+
+@dataclass
+class BudgetCheck:
+    """Refuses a recording that would not fit: estimated at its second step, exact (for its batch) at the end of the batch."""
+
+    calibration: Calibration
+    rows: int
+    first: int = 0  # bytes after the first step, with all that is stored once
+
+    def after_step(self, steps: int, size: int) -> None:
+        """The batch has `size` bytes after `steps` steps."""
+        if steps == 1:
+            self.first = size
+        elif steps == 2:
+            self.require(self.first + (size - self.first) * (self.calibration.steps - 1))
+
+    def require(self, batch_size: int) -> None:
+        """Raise `CalibrationError` where batches of `batch_size` bytes are too many for the budget."""
+        needed = batch_size * self.calibration.samples / self.rows / GIB
+        if needed > self.calibration.budget_gib:
+            raise CalibrationError(
+                f"calibration.budget_gib: {self.calibration.samples} trajectories of {self.calibration.steps} steps need about "
+                f"{needed:.3g} GiB; the budget is {self.calibration.budget_gib:g} GiB; record fewer samples or steps, or raise it"
+            )
+
+
+class RecordedBatch:
+    """The calls and steps of one batch on their way to a file."""
+
+    def __init__(self, denoiser: nn.Module, rows: int, number: int, budget: BudgetCheck | None) -> None:
+        self.denoiser_name, self.timestep_name = type(denoiser).__name__, timestep_name(denoiser)
+        self.rows, self.number, self.budget = rows, number, budget
+        self.tensors: dict[str, Tensor] = {}
+        self.calls: list[dict[str, Any]] = []
+        self.steps: list[dict[str, str]] = []
+        self.step_options: list[dict[str, Any]] = []
+        self.timetable: dict[str, Any] = {}
+
+    def add_call(self, arguments: dict[str, Any], output: Tensor) -> None:
+        """A call of the denoiser and what it returned; raises `CalibrationError` where that cannot be kept or is not finite."""
+        where = f"call {len(self.calls)} of batch {self.number} of {self.denoiser_name}"
+        rows = len(output)
+        if rows % self.rows:
+            raise CalibrationError(f"{where}: has {rows} rows for {self.rows} trajectories; a multiple is allowed")
+        if self.timestep_name not in arguments:
+            raise CalibrationError(f"{where}: was made without {self.timestep_name}; such a model cannot be calibrated by timestep")
+        arguments = _flatten({name: value for name, value in arguments.items() if name != "return_dict"}, where)
+        timestep = torch.as_tensor(arguments[self.timestep_name])
+        if timestep.numel() not in (1, rows):
+            shape = tuple(timestep.shape)
+            raise CalibrationError(f"{where}: {self.timestep_name} has shape {shape}; one number, or one per row, is allowed")
+        self._require_clear_rows(arguments, rows, where)
+        arguments[self.timestep_name] = timestep = timestep.reshape(-1).expand(rows)
+        timesteps = timestep.double().tolist()
+        self._require_finite(output, f"{where} (timestep {timesteps[0]:g})", "output")
+
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        self.calls.append(
+            {
+                "rows": rows,
+                "timesteps": timesteps if len(set(timesteps)) > 1 else timesteps[:1],
+                "tensors": {name: self._keep(value) for name, value in tensors.items()},
+                "by_row": [name for name, value in tensors.items() if value.ndim and len(value) == rows],
+                "constants": {name: value for name, value in arguments.items() if name not in tensors},
+                "output": self._keep(output),
+            }
+        )
+
+    def add_step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, prev_sample: Tensor, options: Mapping[str, Any]
+    ) -> None:
+        """A step of the scheduler: what it was given and what it returned."""
+        self._require_finite(prev_sample, f"step {len(self.steps)} of batch {self.number}", "prev_sample")
+        step = {
+            "model_output": model_output,
+            "timestep": torch.as_tensor(timestep),
+            "sample": sample,
+            "prev_sample": prev_sample,
+        }
+        self.steps.append({name: self._keep(value) for name, value in step.items()})
+        self.step_options.append({name: value for name, value in options.items() if name != "return_dict" and _is_json(value)})
+        if self.budget:
+            self.budget.after_step(len(self.steps), self._size())
+
+    def add_timetable(self, arguments: Mapping[str, Any]) -> None:
+        """What `set_timesteps` was called with, before the first step; arrays as lists, and without the device."""
+        if not self.steps:
+            plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in arguments.items()}
+            self.timetable = {name: value for name, value in plain.items() if name != "device" and _is_json(value)}
+
+    def check(self, pipeline: str) -> None:
+        """Refuse a batch that recorded nothing, or whose recording would not fit as a whole."""
+        for what, seen in (("denoiser was called", self.calls), ("scheduler made a step", self.steps)):
+            if not seen:
+                raise CalibrationError(
+                    f"{pipeline}: no {what} while it ran; pass `run`, a function that samples with its own denoiser and scheduler"
+                )
+        if self.budget:
+            self.budget.require(self._size())
+
+    def write(self, path: Path) -> None:
+        """All of it, under a temporary name first."""
+        layout = {"calls": self.calls, "steps": self.steps, "step_options": self.step_options, "timetable": self.timetable}
+        with renamed_when_done(path) as partial:
+            save_file(self.tensors, partial, metadata={"layout": json.dumps(layout)})
+
+    def _keep(self, tensor: Tensor) -> str:
+        """Store a copy of the tensor unless an equal one is there already; return its name."""
+        tensor = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256()
+        digest_tensor(digest, tensor)
+        name = digest.hexdigest()[:24]
+        if name not in self.tensors:
+            self.tensors[name] = tensor.clone()
+        return name
+
+    def _size(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @staticmethod
+    def _require_clear_rows(arguments: Mapping[str, Any], rows: int, where: str) -> None:
+        """Refuse tables of [tokens, width], such as positions, where they could be taken for [rows, width]."""
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and rows > 1}
+        if not any(value.ndim == 3 and value.shape[:2] == (rows, rows) for value in tensors.values()):
+            return
+        for name, value in tensors.items():
+            if value.ndim == 2 and len(value) == rows:
+                raise CalibrationError(
+                    f"{where}: argument {name} has {rows} rows, the number of samples and of tokens; change calibration.batch_size"
+                )
+
+    @staticmethod
+    def _require_finite(tensor: Tensor, where: str, what: str) -> None:
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise CalibrationError(
+                f"{where}: {bad} of {tensor.numel()} values of the {what} are not finite; check the weights, or use a wider dtype"
+            )
+
+
+def _flatten(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Nested dicts, lists and tuples to dotted names (`unflatten` reverses it); refuses what a file cannot hold."""
+    flat: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping) and value:
+            for key, member in value.items():
+                if not isinstance(key, str) or "." in key or PLACE.fullmatch(key):
+                    raise CalibrationError(
+                        f"{where}: argument {name} has the key {key!r}; strings without dots or brackets can be recorded"
+                    )
+                add(f"{name}.{key}", member)
+        elif isinstance(value, Tensor) or _is_json(value):
+            flat[name] = value
+        elif type(value) in (list, tuple) and value:
+            for i, member in enumerate(value):
+                add(f"{name}.[{i}]" if isinstance(value, list) else f"{name}.({i})", member)
+        else:
+            raise CalibrationError(
+                f"{where}: argument {name} is a {type(value).__name__}; only tensors, plain values, and dicts, lists and tuples of "
+                f"them can be recorded"
+            )
+
+    for name, value in arguments.items():
+        add(name, value)
+    return flat
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON gives back an equal value."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,165 @@
+"""Recorded calls made again: of the whole model, or as far as its units, whose inputs and outputs are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from diffquant.calibration.memory import Columns, Key
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.surgery import device_of
+
+
+@contextmanager
+def rows_of(model: nn.Module, data: Trajectory, picked: Int[Tensor, " n"]) -> Iterator[None]:
+    """While the block runs, calls of `model` are of the recorded samples `picked`: its clock knows the guided half of each."""
+    clock = getattr(model, "step_clock", None)
+    if clock is None or clock.conditional is None:
+        yield
+        return
+    with clock.rows_are(data.half_of()[picked]):
+        yield
+
+
+def call_recorded(model: nn.Module, data: Trajectory, picked: Int[Tensor, " n"]) -> Any:
+    """What `model` returns for the recorded samples `picked`."""
+    with rows_of(model, data, picked):
+        return model(**data.batch(picked, device_of(model))[0])
+
+
+class _Stop(Exception):
+    """Raised inside a forward pass to end it: everything that was wanted has been seen."""
+
+
+@dataclass
+class UnitInputs:
+    """The recorded calls of one unit: arguments with a leading axis of samples, constants, the interval of each sample.
+
+    ``device``: where the unit computes; the tensors may be elsewhere, in files.
+    """
+
+    arguments: list[Any] = field(default_factory=list)
+    keywords: dict[str, Any] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+    intervals: Int[Tensor, " n"] | None = None
+    device: torch.device | None = None
+
+    def rows(self, picked: Int[Tensor, " k"]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments of the picked samples."""
+
+        def pick(value: Any) -> Any:
+            return self.pick(value, picked) if isinstance(value, Tensor) and value.dim() > 0 else value
+
+        return [pick(value) for value in self.arguments], {name: pick(value) for name, value in self.keywords.items()}
+
+    def targets(self, picked: Int[Tensor, " k"]) -> list[Tensor]:
+        """Outputs of the picked samples."""
+        return [self.pick(tensor, picked) for tensor in self.outputs]
+
+    def pick(self, tensor: Tensor, picked: Int[Tensor, " k"]) -> Tensor:
+        """The picked rows of one of its tensors, where the unit computes."""
+        rows = tensor[picked]
+        return rows if self.device is None else rows.to(self.device)
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors of a unit's output: itself, or the tensor members of a tuple."""
+    members = output if isinstance(output, tuple) else (output,)
+    return [member for member in members if isinstance(member, Tensor)]
+
+
+def observe_unit(
+    model: nn.Module,
+    unit: nn.Module,
+    data: Trajectory,
+    indices: Int[Tensor, " n"],
+    batch_size: int = 32,
+    *,
+    memory: float = math.inf,
+    folder: Path | None = None,
+    outputs: bool = True,
+) -> UnitInputs:
+    """Run `model` on the recorded samples `indices` as far as `unit`, and keep what goes in and, with `outputs`, comes out of it.
+
+    The model runs as it is switched: quantizers on give the inputs of the quantized prefix, off those of full precision. What would
+    take more than `memory` bytes is kept in files in `folder` (see `memory.mapped`).
+    """
+    return _observed(model, [unit], data, indices, batch_size, memory, folder, True, outputs)[0]
+
+
+def observe_outputs(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    data: Trajectory,
+    indices: Int[Tensor, " n"],
+    batch_size: int = 32,
+    *,
+    memory: float = math.inf,
+    folder: Path | None = None,
+) -> list[UnitInputs]:
+    """As `observe_unit`, but what comes out of each of `modules`, given in the order the model runs them, and nothing else.
+
+    `memory` bytes are for each of them.
+    """
+    return _observed(model, modules, data, indices, batch_size, memory, folder, False, True)
+
+
+def _observed(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    data: Trajectory,
+    indices: Int[Tensor, " n"],
+    batch_size: int,
+    memory: float,
+    folder: Path | None,
+    inputs: bool,
+    outputs: bool,
+) -> list[UnitInputs]:
+    """The first call of each of `modules` in every call of the model, which ends with that of the last."""
+    columns = {module: Columns(len(indices), memory, folder) for module in modules}
+    seen: set[nn.Module] = set()  # in the present call of the model
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        batch: dict[Key, Any] = {}
+        if inputs:
+            batch |= {("argument", i): value for i, value in enumerate(arguments)}
+            batch |= {("keyword", name): value for name, value in keywords.items()}
+        if outputs:
+            batch |= {("output", i): value for i, value in enumerate(output_tensors(output))}
+        if module not in seen:
+            seen.add(module)
+            columns[module].add(len(picked), batch)
+        if module is modules[-1]:
+            raise _Stop
+
+    intervals = []
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
+    try:
+        for picked in indices.split(batch_size):
+            seen.clear()
+            clock = model.step_clock
+            with torch.no_grad(), suppress(_Stop):
+                call_recorded(model, data, picked)
+            interval = clock.interval  # type: ignore[union-attr]
+            intervals.append(torch.as_tensor(interval).expand(len(picked)).clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        UnitInputs(
+            arguments=list(found.of("argument").values()),
+            keywords={str(name): value for name, value in found.of("keyword").items()},
+            outputs=list(found.of("output").values()),
+            intervals=torch.cat(intervals),
+            device=device_of(model),
+        )
+        for found in columns.values()
+    ]

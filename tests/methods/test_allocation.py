@@ -10,6 +10,7 @@ import diffquant as dq
 from diffquant.calibration import fit
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
+from diffquant.calibration.rollout import Rollout
 from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import LayerRule, QuantSpec
@@ -17,7 +18,7 @@ from diffquant.core.surgery import full_precision, prepare, quantized_layers
 from diffquant.methods.allocation import AllocateBits, AllocateWeightBits, dealt, multiplications
 from diffquant.methods.passes import evaluating
 from diffquant.methods.ranges import CalibrateRanges
-from diffquant.methods.sensitivity import gated
+from diffquant.methods.sensitivity import changes_along, gated
 from diffquant.recipe import load_recipe
 from tests import pipelines
 
@@ -65,6 +66,36 @@ def test_the_estimate_is_what_a_small_part_of_the_error_does_to_the_output(pipe,
             moved = float(((model(**arguments).sample - plain) / 1e-4).square().sum())
             gate.data.zero_()
             assert squares[name] == pytest.approx(moved, rel=0.35, abs=1e-6 * largest), name
+
+
+@pytest.mark.parametrize("operand", ["input_quantizer", "weight_quantizer"])
+def test_the_change_of_the_last_sample_is_that_of_a_small_part_of_the_error(pipe, data, operand):
+    model = calibrated(pipe, data)
+    present = {name: getattr(layer, operand) for name, layer in quantized_layers(model)}
+    rollout = Rollout(model, data)
+    chain = rollout.chain(torch.tensor([2]), range(rollout.steps))
+    direction = torch.randn(chain.recorded(0).shape, generator=torch.Generator().manual_seed(0))
+    with evaluating(model), full_precision(model), gated(present) as gates:
+        changes = changes_along(direction, chain, gates)
+        largest = max(map(abs, changes.values()))
+        for name, gate in gates.items():
+            ends = []
+            for small in (1e-4, -1e-4):  # an error jumps where its operand moves past the edge of a code
+                gate.data.fill_(small)
+                ends.append(float((chain.run()[0][-1].double() * direction).sum()))
+            gate.data.zero_()
+            assert changes[name] == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=0.05, abs=0.02 * largest), name
+        assert largest > 0
+
+
+def test_bits_by_the_last_sample(pipe, data):
+    """Shares of all quantizers' changes: they sum to 1."""
+    model = calibrated(pipe, data)
+    present = {name: layer.weight_quantizer for name, layer in quantized_layers(model)}
+    with fit.run(show=False) as run:
+        options = AllocateWeightBits(of="sample", trajectories=2)
+        squares = options.squares(model, present, data, torch.Generator().manual_seed(0), run)
+    assert sum(squares.values()) == pytest.approx(1.0) and min(squares.values()) > 0
 
 
 def test_multiplications(pipe, data):

@@ -1,17 +1,22 @@
-"""What the quantizers of a model, each alone, add to its output.
+"""What the quantizers of a model, each alone, add to its output, or to the last sample of a trajectory.
 
 Quantizing an operand with the error d changes the model's output, to first order, by J d, where J is the Jacobian of the output by
 that operand. One backward pass from a random direction v of unit covariance gives v . J d for all quantizers at once, and the mean
 square of that over directions is |J d|^2 (Hutchinson's estimator).
+
+The same holds for the last sample, with a backward pass through the whole trajectory, a step at a time. There an error that points
+the same way at every step, as that of a weight may, counts for what it adds up to, and an error of the first steps for what the
+later ones make of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -19,36 +24,45 @@ from diffquant.calibration.fit import Run
 from diffquant.calibration.memory import checkpointed
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.replay import call_recorded
+from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.surgery import full_precision, switched
+from diffquant.methods.gradients import segment_gradient
 from diffquant.methods.passes import Pass, evaluating
 
 
 class SensitivityPass(Pass):
-    """A pass that measures sensitivities first.
+    """A pass that measures sensitivities first, ``of`` the model's prediction in recorded calls or of the last sample.
 
-    ``directions``: random directions for each batch of recorded samples; the estimate's relative standard deviation is about the
-    square root of 2 over all of them. ``checkpointing`` where the model's graph does not fit: see `AccuQuant`.
+    Of the prediction: ``samples`` calls in batches of ``batch_size``, ``directions`` random directions for each batch. Of the last
+    sample: ``trajectories``, one by one, a direction each; they count alike, however far one of them magnifies errors. The
+    estimate's relative standard deviation is about the square root of 2 over all directions. ``checkpointing`` where the model's
+    graph does not fit: see `AccuQuant`.
     """
 
+    of: Literal["prediction", "sample"] = "prediction"
+    trajectories: int = Field(default=32, ge=1)
     samples: int = Field(default=256, ge=1)
     batch_size: int = Field(default=8, ge=1)
     directions: int = Field(default=2, ge=1)
     checkpointing: bool = False
 
     def sample_forwards(self, blocks: int) -> float:
-        """A forward pass, and a backward pass for each direction."""
-        return float(self.samples * (1 + 2 * self.directions))
+        """A forward pass, and a backward pass for each direction; of trajectories, both and a forward pass for each step."""
+        return float(self.samples * (1 + 2 * self.directions)) if self.of == "prediction" else 200.0 * self.trajectories
 
     def squares(
         self, model: nn.Module, quantizers: Mapping[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run
     ) -> dict[str, float]:
-        """By quantizer: the squared change of the output of a batch, a mean over batches and directions.
+        """By quantizer: its squared change of what is asked for, a mean over directions.
 
-        Raises `SpecError` where ranges were not calibrated.
+        Of the prediction that is of a whole batch; of the last sample in parts of what all quantizers change. Raises `SpecError`
+        where ranges were not calibrated, `CalibrationError` where a trajectory cannot be replayed.
         """
+        if self.of == "sample":
+            return self._of_last_samples(model, quantizers, data, generator, run)
         batches = data.subset(min(self.samples, len(data)), generator).split(self.batch_size)
         squares = dict.fromkeys(quantizers, 0.0)
         task = run.progress.add_task("sensitivity", total=len(batches))
@@ -73,6 +87,37 @@ class SensitivityPass(Pass):
         run.progress.remove_task(task)
         calls = len(batches) * self.directions
         return {name: value / calls for name, value in squares.items()}
+
+    def _of_last_samples(
+        self, model: nn.Module, quantizers: Mapping[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run
+    ) -> dict[str, float]:
+        rollout = Rollout(model, data, checkpointing=self.checkpointing)
+        rollout.verify()
+        picked = torch.randperm(rollout.trajectories, generator=generator)[: self.trajectories]
+        squares = dict.fromkeys(quantizers, 0.0)
+        task = run.progress.add_task("sensitivity", total=len(picked))
+        with evaluating(model), switched(model, True), full_precision(model), gated(quantizers) as gates:
+            for trajectory in picked.split(1):
+                chain = rollout.chain(trajectory, range(rollout.steps))
+                direction = torch.randn(chain.recorded(rollout.steps).shape, generator=generator)
+                found = {name: change**2 for name, change in changes_along(direction, chain, gates).items()}
+                for name, square in found.items():
+                    squares[name] += square / max(sum(found.values()), 1e-30) / len(picked)
+                run.progress.advance(task)
+        run.progress.remove_task(task)
+        return squares
+
+
+def changes_along(direction: Float[Tensor, "n ..."], chain: Chain, gates: Mapping[str, Tensor]) -> dict[str, float]:
+    """By quantizer: how far its errors move the end of `chain` in a direction, to first order."""
+    end = chain.recorded(len(chain.steps))
+    target = end - direction.to(end)  # half the squared distance to it has the direction as its gradient
+    with torch.enable_grad():
+        segment_gradient(chain, chain.recorded(0), lambda i: target, "exact", end.numel() / 2)
+    found = {name: 0.0 if gate.grad is None else float(gate.grad) for name, gate in gates.items()}
+    for gate in gates.values():
+        gate.grad = None
+    return found
 
 
 @contextmanager

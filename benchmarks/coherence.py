@@ -1,0 +1,68 @@
+"""How far the errors of neighbouring sampling steps point the same way: what only calibration over several steps can see.
+
+    python benchmarks/coherence.py CHECKPOINT ... --work benchmarks/work/accuquant --steps 1 5 10 25
+
+Every checkpoint is sent along recorded full-precision trajectories, M steps at a time from full-precision latents. `squared error`
+is the sum, over all segments, of the mean squared distance at a segment's end; `ratio` is to the same sum with M = 1. Where steps
+only carried errors on, it would be 1 for independent errors and M for equal ones.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from compare import STEPS, recording
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+import diffquant as dq
+from diffquant import zoo
+from diffquant.calibration.observe import find_denoiser
+from diffquant.calibration.rollout import Rollout
+
+
+def squared_error(rollout: Rollout, model: nn.Module, steps: int, trajectories: int) -> float:
+    """Summed over segments of `steps` steps: the mean squared distance at their ends, started in full precision."""
+    along, total = rollout.through(model), 0.0
+    with torch.no_grad():
+        for segment in track(rollout.segments(steps), f"M = {steps}", transient=True, console=Console(stderr=True)):
+            chain = along.chain(torch.arange(trajectories), segment)
+            latents, _ = chain.run()
+            total += float((latents[-1] - chain.recorded(len(segment))).square().mean())
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("--model", choices=zoo.models.PIPELINES, default="glyph-ddim", help="the reference model in full precision")
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/accuquant"), help="where its recording is, or will be")
+    parser.add_argument("--seed", type=int, default=0, help="of the recording")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--steps", nargs="+", type=int, default=[1, 5, 10, 25], help="M, with 1 first")
+    parser.add_argument("--trajectories", type=int, default=32)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/coherence.json"))
+    arguments = parser.parse_args()
+    if arguments.steps[0] != 1:
+        parser.error("--steps begins with 1, which the ratios are to")
+    pipe = zoo.load(arguments.model)
+    data = recording(pipe, arguments.work, arguments.seed, arguments.guidance, STEPS)
+    rollout = Rollout(find_denoiser(pipe)[1], data)
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    table = Table("checkpoint", "M", "squared error", "ratio")
+    for checkpoint in arguments.checkpoints:
+        model = find_denoiser(dq.load(checkpoint))[1]
+        row = {steps: squared_error(rollout, model, steps, arguments.trajectories) for steps in arguments.steps}
+        for steps, error in row.items():
+            table.add_row(checkpoint.name, str(steps), f"{error:.2e}", f"{error / row[1]:.2f}")
+        found[checkpoint.name] = row
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(found, indent=1))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

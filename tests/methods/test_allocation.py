@@ -88,14 +88,30 @@ def test_the_change_of_the_last_sample_is_that_of_a_small_part_of_the_error(pipe
         assert largest > 0
 
 
-def test_bits_by_the_last_sample(pipe, data):
-    """Shares of all quantizers' changes: they sum to 1."""
+def test_shares_of_the_last_sample_and_their_resumption(pipe, data, tmp_path, monkeypatch):
+    """They sum to 1; a run that was killed after two of three trajectories computes the third alone, and ends equal."""
     model = calibrated(pipe, data)
     present = {name: layer.weight_quantizer for name, layer in quantized_layers(model)}
-    with fit.run(show=False) as run:
-        options = AllocateWeightBits(of="sample", trajectories=2)
-        squares = options.squares(model, present, data, torch.Generator().manual_seed(0), run)
-    assert sum(squares.values()) == pytest.approx(1.0) and min(squares.values()) > 0
+    calls = []
+
+    def counted(*arguments):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return changes_along(*arguments)
+
+    def squares(folder):
+        with fit.run(folder, show=False) as run:
+            options = AllocateWeightBits(of="sample", trajectories=3)
+            return options.squares(model, present, data, torch.Generator().manual_seed(0), run)
+
+    monkeypatch.setattr("diffquant.methods.sensitivity.changes_along", counted)
+    whole = squares(None)
+    assert len(calls) == 3 and sum(whole.values()) == pytest.approx(1.0) and min(whole.values()) > 0
+    with pytest.raises(KeyboardInterrupt):
+        squares(tmp_path)
+    calls.clear()
+    assert squares(tmp_path) == whole and len(calls) == 1
 
 
 def test_multiplications(pipe, data):

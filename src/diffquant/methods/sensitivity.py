@@ -20,7 +20,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run
+from diffquant.calibration.fit import Run, iteration_generator, load_tensors, save_tensors
 from diffquant.calibration.memory import checkpointed
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.replay import call_recorded
@@ -30,7 +30,7 @@ from diffquant.core.affine import fake_quantize
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.surgery import full_precision, switched
 from diffquant.methods.gradients import segment_gradient
-from diffquant.methods.passes import Pass, evaluating
+from diffquant.methods.passes import Pass, draw_seed, evaluating
 
 
 class SensitivityPass(Pass):
@@ -91,21 +91,25 @@ class SensitivityPass(Pass):
     def _of_last_samples(
         self, model: nn.Module, quantizers: Mapping[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run
     ) -> dict[str, float]:
+        """Shares of the change, a row for each trajectory; rows that a killed run has finished are taken over."""
         rollout = Rollout(model, data, checkpointing=self.checkpointing)
         rollout.verify()
         picked = torch.randperm(rollout.trajectories, generator=generator)[: self.trajectories]
-        squares = dict.fromkeys(quantizers, 0.0)
-        task = run.progress.add_task("sensitivity", total=len(picked))
+        seed = draw_seed(generator)
+        path = None if run.folder is None else run.folder / "sensitivity.safetensors"
+        rows = [] if path is None or not path.exists() else list(load_tensors(path)[0]["rows"])
+        task = run.progress.add_task("sensitivity", total=len(picked), completed=len(rows))
         with evaluating(model), switched(model, True), full_precision(model), gated(quantizers) as gates:
-            for trajectory in picked.split(1):
-                chain = rollout.chain(trajectory, range(rollout.steps))
-                direction = torch.randn(chain.recorded(rollout.steps).shape, generator=generator)
-                found = {name: change**2 for name, change in changes_along(direction, chain, gates).items()}
-                for name, square in found.items():
-                    squares[name] += square / max(sum(found.values()), 1e-30) / len(picked)
+            for i in range(len(rows), len(picked)):
+                chain = rollout.chain(picked[i : i + 1], range(rollout.steps))
+                direction = torch.randn(chain.recorded(rollout.steps).shape, generator=iteration_generator(seed, i))
+                squares = torch.tensor(list(changes_along(direction, chain, gates).values()), dtype=torch.float64).square()
+                rows.append(squares / squares.sum().clamp(min=1e-30))
                 run.progress.advance(task)
+                if path is not None:
+                    save_tensors(path, {"rows": torch.stack(rows)}, {})
         run.progress.remove_task(task)
-        return squares
+        return dict(zip(quantizers, torch.stack(rows).mean(dim=0).tolist(), strict=True))
 
 
 def changes_along(direction: Float[Tensor, "n ..."], chain: Chain, gates: Mapping[str, Tensor]) -> dict[str, float]:

@@ -327,7 +327,7 @@ def test_full_disk_leaves_no_file(ddim, tmp_path, monkeypatch):
         path.write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(recorded_batch, "save_file", full)
     with pytest.raises(CalibrationError, match=r"batch-00000.*cannot be written.*No space left on device.*free some space"):
         record(ddim, SMALL, folder=tmp_path, progress=False)
     assert sorted(files(tmp_path)) == ["manifest.json"]

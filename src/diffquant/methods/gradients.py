@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from diffquant.calibration.rollout import Chain
@@ -20,17 +21,49 @@ from diffquant.methods.learned import Learned, LearnedRounding
 
 Gradient = Literal["identity", "exact", "accumulate", "chain"]
 Ended = tuple[Tensor, Tensor]  # the loss, and the latent at the chain's end
+Distance = Callable[[Tensor, Tensor], Tensor]  # of a latent from its target, one number
+
+
+def squared(end: Tensor, target: Tensor) -> Tensor:
+    """The mean squared distance."""
+    return (end - target).square().mean()
 
 
 def segment_gradient(
-    chain: Chain, start: Tensor, targets: Callable[[int], Tensor], gradient: Gradient, factor: float = 1.0
+    chain: Chain,
+    start: Tensor,
+    targets: Callable[[int], Tensor],
+    gradient: Gradient,
+    factor: float = 1.0,
+    distance: Distance = squared,
 ) -> Ended:
-    """Add the gradient of ``factor * mean((z_M - targets(M - 1))^2)`` to the leaves the model uses; return the loss and z_M.
+    """Add the gradient of ``factor * distance(z_M, targets(M - 1))`` to the leaves the model uses; return the loss and z_M.
 
     `start` is z_0; ``targets(i)`` the full-precision latent after step i. Neither loss nor z_M has a graph.
     """
-    ways = {"identity": _backwards, "exact": _backwards, "accumulate": _accumulate, "chain": _unrolled}
-    return ways[gradient](chain, start, targets, factor, gradient == "exact")
+
+    def scaled(end: Tensor, target: Tensor) -> Tensor:
+        return factor * distance(end, target)
+
+    if gradient in ("identity", "exact"):
+        return _backwards(chain, start, targets, scaled, gradient == "exact")
+    return (_accumulate if gradient == "accumulate" else _unrolled)(chain, start, targets, scaled)
+
+
+def carried_back(chain: Chain, cotangent: Float[Tensor, "n ..."]) -> list[Float[Tensor, "n ..."]]:
+    """What `cotangent` at the chain's end is at each of its recorded latents, the start first, through the model as it is switched.
+
+    What a multistep solver remembers is taken along from step to step, and left out of what is returned.
+    """
+    found: list[Tensor] = []
+    end = chain.recorded(len(chain.steps))
+
+    def along(reached: Tensor, target: Tensor) -> Tensor:
+        return (reached * cotangent.to(reached)).sum()
+
+    with torch.enable_grad():
+        _backwards(chain, chain.recorded(0), lambda i: end, along, True, found.append)
+    return [*reversed(found), cotangent]
 
 
 def gradient_of(chain: Chain, gradient: Gradient, learned: list[Learned]) -> Tensor:
@@ -53,23 +86,26 @@ def gradient_of(chain: Chain, gradient: Gradient, learned: list[Learned]) -> Ten
     return torch.cat(vectors)
 
 
-def _loss_and_cotangent(end: Tensor, target: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Mean squared distance times `factor`, and its gradient with respect to `end`."""
+def _loss_and_cotangent(end: Tensor, target: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
+    """The distance, and its gradient with respect to `end`."""
     leaf = end.detach().requires_grad_(True)
-    loss = _distance(leaf, target, factor)
+    loss = distance(leaf, target)
     (cotangent,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), cotangent
 
 
-def _distance(end: Tensor, target: Tensor, factor: float) -> Tensor:
-    return factor * (end - target).square().mean()
-
-
-def _backwards(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Ended:
+def _backwards(
+    chain: Chain,
+    start: Tensor,
+    targets: Callable[[int], Tensor],
+    distance: Distance,
+    exact: bool,
+    before_step: Callable[[Tensor], None] = lambda cotangent: None,
+) -> Ended:
     """Run the chain without gradients, then visit its steps from the last to the first, one graph at a time.
 
-    The cotangent at a step's end is the one at the chain's end, or (`exact`) what the later steps' Jacobians make of it. What a
-    multistep solver remembers carries its own cotangents, in both.
+    The cotangent at a step's end is the one at the chain's end, or (`exact`) what the later steps' Jacobians make of it; then
+    `before_step` is shown that of the latent before each step. What a multistep solver remembers carries its own cotangents.
     """
     steps = len(chain.steps)
     latents, states = chain.run(start, steps - 1)
@@ -84,7 +120,7 @@ def _backwards(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], fa
         end, after = chain.step(model_output, sample, i, with_history(states[i], kept))
         if i == steps - 1:
             reached = end.detach()
-            loss, cotangent = _loss_and_cotangent(end, targets(i), factor)
+            loss, cotangent = _loss_and_cotangent(end, targets(i), distance)
         later = history(after, sample.shape)
         outputs = [(end, cotangent)] + [(later[key], value) for key, value in remembered.items() if later[key].requires_grad]
         inputs = [model_output, *([sample] if exact else []), *kept.values()]
@@ -96,17 +132,18 @@ def _backwards(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], fa
         if exact:
             assert latent.grad is not None
             cotangent = given[1] + latent.grad
+            before_step(cotangent)
     return loss, reached
 
 
-def _accumulate(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Ended:
+def _accumulate(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], distance: Distance) -> Ended:
     """One pass: at every step the error so far is the cotangent."""
     latent, state, loss = start, chain.state, torch.zeros(())
     for i in range(len(chain.steps)):
         output = chain.predict(latent, i, state)
         model_output = output.detach().requires_grad_(True)
         end, after = chain.step(model_output, latent, i, state)
-        loss, cotangent = _loss_and_cotangent(end, targets(i), factor)
+        loss, cotangent = _loss_and_cotangent(end, targets(i), distance)
         (found,) = torch.autograd.grad(end, model_output, cotangent)
         output.backward(found.to(output.dtype))
         kept = {key: tensor.detach() for key, tensor in history(after, latent.shape).items()}
@@ -114,11 +151,11 @@ def _accumulate(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], f
     return loss, latent
 
 
-def _unrolled(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], factor: float, exact: bool) -> Ended:
+def _unrolled(chain: Chain, start: Tensor, targets: Callable[[int], Tensor], distance: Distance) -> Ended:
     """Plain back-propagation through the whole chain."""
     latent, state = start, chain.state
     for i in range(len(chain.steps)):
         latent, state = chain.step(chain.predict(latent, i, state), latent, i, state)
-    loss = _distance(latent, targets(len(chain.steps) - 1), factor)
+    loss = distance(latent, targets(len(chain.steps) - 1))
     loss.backward()
     return loss.detach(), latent.detach()

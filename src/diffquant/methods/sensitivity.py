@@ -29,7 +29,7 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.surgery import full_precision, switched
-from diffquant.methods.gradients import segment_gradient
+from diffquant.methods.gradients import carried_back
 from diffquant.methods.passes import Pass, draw_seed, evaluating
 
 
@@ -114,10 +114,7 @@ class SensitivityPass(Pass):
 
 def changes_along(direction: Float[Tensor, "n ..."], chain: Chain, gates: Mapping[str, Tensor]) -> dict[str, float]:
     """By quantizer: how far its errors move the end of `chain` in a direction, to first order."""
-    end = chain.recorded(len(chain.steps))
-    target = end - direction.to(end)  # half the squared distance to it has the direction as its gradient
-    with torch.enable_grad():
-        segment_gradient(chain, chain.recorded(0), lambda i: target, "exact", end.numel() / 2)
+    carried_back(chain, direction)
     found = {name: 0.0 if gate.grad is None else float(gate.grad) for name, gate in gates.items()}
     for gate in gates.values():
         gate.grad = None

@@ -24,8 +24,9 @@ from diffquant.core.spec import RecipeError, SpecError
 from diffquant.core.surgery import prepare, quantized_layers, quantizers, switched
 from diffquant.evaluation.accumulation import _one_stretch
 from diffquant.methods.accuquant import AccuQuant, visited
-from diffquant.methods.gradients import segment_gradient
-from diffquant.methods.passes import quantizer_state
+from diffquant.methods.gradients import carried_back, segment_gradient
+from diffquant.methods.last_sample import LastSample
+from diffquant.methods.passes import evaluating, quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.starts import Starts
 from diffquant.recipe import load_recipe
@@ -360,6 +361,68 @@ def test_a_killed_stage_goes_on_and_ends_bit_equal(recorded, tmp_path, monkeypat
 
     monkeypatch.setattr(AccuQuant, "_loss", late)
     resumed, _ = quantized(recorded, *options, folder=tmp_path)
+    one, two = quantizer_state(whole), quantizer_state(resumed)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_directions_are_carried_back_from_the_last_sample(recorded):
+    """u . e is how far a small error e at a segment's end moves the last sample in the direction v, beside its scale."""
+    pipe, data, _ = recorded
+    model = copy.deepcopy(pipe.unet)
+    rollout = Rollout(model, data)
+    picked, segments = torch.arange(2), rollout.segments(2)
+    chain = rollout.chain(picked, range(rollout.steps))
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(chain.recorded(0).shape, generator=generator)
+    with evaluating(model):
+        carried = carried_back(chain, direction)
+        latents, states = chain.run()
+    assert len(carried) == rollout.steps + 1 and torch.equal(carried[-1], direction)
+    for segment in segments[:-1]:
+        error = 1e-4 * torch.randn(direction.shape, generator=generator)  # the scheduler clips
+        ends = [rollout.finish(picked, segment.stop, latents[segment.stop] + s * error, states[segment.stop]) for s in (1, -1)]
+        moved = float(((ends[0] - ends[1]).double() * direction).sum()) / 2
+        assert float((carried[segment.stop] * error).sum()) == pytest.approx(moved, rel=0.02)
+
+
+def test_the_distance_that_a_last_sample_shows():
+    """Directions of mean square 1 for each trajectory: with the axes as directions, the error's own squared mean."""
+    axes = torch.eye(4).view(1, 1, 4, 2, 2).repeat(3, 2, 1, 1, 1)  # three segments, two trajectories, four directions
+    end, target = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]).repeat(2, 1, 1), torch.zeros(2, 2, 2)
+    assert float(LastSample(axes).distance(1, torch.tensor([1, 0]))(end, target)) == pytest.approx(30 / 4 / 4)
+    axes[1, 0] *= 2  # a trajectory that magnifies errors
+    assert float(LastSample(axes).distance(1, torch.tensor([0]))(end[:1], target[:1])) == pytest.approx(4 * 30 / 4 / 4)
+
+
+def test_the_stage_by_the_last_sample(recorded):
+    options = ["passes.2.error=sample", "passes.2.directions=32", "passes.2.batch_size=4", "passes.2.steps_per_segment=2"]
+    _, report = quantized(recorded, *options, "passes.0.activations=minmax", "passes.2.iterations=30", "passes.2.rate=0.01")
+    figures = report.passes[2]["figures"]
+    before, after = (sum(row[key] for row in figures["segments"]) for key in ("error_before", "error_after"))
+    assert figures["kept"] and after < 0.9 * before
+
+
+def test_directions_of_a_killed_stage_are_taken_over(recorded, tmp_path, monkeypatch):
+    """Trajectories count alike, and a run killed between batches ends bit-equal."""
+    options = ["passes.2.error=sample", "passes.2.directions=2", "passes.2.batch_size=2", "passes.2.steps_per_segment=2"]
+    whole, _ = quantized(recorded, *options)
+    calls, made = [], []
+
+    def counted(*given):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(given)
+        return carried_back(*given)
+
+    real = LastSample.__init__
+    monkeypatch.setattr(LastSample, "__init__", lambda self, carried: (made.append(carried), real(self, carried))[1])
+    monkeypatch.setattr("diffquant.methods.last_sample.carried_back", counted)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(recorded, *options, folder=tmp_path)
+    calls.clear()
+    resumed, _ = quantized(recorded, *options, folder=tmp_path)
+    assert len(calls) == 2  # of the second batch: the first was finished
+    assert torch.allclose(made[-1].square().mean(dim=(0, 2, 3, 4, 5)), torch.ones(4), rtol=1e-5)
     one, two = quantizer_state(whole), quantizer_state(resumed)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 

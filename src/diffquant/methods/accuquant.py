@@ -6,11 +6,13 @@ sampling. How the gradient gets to every step with one graph alive at a time: `m
 
 Source: Lee et al. 2025, arXiv 2510.20348 (abstract, figures and tables; no code is public). *Chosen here*, where the source leaves
 it open: the squared distance, its normalisation per segment, steps learned as logarithms with Adam and a cosine, zero points of
-activations learned with them, codes of weights fixed while their steps are learned. *Not the source's*: ``visits: final_error``.
+activations learned with them, codes of weights fixed while their steps are learned. *Not the source's*: ``visits: final_error``,
+``error: sample``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, final
@@ -26,7 +28,8 @@ from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import SpecError
 from diffquant.core.surgery import full_precision, quantized_layers, quantizers, switched
-from diffquant.methods.gradients import Gradient, gradient_of, segment_gradient
+from diffquant.methods.gradients import Distance, Gradient, gradient_of, segment_gradient, squared
+from diffquant.methods.last_sample import LastSample
 from diffquant.methods.learned import Learned, LearnedOffset, LearnedRounding, LearnedSmooth, float_weight
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
 from diffquant.methods.starts import Starts
@@ -48,6 +51,8 @@ class AccuQuant(Pass):
     segment. ``visits``: all segments `equally`, or in proportion to the `final_error` that a segment's quantization alone causes,
     but for a tenth of the visits. ``start`` of the chains: the full-precision latent, or (`quantized`) the one the quantized model
     has reached there (`methods.starts`), from which full precision then also runs: M forward passes more in every iteration.
+    ``error``: the distance at a segment's end is that of the latents, relative to what it was before, or (`sample`) an estimate of
+    what it makes of the last sample, from random ``directions`` there (`methods.last_sample`), the same for all segments.
     ``per_segment`` gives activations a parameter set per segment, where they had one for all. Rates: of steps relative to the step,
     of zero points relative to the range, of biases relative to the spread of the layer's outputs. ``rounding`` learns the rounding
     of weights again, from what was decided before, in place of their steps; ``smooth`` learns a step of its own for every input
@@ -61,6 +66,8 @@ class AccuQuant(Pass):
     gradient: Gradient = "identity"
     visits: Literal["equally", "final_error"] = "equally"
     start: Literal["full_precision", "quantized"] = "full_precision"
+    error: Literal["latent", "sample"] = "latent"
+    directions: int = Field(default=1, ge=1)
     iterations: int = Field(default=400, ge=1)
     batch_size: int = Field(default=16, ge=1)
     rate: float = Field(default=2e-3, gt=0)
@@ -110,14 +117,24 @@ class AccuQuant(Pass):
             if self.per_segment:
                 _divide_sets(rollout, segments)
             learned = self._learned(model)
-            measured = [_segment_error(rollout, segment, probe, self.batch_size) for segment in segments]
+            last = None
+            if self.error == "sample":
+                last = LastSample.of(model, rollout, segments, self.directions, seed, self.batch_size, run)
+            distance = functools.partial(_distance, last)
+            measured = [_segment_error(rollout, one, probe, self.batch_size, distance, i) for i, one in enumerate(segments)]
             agreement = [self._cosine(rollout, segment, probe, learned) for segment in segments]
             norms = torch.tensor(measured).clamp(min=1e-12)
             shares = self._shares(rollout, segments, norms, probe)
+
+            def loss(iteration: int, drawn: torch.Generator) -> Tensor:
+                number = visited(shares, iteration, seed)
+                scale = float(norms[number] if last is None else norms.mean())
+                return self._loss(iteration, starts, number, scale, learned, drawn, distance)
+
             starts = Starts(rollout, segments, self.batch_size, carried=self.start == "quantized")
             curve = fit(
                 [pair for one in learned for pair in one.parameters()],
-                lambda iteration, drawn: self._loss(iteration, starts, visited(shares, iteration, seed), norms, learned, drawn),
+                loss,
                 iterations=self.iterations,
                 seed=seed,
                 run=run,
@@ -128,8 +145,8 @@ class AccuQuant(Pass):
             )
             for one in learned:
                 one.finish()
-            after = [_segment_error(rollout, segment, probe, self.batch_size) for segment in segments]
-            kept = _mean_ratio(after, norms, shares) < 1.0
+            after = [_segment_error(rollout, one, probe, self.batch_size, distance, i) for i, one in enumerate(segments)]
+            kept = _mean_ratio(after, norms, shares) < 1.0 if last is None else sum(after) < sum(measured)
             if not kept:  # learning that made the segments worse is undone
                 restore_quantizers(model, before)
         return {
@@ -170,15 +187,17 @@ class AccuQuant(Pass):
         iteration: int,
         starts: Starts,
         number: int,
-        norms: Tensor,
+        scale: float,
         learned: list[Learned],
         generator: torch.Generator,
+        distance: Callable[[int, Tensor], Distance],
     ) -> Tensor:
-        """Put the gradient of segment `number` on one batch into the parameters; return the loss, relative to its first."""
+        """Put the gradient of segment `number` on one batch into the parameters; return the loss in parts of `scale`."""
         for one in learned:
             one.place()
         chain, start = starts.take(number, generator)
-        loss, end = segment_gradient(chain, start, self._targets(chain, start), self.gradient, 1.0 / float(norms[number]))
+        given = distance(number, chain.trajectories)
+        loss, end = segment_gradient(chain, start, self._targets(chain, start), self.gradient, 1.0 / scale, given)
         starts.leave(number, chain, end)
         for one in learned:
             one.collect()
@@ -252,13 +271,25 @@ def _divide_sets(rollout: Rollout, segments: list[range]) -> None:
             quantizer.divide_sets(table.repeat(quantizer.clock.branches))
 
 
-def _segment_error(rollout: Rollout, segment: range, trajectories: Tensor, batch_size: int) -> float:
-    """Mean squared distance at the end of a segment, started in full precision."""
+def _distance(last: LastSample | None, number: int, trajectories: Tensor) -> Distance:
+    """The distance at the end of segment `number`."""
+    return squared if last is None else last.distance(number, trajectories)
+
+
+def _segment_error(
+    rollout: Rollout,
+    segment: range,
+    trajectories: Tensor,
+    batch_size: int,
+    distance: Callable[[int, Tensor], Distance],
+    number: int,
+) -> float:
+    """The mean distance at the end of a segment, started in full precision."""
     total = 0.0
     for picked in trajectories.split(batch_size):
         chain = rollout.chain(picked, segment)
         latents, _ = chain.run()
-        total += float((latents[-1] - chain.recorded(len(segment))).square().mean()) * len(picked)
+        total += float(distance(number, picked)(latents[-1], chain.recorded(len(segment)))) * len(picked)
     return total / len(trajectories)
 
 

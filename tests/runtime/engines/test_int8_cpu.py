@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, Layer
 from diffquant.core.surgery import quantizers
 from diffquant.runtime import engines
 from diffquant.runtime.engines import attention, int8_cpu, integer_blocks, kernels
-from diffquant.runtime.engines.integer_blocks import IntegerFeedForward, IntegerUpsample
+from diffquant.runtime.engines.integer_blocks import IntegerFeedForward, IntegerResnetBlock2D, IntegerUpsample
 from diffquant.runtime.engines.integer_layers import IntegerConv2d, IntegerLinear, PackedCodes
 
 pytestmark = pytest.mark.skipif(bool(int8_cpu.unsupported()), reason=int8_cpu.unsupported() or "integer kernels")
@@ -35,6 +36,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 5), (2, 3, 12)),
     "linear without bias": (lambda: nn.Linear(12, 5, bias=False), (3, 12)),
     "conv": (lambda: nn.Conv2d(12, 5, 3, padding=1), (2, 12, 6, 5)),
+    "pointwise conv": (lambda: nn.Conv2d(12, 5, 1), (2, 12, 6, 5)),
     "strided conv": (lambda: nn.Conv2d(12, 5, 3, stride=2, padding=(1, 0), dilation=(1, 2)), (2, 12, 8, 9)),
     "grouped conv": (lambda: nn.Conv2d(12, 6, 3, groups=3), (2, 12, 6, 5)),
     "depthwise conv": (lambda: nn.Conv2d(12, 12, 3, groups=12, padding=1, bias=False), (2, 12, 5, 5)),
@@ -269,18 +271,18 @@ def test_circular_padding_stays_simulated() -> None:
     assert int8_cpu.lower_layer(layer) == "padding (1, 1), mode 'circular'"
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_no_weight_is_laid_out_again_at_a_call(capfd: pytest.CaptureFixture[str], kernel: int) -> None:
-    """oneDNN says what it does: a reorder at every call where a convolution is given a zero point."""
-    layer = lowered(nn.Conv2d(12, 5, kernel, padding=kernel // 2), specs(8, False, 4, True))
+@pytest.mark.parametrize(("kernel", "channels", "kind"), [(1, 128, "matmul"), (3, 12, "convolution")])
+def test_no_weight_is_laid_out_again_at_a_call(capfd: pytest.CaptureFixture[str], kernel: int, channels: int, kind: str) -> None:
+    """oneDNN says what it does: a reorder at every call where a convolution has a zero point, or is pointwise with 128 channels."""
+    layer = lowered(nn.Conv2d(channels, channels, kernel, padding=kernel // 2), specs(8, False, 4, True))
     assert layer.product.steps[0][0].zero_point != 0
-    x = torch.randn(2, 12, 6, 5)
+    x = torch.randn(2, channels, 6, 5)
     layer(x)
     capfd.readouterr()
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
         layer(x)
     done = [line.split(",")[5] for line in capfd.readouterr().out.splitlines() if ",exec," in line]
-    assert done == ["convolution"]
+    assert done == [kind]
 
 
 @pytest.mark.parametrize("padded", [0, 1 << 30])
@@ -380,40 +382,41 @@ def test_upsampling_repeats_codes(
     assert type(upsample) is Upsample2D
 
 
-@pytest.mark.parametrize("norm", ["default", "scale_shift"])
-def test_residual_blocks_reuse_the_memory_of_norms(norm: str) -> None:
-    """Nothing that anyone else can see is overwritten, and nothing at all where gradients or hooks need it."""
+@pytest.mark.parametrize("embedded", ["default", "scale_shift", None])
+@pytest.mark.parametrize("options", [{}, {"out_channels": 6}, {"output_scale_factor": 2.0, "skip_time_act": True}], ids=str)
+def test_residual_blocks_write_into_their_own_tensors(embedded: str | None, options: dict[str, Any]) -> None:
+    """Equal to diffusers' forward, bit for bit; nothing that anyone else can see is overwritten."""
     torch.manual_seed(0)
-    block = nn.Sequential(ResnetBlock2D(in_channels=8, temb_channels=6, groups=2, time_embedding_norm=norm)).eval()
-    resnet, names = block[0], list(block.state_dict())
-    x, embedding = torch.randn(3, 8, 4, 4), torch.randn(3, 6)
-    given = x.clone(), embedding.clone()
+    given = {"temb_channels": None} if embedded is None else {"temb_channels": 6, "time_embedding_norm": embedded}
+    block = nn.Sequential(ResnetBlock2D(in_channels=8, groups=2, **given, **options)).eval()
+    resnet = block[0]
+    assert isinstance(resnet, ResnetBlock2D)
+    for conv in (resnet.conv1, resnet.conv2):
+        lowered(conv, specs(8, False, 4, True))
+    x, embedding = torch.randn(3, 8, 4, 4), None if embedded is None else torch.randn(3, 6)
+    kept = x.clone(), None if embedding is None else embedding.clone()
+    int8_cpu.lower(block)
+    assert type(resnet) is IntegerResnetBlock2D
     with torch.no_grad():
-        expected = resnet(x, embedding)
-        int8_cpu.lower(block)
-        twin = copy.deepcopy(resnet)
-        places = []
-        real = functional.silu
-
-        def silu(input: Tensor, inplace: bool = False) -> Tensor:
-            places.append(inplace)
-            return real(input, inplace)
-
+        expected = ResnetBlock2D.forward(resnet, x, embedding)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(integer_blocks.functional, "silu", silu)
-            assert torch.equal(resnet(x, embedding), expected) and places == [True, False, True]
-        assert torch.equal(x, given[0]) and torch.equal(embedding, given[1])
+            patch.setattr(ResnetBlock2D, "forward", None)
+            assert torch.equal(resnet(x, embedding), expected)
+            assert torch.equal(copy.deepcopy(resnet)(x, embedding), expected)
+        assert torch.equal(x, kept[0]) and (embedding is None or torch.equal(embedding, kept[1]))
         seen = []
-        hook = resnet.norm1.register_forward_hook(lambda module, given, output: seen.append(output))
-        assert torch.equal(resnet(x, embedding), expected)
-        hook.remove()
-        assert torch.equal(seen[0], resnet.norm1(x))
-    assert twin.nonlinearity.norms == (twin.norm1, twin.norm2)
-    leaf = x.clone().requires_grad_(True)
-    resnet(leaf, embedding).sum().backward()
-    assert leaf.grad is not None and list(block.state_dict()) == names
+        for watched in (resnet.norm1, resnet.conv1, resnet.norm2, resnet.conv2):
+            hook = watched.register_forward_hook(lambda module, given, output: seen.append((output, output.clone())))
+            assert torch.equal(resnet(x, embedding), expected)
+            hook.remove()
+        assert len(seen) == 4 and all(torch.equal(*pair) for pair in seen)  # who looks at a layer keeps what it put out
+        layer, resnet.conv1 = resnet.conv1, nn.Sequential(resnet.conv1)  # as an adapter does
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ResnetBlock2D, "forward", lambda *_: expected)
+            assert resnet(x, embedding) is expected
+        resnet.conv1 = layer
     int8_cpu.simulate(block)
-    assert type(resnet.nonlinearity) is nn.SiLU and not hasattr(resnet.nonlinearity, "norms")
+    assert type(resnet) is ResnetBlock2D
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])

@@ -23,7 +23,12 @@ from torch import nn
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from diffquant.core.surgery import quantized_layers
 from diffquant.runtime.engines.attention import BlockedProducts
-from diffquant.runtime.engines.integer_blocks import IntegerFeedForward, IntegerUpsample, ReusingSiLU, one_product, reuse_norms
+from diffquant.runtime.engines.integer_blocks import (
+    IntegerFeedForward,
+    IntegerResnetBlock2D,
+    IntegerUpsample,
+    one_product,
+)
 from diffquant.runtime.engines.integer_layers import (
     INTEGER,
     ChannelsLastConv2d,
@@ -33,6 +38,13 @@ from diffquant.runtime.engines.integer_layers import (
     steps_of,
 )
 from diffquant.runtime.engines.kernels import Product
+
+SIMULATED: dict[type[nn.Module], type[nn.Module]] = {
+    IntegerFeedForward: FeedForward,
+    IntegerResnetBlock2D: ResnetBlock2D,
+    IntegerUpsample: Upsample2D,
+    BlockedProducts: AttentionProducts,
+}  # the class that a module had before it was lowered
 
 
 class Lowered(NamedTuple):
@@ -68,7 +80,7 @@ def lower(model: nn.Module) -> list[Lowered]:
             if type(module.net[0]) is GEGLU and one_product(module.net[0].proj) and isinstance(module.net[2], IntegerLinear):
                 module.net[0].proj.product.halve()
         if type(module) is ResnetBlock2D:
-            reuse_norms(module)
+            module.__class__ = IntegerResnetBlock2D
         if type(module) is Upsample2D:
             module.__class__ = IntegerUpsample
         if type(module) is AttentionProducts:
@@ -89,15 +101,8 @@ def simulate(model: nn.Module) -> None:
         if isinstance(layer, ChannelsLastConv2d):
             layer.__class__ = QuantizedConv2d  # type: ignore[assignment]
     for module in model.modules():
-        if isinstance(module, IntegerFeedForward):
-            module.__class__ = FeedForward
-        if isinstance(module, IntegerUpsample):
-            module.__class__ = Upsample2D
-        if isinstance(module, ReusingSiLU):
-            module.__class__ = nn.SiLU  # type: ignore[assignment]
-            del module.norms
-        if isinstance(module, BlockedProducts):
-            module.__class__ = AttentionProducts  # type: ignore[assignment]
+        if type(module) in SIMULATED:
+            module.__class__ = SIMULATED[type(module)]
 
 
 def lower_layer(layer: QuantizedLayer) -> str:

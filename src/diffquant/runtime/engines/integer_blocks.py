@@ -16,6 +16,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffquant.core.layers import QuantizedConv2d
 from diffquant.runtime.engines.integer_layers import INTEGER, IntegerLinear, bias_of, computes_integers, multiply
 from diffquant.runtime.engines.kernels import compiled_feed_forward, feed_forward
 
@@ -66,25 +67,45 @@ class IntegerUpsample(Upsample2D):
         return multiply(layer, [functional.interpolate(each, **wanted) for each in codes], row, bias_of(layer), torch.float32)
 
 
-class ReusingSiLU(nn.SiLU):
-    """The SiLU of a `ResnetBlock2D`, which overwrites what a normalization has just put out; made by `reuse_norms`.
+class IntegerResnetBlock2D(ResnetBlock2D):
+    """A residual block that writes into what its own layers have just put out; made by `lower`, never constructed.
 
-    It is a block's only reader; the embedding, which other blocks read too, has two dimensions and is left alone.
+    Its values are those of diffusers' block, bit for bit, without a pass over memory for a factor of one.
     """
 
-    norms: tuple[nn.Module, ...]
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """``[n, in_channels, h, w]``, ``[n, temb_channels]`` -> ``[n, out_channels, h, w]``."""
+        if args or kwargs or self._unusual(input_tensor, temb):
+            output: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
+            return output
+        hidden: Tensor = self.conv1(functional.silu(self.norm1(input_tensor), inplace=True))
+        if temb is not None:
+            embedded = self.time_emb_proj(temb if self.skip_time_act else functional.silu(temb))[:, :, None, None]
+            if self.time_embedding_norm == "scale_shift":
+                factor, added = embedded.chunk(2, dim=1)
+                hidden = self.norm2(hidden).mul_(1 + factor).add_(added)
+            else:
+                hidden = self.norm2(hidden.add_(embedded))
+        else:
+            hidden = self.norm2(hidden)
+        hidden = self.conv2(functional.silu(hidden, inplace=True))
+        hidden.add_(input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+        return hidden if self.output_scale_factor == 1 else hidden.div_(self.output_scale_factor)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[...]`` -> ``[...]``, in the same memory where it is a picture that nobody else looks at."""
-        mine = input.dim() == 4 and not input.requires_grad and not _watched(self, *self.norms)
-        return functional.silu(input, inplace=mine)
-
-
-def reuse_norms(block: ResnetBlock2D) -> None:
-    """Let `block` compute its SiLU in place."""
-    if type(block.nonlinearity) is nn.SiLU:
-        block.nonlinearity.__class__ = ReusingSiLU
-        block.nonlinearity.norms = (block.norm1, block.norm2)  # type: ignore[assignment]
+    def _unusual(self, x: Tensor, temb: Tensor | None) -> bool:
+        """Whether diffusers' own forward does more than this one, or someone looks at what this one overwrites."""
+        embedded = self.time_emb_proj is not None and self.time_embedding_norm in ("default", "scale_shift")
+        return (
+            self.training
+            or (torch.is_grad_enabled() and x.requires_grad)
+            or not all(isinstance(layer, QuantizedConv2d) for layer in (self.conv1, self.conv2))  # but an adapter
+            or _watched(self.norm1, self.nonlinearity, self.conv1, self.norm2, self.dropout, self.conv2)
+            or self.upsample is not None
+            or self.downsample is not None
+            or type(self.nonlinearity) is not nn.SiLU
+            or (temb is not None) != embedded
+            or any(given.dtype != torch.float32 for given in (x, temb) if given is not None)
+        )
 
 
 def _watched(*modules: nn.Module) -> bool:

@@ -68,11 +68,12 @@ class Packed:
         self.zero_point = torch.zeros(len(digits), dtype=torch.int32)
         self.sums, self.count = digits.flatten(1).sum(1, dtype=torch.int64) * self.scale.double(), digits.numel()
         ops = torch.ops.onednn
-        if isinstance(layer, QuantizedConv2d):
+        self.shape = digits.shape
+        if isinstance(layer, QuantizedConv2d) and not pointwise(layer):
             geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
             weight: Tensor = ops.qconv_prepack(digits.contiguous(), torch.ones(len(digits)), 1.0, 0, *geometry, None)
         else:
-            weight = ops.qlinear_prepack(digits.contiguous(), None)
+            weight = ops.qlinear_prepack(digits.flatten(1).contiguous(), None)
         self.weights = (weight,)
 
     def halve(self) -> None:
@@ -83,7 +84,7 @@ class Packed:
 
     def integers(self) -> Int[Tensor, "out ..."]:
         """What was laid out, times the weight of its digit, int32."""
-        digits = torch.cat([_dense(weight) for weight in self.weights])
+        digits = torch.cat([_dense(weight) for weight in self.weights]).view(self.shape)
         return digits.int().mul_(LIMB**self.digit)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
@@ -95,6 +96,11 @@ def _dense(weight: Tensor) -> Int[Tensor, "out ..."]:
     dense = weight.to_dense()
     held: Tensor = dense.t() if dense.dim() == 2 else dense
     return held
+
+
+def pointwise(layer: QuantizedConv2d) -> bool:
+    """Whether a convolution is a linear layer of every pixel. Its own kernel may lay the weight out again at every call."""
+    return layer.kernel_size == layer.stride == (1, 1) and not any(map(int, layer.padding)) and layer.groups == 1
 
 
 def digits(integers: Int[Tensor, "..."]) -> Iterator[Int[Tensor, "..."]]:
@@ -142,6 +148,7 @@ class Product:
         self.steps, self.splits = [list(row) for row in steps], list(splits)
         self.outputs = len(steps[0][0].matrices[0].scale)
         self.conv = isinstance(layer, QuantizedConv2d)
+        self.pointwise = isinstance(layer, QuantizedConv2d) and pointwise(layer)
         if isinstance(layer, QuantizedConv2d):
             self.kernel, self.stride, self.dilation = list(layer.kernel_size), list(layer.stride), list(layer.dilation)
             self.padding, self.groups = [int(padding) for padding in layer.padding], layer.groups
@@ -219,6 +226,8 @@ class Product:
             parts = [_linear(codes, step, packed, part, bias, put_out) for part in range(len(packed.weights))]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         codes = codes.contiguous(memory_format=torch.channels_last)
+        if self.pointwise:
+            return _linear(codes.permute(0, 2, 3, 1), step, packed, 0, bias, (1.0, 0, dtype)).permute(0, 3, 1, 2)
         zero_point, padding = step.zero_point, self.padding
         if zero_point and (not any(padding) or codes.numel() < PADDED * packed.count):
             # with a zero point the kernel lays the weight out again at every call; here it goes into edges and bias

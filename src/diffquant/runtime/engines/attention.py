@@ -177,11 +177,13 @@ def _weighing(
     scale, zero_point = as_value.scale * as_softmax.scale, as_value.zero_point
 
     def weigh_codes(probabilities: Tensor, some: slice, output: Tensor) -> None:
-        for index, head in enumerate(range(some.start, some.stop)):
-            product = torch._int_mm(as_softmax.of(probabilities[index]), codes[head]).sub_(moved[head])
-            if zero_point:
-                product = product[:, :-1].sub_(product[:, -1:], alpha=zero_point)
-            torch.mul(product, scale, out=output[index])
+        products = moved.new_empty(*probabilities.shape[:2], codes.shape[2])
+        for weights, values, product in zip(as_softmax.of(probabilities), codes[some], products, strict=True):
+            torch._int_mm(weights, values, out=product)
+        products.sub_(moved[some, None])
+        if zero_point:
+            products = products[..., :-1].sub_(products[..., -1:], alpha=zero_point)
+        torch.mul(products, scale, out=output)
 
     return weigh_codes
 

@@ -263,9 +263,11 @@ def _linear(
     post: tuple[str, list[float], str] = ("none", [], ""),
 ) -> Tensor:
     """The product of contiguous `codes` with one part of a linear weight, after `post`; `put_out`: scale, zero point and type."""
-    size = len(packed.scale) // len(packed.weights)
-    here = slice(part * size, (part + 1) * size)
-    given = (packed.weights[part], packed.scale[here], packed.zero_point[here], None if bias is None else bias[here])
+    given: tuple[Tensor | None, ...] = (packed.weights[part], packed.scale, packed.zero_point, bias)
+    if len(packed.weights) > 1:
+        size = len(packed.scale) // len(packed.weights)
+        here = slice(part * size, (part + 1) * size)
+        given = (packed.weights[part], packed.scale[here], packed.zero_point[here], None if bias is None else bias[here])
     product: Tensor = torch.ops.onednn.qlinear_pointwise(codes, step.scale, step.zero_point, *given, *put_out, *post)
     return product
 

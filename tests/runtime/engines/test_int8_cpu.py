@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
 from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file
@@ -417,6 +418,21 @@ def test_residual_blocks_write_into_their_own_tensors(embedded: str | None, opti
         resnet.conv1 = layer
     int8_cpu.simulate(block)
     assert type(resnet) is ResnetBlock2D
+
+
+def test_norms_before_attention_keep_the_layout_of_tokens() -> None:
+    model = nn.Sequential(Attention(8, heads=2, dim_head=4, norm_num_groups=2)).eval()
+    norm = model[0].group_norm
+    x = torch.randn(2, 6, 8)
+    with torch.no_grad():
+        expected = norm(x.transpose(1, 2)).transpose(1, 2)
+        int8_cpu.lower(model)
+        output = norm(x.transpose(1, 2)).transpose(1, 2)
+        picture = x.view(2, 8, 3, 2)
+        assert torch.equal(norm(picture), nn.GroupNorm.forward(norm, picture))
+    assert not expected.is_contiguous() and output.is_contiguous() and torch.allclose(output, expected, atol=1e-6)
+    int8_cpu.simulate(model)
+    assert type(norm) is nn.GroupNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])

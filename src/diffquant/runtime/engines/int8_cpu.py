@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
@@ -27,6 +28,7 @@ from diffquant.runtime.engines.integer_blocks import (
     IntegerFeedForward,
     IntegerResnetBlock2D,
     IntegerUpsample,
+    TokenNorm,
     one_product,
 )
 from diffquant.runtime.engines.integer_layers import (
@@ -44,6 +46,7 @@ SIMULATED: dict[type[nn.Module], type[nn.Module]] = {
     IntegerResnetBlock2D: ResnetBlock2D,
     IntegerUpsample: Upsample2D,
     BlockedProducts: AttentionProducts,
+    TokenNorm: nn.GroupNorm,
 }  # the class that a module had before it was lowered
 
 
@@ -83,6 +86,8 @@ def lower(model: nn.Module) -> list[Lowered]:
             module.__class__ = IntegerResnetBlock2D
         if type(module) is Upsample2D:
             module.__class__ = IntegerUpsample
+        if isinstance(module, Attention) and type(module.group_norm) is nn.GroupNorm:
+            module.group_norm.__class__ = TokenNorm
         if type(module) is AttentionProducts:
             module.__class__ = BlockedProducts
         if isinstance(module, BlockedProducts):

@@ -108,6 +108,18 @@ class IntegerResnetBlock2D(ResnetBlock2D):
         )
 
 
+class TokenNorm(nn.GroupNorm):
+    """The normalization before an attention over a picture's tokens; made by `lower`, never constructed.
+
+    It is given [n, channels, tokens] as the transpose of [n, tokens, channels], and keeps that layout; without this, it and all
+    that reads it make copies.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[n, channels, ...]`` -> the same."""
+        return super().forward(input.unsqueeze(2)).squeeze(2) if input.dim() == 3 else super().forward(input)
+
+
 def _watched(*modules: nn.Module) -> bool:
     """Whether a call of one of them is more than its class's forward: hooks, or a forward of its own, as offloading gives it."""
     return any(each._forward_pre_hooks or each._forward_hooks or "forward" in vars(each) for each in modules)

@@ -32,7 +32,7 @@ KINDS = {
     "quantizing": ("aten::quantize_per_tensor", "aten::clamp_", "aten::round_"),
     "softmax": ("aten::_softmax",),
     "normalizations": ("aten::native_group_norm", "aten::native_layer_norm"),
-    "activations": ("aten::silu", "aten::gelu", "aten::sigmoid"),
+    "activations": ("aten::silu", "aten::silu_", "aten::gelu", "aten::sigmoid"),
     "copies": ("aten::copy_", "aten::cat", "aten::clone"),
     "sums and factors": (
         "aten::add",

@@ -31,7 +31,8 @@ from diffquant.calibration import fit
 from diffquant.calibration.observe import find_denoiser
 from diffquant.core.planning import plan
 from diffquant.core.surgery import enable, freeze, full_precision, prepare, quantized_layers
-from diffquant.evaluation.metrics import bootstrap_mean, distances, relative_l2
+from diffquant.evaluation.distances import distances
+from diffquant.evaluation.metrics import bootstrap_mean, relative_l2
 from diffquant.evaluation.sampling import Sampled, StepResult, sample
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.passes import restore_quantizers

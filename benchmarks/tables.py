@@ -3,10 +3,12 @@
     python benchmarks/tables.py benchmarks/results/accuquant-compare.json --bits w4a6 --base brecq
     python benchmarks/tables.py benchmarks/results/accuquant-compare.json benchmarks/results/mixed-compare.json --over-seeds
     python benchmarks/tables.py benchmarks/results/dmq-compare.json --base "brecq layers.0.sets=1000 layers.1.sets=1000"
+    python benchmarks/tables.py benchmarks/results/qncd-compare.json --quality
 
 Ratios of mean final errors are paired by noise; intervals are 95 % bootstrap intervals of the mean over those samples. Of several
 calibration seeds the last column has the mean of the ratios and the least and largest of them. With --over-seeds there is one line
-for each arm: means over its seeds, least and largest in brackets.
+for each arm: means over its seeds, least and largest in brackets. With --quality, FID to the data and legibility, and how far both
+are from full precision's, paired by noise and without FID's bias of n.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from diffquant.evaluation.features import interval_generator
 from diffquant.evaluation.metrics import Interval, bootstrap_ratio_of_means
 
 COLUMNS = ("seed", "arm", "final error", "median", "FID (floor)", "ratio", "over seeds")
+QUALITY = ("seed", "arm", "FID to data", "change", "legibility", "change")
 OVER_SEEDS = ("arm", "seeds", "final error", "median", "FID", "ratio")
 
 
@@ -82,6 +85,23 @@ def table_over_seeds(rows: dict[str, dict[int, dict[str, Any]]], base: str) -> l
     return lines
 
 
+def table_of_quality(rows: dict[str, dict[int, dict[str, Any]]], base: str) -> list[tuple[str, ...]]:
+    """A line for each arm and seed."""
+    found = [(str(seed), arm, row) for arm, seeds in rows.items() for seed, row in sorted(seeds.items())]
+    return [
+        (
+            seed,
+            arm,
+            f"{row['to_data']['value']:.2f}",
+            written(Interval(**row["to_data_change"])),
+            f"{row['legibility']['value']:.3f}",
+            written(Interval(**row["legibility_change"])),
+        )
+        for seed, arm, row in found
+        if "to_data_change" in row
+    ]
+
+
 def over(values: Iterable[float]) -> str:
     """Mean, least and largest; nothing of nothing."""
     given = list(values)
@@ -95,9 +115,15 @@ def main() -> None:
     parser.add_argument("--base", default="brecq", help="the arm that ratios are to")
     parser.add_argument("--bits", nargs="+", help="default: all in the files")
     parser.add_argument("--arms", nargs="+", help="default: all in the files")
-    parser.add_argument("--over-seeds", action="store_true", help="one line for each arm")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--over-seeds", action="store_true", help="one line for each arm")
+    kind.add_argument("--quality", action="store_true", help="FID to the data and legibility")
     arguments = parser.parse_args()
-    columns, lines_of = (OVER_SEEDS, table_over_seeds) if arguments.over_seeds else (COLUMNS, table)
+    columns, lines_of = (COLUMNS, table)
+    if arguments.over_seeds:
+        columns, lines_of = OVER_SEEDS, table_over_seeds
+    elif arguments.quality:
+        columns, lines_of = QUALITY, table_of_quality
     found: dict[str, dict[str, Any]] = {}
     for file in arguments.files:
         found |= json.loads(file.read_text())["arms"]

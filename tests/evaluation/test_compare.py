@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffquant.core.spec import CalibrationError, EvaluationError
-from diffquant.evaluation import metrics, observers
+from diffquant.evaluation import distances, metrics, observers
 from diffquant.evaluation import reference as references
 from diffquant.evaluation.compare import compare, compare_to, final_error_ratio
 from diffquant.evaluation.features import DataStatistics
@@ -89,6 +89,7 @@ def test_a_model_compared_with_itself_differs_in_nothing(pipe, reference):
     assert same.ssim.value == 1.0
     assert abs(same.to_reference.fid.value) < 1e-6 and abs(same.to_reference.kid.value) < 1e-12
     assert same.to_data == reference.to_data and same.legibility == reference.legibility
+    assert same.legibility_change == same.to_data_change == metrics.Interval(0.0, 0.0, 0.0)
     assert torch.equal(same.pictures, reference.pictures)
 
 
@@ -114,11 +115,14 @@ def test_every_figure_is_that_of_the_metric_on_the_samples(pipe, reference, wors
     assert worse.psnr.value == pytest.approx(10 * math.log10(255**2 / float(pooled)))
     assert worse.ssim.value == float(metrics.ssim(reference.pictures, pictures).mean())
     extractor = Corners()
-    fid = metrics.frechet_distance(
-        *metrics.moments(extractor.features(pictures)), *metrics.moments(extractor.features(reference.pictures))
+    fid = distances.frechet_distance(
+        *distances.moments(extractor.features(pictures)), *distances.moments(extractor.features(reference.pictures))
     )
     assert worse.to_reference.fid.value == pytest.approx(fid, rel=1e-9)
     assert worse.legibility.value == pytest.approx(float(extractor.confidence(pictures).mean()))
+    assert worse.legibility_change.value == pytest.approx(worse.legibility.value - reference.legibility.value)
+    change = worse.to_data.fid.extrapolated - reference.to_data.fid.extrapolated
+    assert worse.to_data_change.value == pytest.approx(change) and worse.to_data_change.low < change < worse.to_data_change.high
 
 
 def test_a_larger_disturbance_is_further_away(pipe, reference, worse):
@@ -134,11 +138,11 @@ def test_a_larger_disturbance_is_further_away(pipe, reference, worse):
 def test_the_floor_is_full_precision_with_other_noise(pipe, reference, data):
     extractor = Corners()
     other = sample(pipe, PROTOCOL, seed=PROTOCOL.floor_seed).pictures
-    ours, theirs = (metrics.moments(extractor.features(p)) for p in (reference.pictures, other))
-    assert reference.floor.fid.value == pytest.approx(metrics.frechet_distance(*ours, *theirs), rel=1e-9)
+    ours, theirs = (distances.moments(extractor.features(p)) for p in (reference.pictures, other))
+    assert reference.floor.fid.value == pytest.approx(distances.frechet_distance(*ours, *theirs), rel=1e-9)
     assert reference.floor.fid.value > 0
     assert reference.floor_to_data.fid.value == pytest.approx(
-        metrics.frechet_distance(*theirs, *metrics.moments(data.features)), rel=1e-9
+        distances.frechet_distance(*theirs, *distances.moments(data.features)), rel=1e-9
     )
 
 

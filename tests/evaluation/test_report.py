@@ -18,7 +18,8 @@ from diffquant.evaluation import drawing
 from diffquant.evaluation import report as reporting
 from diffquant.evaluation.accumulation import Accumulation, Stretch
 from diffquant.evaluation.compare import Comparison, StepDistances
-from diffquant.evaluation.metrics import Distances, FrechetDistance, Interval, KernelDistance
+from diffquant.evaluation.distances import Distances, FrechetDistance, KernelDistance
+from diffquant.evaluation.metrics import Interval
 from diffquant.evaluation.observers import Trajectory
 from diffquant.evaluation.reference import ReferenceRun
 from diffquant.evaluation.report import Report, check_comparable, make_report, read
@@ -194,6 +195,13 @@ def test_the_table_shows_every_model_with_its_floor():
     assert "mse-w4a8" in text and "0.150x" in text and "inf 1.25" in text and "[1, 1.5]" in text and "20.00" in text
     assert "floor 0.7" in text and "SSIM" not in text and "3 samples, DDIMScheduler, 2 steps" in text
     assert "FID to data" not in text  # nothing was measured there
+
+
+def test_markdown_says_how_far_quality_is_from_full_precision():
+    changed = dataclasses.replace(comparison("q", 0.1, 20.0), to_data_change=Interval(1.25, 0.5, 2.0))
+    text = make_report(reference_run(), [changed, comparison("unknown", 0.1, 20.0)]).markdown()
+    assert "| model | FID to data |" in text and "| q | +1.25 [+0.5, +2] |" in text and "| unknown | +" not in text
+    assert "## Change from full precision" not in report().markdown()
 
 
 def test_markdown_holds_table_pictures_and_protocol():

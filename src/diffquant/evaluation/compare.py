@@ -17,6 +17,7 @@ from torch import Tensor
 from diffquant.calibration.observe import Pipeline, evaluation_mode, find_denoiser
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.accumulation import Accumulation, accumulation
+from diffquant.evaluation.distances import Distances, distances
 from diffquant.evaluation.features import (
     DataStatistics,
     FeatureExtractor,
@@ -25,14 +26,13 @@ from diffquant.evaluation.features import (
     extract,
     interval_generator,
     legibility,
+    mean,
 )
 from diffquant.evaluation.metrics import (
-    Distances,
     Interval,
     bootstrap_mean,
     bootstrap_median,
     bootstrap_ratio_of_means,
-    distances,
     mean_squared_error,
     pooled_psnr,
     psnr,
@@ -60,8 +60,10 @@ class Comparison:
 
     `drift` is the mean relative L2 of the latents after each step, `noise_sqnr_db` the mean SQNR of the predicted noise; both over
     the samples whose trajectories are kept, and both with what earlier steps did to the input. `final_errors` is the relative L2 of
-    every last sample, paired with the reference's noise. PSNR is pooled over pairs. `accuracy` is the share of pictures that show
-    what was asked for, where the extractor can tell; `clip` the mean CLIP score. `engine` is what the model computed with.
+    every last sample, paired with the reference's noise. PSNR is pooled over pairs. `to_data_change` is how much larger FID to the
+    data is than full precision's (without the bias of n), `legibility_change` how much larger mean legibility is, both paired by
+    noise. `accuracy` is the share of pictures that show what was asked for, where the extractor can tell; `clip` the mean CLIP
+    score. `engine` is what the model computed with.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Comparison:
     legibility: Interval | None
     pictures: UInt8[Tensor, "n c h w"]
     seconds: float
+    to_data_change: Interval | None = None
+    legibility_change: Interval | None = None
     accuracy: Interval | None = None
     clip: Interval | None = None
     engine: str = ""
@@ -116,13 +120,16 @@ def compare_to(
     pictures = drawn.pictures
     final_errors = relative_l2(reference.last_samples, drawn.last_samples)
 
-    to_reference = to_data = legible = accurate = None
+    to_reference = to_data = to_data_change = legible = legible_change = accurate = None
     if reference.extractor is not None and reference.features is not None:
         extracted = extract(reference.extractor, pictures)
         to_reference = distances(extracted, reference.features, "paired", interval_generator())
         legible, accurate = legibility(reference.extractor, pictures), accuracy(reference.extractor, pictures, protocol)
         if reference.data is not None:
             to_data = reference.data.distances(extracted)
+            to_data_change = reference.data.change(extracted, reference.features)
+        if legible is not None and reference.legible is not None:
+            legible_change = legible - reference.legible
     return Comparison(
         name=name,
         timesteps=reference.trajectory.timesteps,
@@ -136,7 +143,9 @@ def compare_to(
         ssim=bootstrap_mean(ssim(reference.pictures, pictures), interval_generator()),
         to_reference=to_reference,
         to_data=to_data,
-        legibility=legible,
+        legibility=mean(legible),
+        to_data_change=to_data_change,
+        legibility_change=mean(legible_change),
         accuracy=accurate,
         by_step=_by_step(reference, snapshots.pictures()),
         accumulation=_accumulation(reference, quantized_pipe, name, progress),

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diffquant.evaluation.metrics import Distances, Interval, bootstrap_mean, distances, within_sums
+from diffquant.evaluation.distances import Distances, distances, fid_change, within_sums
+from diffquant.evaluation.metrics import Interval, bootstrap_mean
 from diffquant.evaluation.sampling import SamplingProtocol, conditions_of
 
 INTERVAL_SEED = 0  # of bootstrap draws and of jackknife groups
@@ -73,12 +74,16 @@ class DataStatistics:
 
     @functools.cached_property
     def within(self) -> Float[Tensor, " n"]:
-        """What `metrics.kid` sums over the data alone: the same for every comparison, and the most of its time."""
+        """What `distances.kid` sums over the data alone: the same for every comparison, and the most of its time."""
         return within_sums(self.features)
 
     def distances(self, extracted: Float[Tensor, "m d"]) -> Distances:
         """FID and KID of pictures with these features to the data."""
         return distances(extracted, self.features, "fixed", interval_generator(), self.within)
+
+    def change(self, extracted: Float[Tensor, "m d"], before: Float[Tensor, "m d"]) -> Interval | None:
+        """How much farther from the data, in FID, pictures with these features are than those `before` of the same noise."""
+        return fid_change(extracted, before, self.features, interval_generator())
 
 
 def extract(extractor: FeatureExtractor, pictures: Tensor) -> Float[Tensor, "n d"]:
@@ -90,11 +95,16 @@ def _batches(pictures: Tensor) -> list[Tensor]:
     return [pictures[start : start + FEATURE_BATCH] for start in range(0, len(pictures), FEATURE_BATCH)]
 
 
-def legibility(extractor: FeatureExtractor, pictures: Tensor) -> Interval | None:
-    """Mean confidence, or None if the extractor is no classifier."""
+def legibility(extractor: FeatureExtractor, pictures: Tensor) -> Float[Tensor, " n"] | None:
+    """Confidence in each picture, or None if the extractor is no classifier."""
     scores = [extractor.confidence(batch) for batch in _batches(pictures)]
     present = [score.cpu() for score in scores if score is not None]
-    return bootstrap_mean(torch.cat(present), interval_generator()) if present else None
+    return torch.cat(present) if present else None
+
+
+def mean(values: Float[Tensor, " n"] | None) -> Interval | None:
+    """Mean of what each picture has, or None where there is nothing."""
+    return None if values is None else bootstrap_mean(values, interval_generator())
 
 
 def accuracy(extractor: FeatureExtractor, pictures: Tensor, protocol: SamplingProtocol) -> Interval | None:

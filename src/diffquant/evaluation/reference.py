@@ -16,6 +16,7 @@ from diffquant.calibration.rollout import Rollout
 from diffquant.calibration.trajectory import model_hash
 from diffquant.core.spec import CalibrationError, EvaluationError
 from diffquant.evaluation.accumulation import trace
+from diffquant.evaluation.distances import Distances, distances
 from diffquant.evaluation.draws import draw
 from diffquant.evaluation.features import (
     DataStatistics,
@@ -26,8 +27,9 @@ from diffquant.evaluation.features import (
     extract,
     interval_generator,
     legibility,
+    mean,
 )
-from diffquant.evaluation.metrics import Distances, Interval, distances
+from diffquant.evaluation.metrics import Interval
 from diffquant.evaluation.observers import Trajectory
 from diffquant.evaluation.sampling import OnProgress, SamplingProtocol, is_unconditional, resolved, scheduler_config
 
@@ -39,6 +41,7 @@ class ReferenceRun:
     """Full precision, sampled once; everything that quantized models are compared with.
 
     `floor` is the distance of its samples from those of other noise. `floor_to_data` is the distance of the latter from the data.
+    `legible` is the legibility of each picture.
     `step_features` are features and floor of its samples after some of the steps (pixel models only). `traced` are trajectories for
     `accumulation`, None where they are not asked for, or for the reason in `untraced`.
     """
@@ -60,6 +63,7 @@ class ReferenceRun:
     to_data: Distances | None
     floor_to_data: Distances | None
     legibility: Interval | None
+    legible: Float[Tensor, " n"] | None = None
     accuracy: Interval | None = None
     step_features: dict[int, tuple[Tensor, Distances]] = field(default_factory=dict)
     traced: Rollout | None = None
@@ -127,7 +131,8 @@ def run_reference(
         floor=floor,
         to_data=to_data,
         floor_to_data=floor_to_data,
-        legibility=legible,
+        legibility=mean(legible),
+        legible=legible,
         accuracy=accurate,
         step_features=step_features,
         traced=traced,

@@ -21,8 +21,9 @@ from rich.table import Table
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation import rendering
 from diffquant.evaluation.compare import Comparison
+from diffquant.evaluation.distances import GROUPS
 from diffquant.evaluation.drawing import draw_accumulation, draw_drift, draw_pairs
-from diffquant.evaluation.metrics import GROUPS, RESAMPLES, SSIM_RULE, UINT8_RULE
+from diffquant.evaluation.metrics import RESAMPLES, SSIM_RULE, UINT8_RULE
 from diffquant.evaluation.reference import ReferenceRun
 from diffquant.evaluation.rows import Protocol, Row
 

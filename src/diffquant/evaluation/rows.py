@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from diffquant.evaluation.accumulation import Accumulation
 from diffquant.evaluation.compare import StepDistances
-from diffquant.evaluation.metrics import Distances, Interval
+from diffquant.evaluation.distances import Distances
+from diffquant.evaluation.metrics import Interval
 from diffquant.evaluation.sampling import SamplingProtocol
 
 
@@ -40,8 +41,9 @@ class Row(BaseModel):
     """The figures of one model; the row of the full-precision model has no paired figures.
 
     `to_reference` is the distance from the full-precision samples of the same noise and `floor` that of full precision from itself
-    with other noise; `floor_to_data` is the distance of full precision with other noise from the data. `drift` and `noise_sqnr_db`
-    are per step. `ratio` is `file_bytes` over those of full precision.
+    with other noise; `floor_to_data` is the distance of full precision with other noise from the data. `to_data_change` and
+    `legibility_change` are those of `Comparison`. `drift` and `noise_sqnr_db` are per step. `ratio` is `file_bytes` over those of
+    full precision.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -59,6 +61,8 @@ class Row(BaseModel):
     to_data: Distances | None = None
     floor_to_data: Distances | None = None
     legibility: Interval | None = None
+    to_data_change: Interval | None = None
+    legibility_change: Interval | None = None
     accuracy: Interval | None = None
     clip: Interval | None = None
     seconds: float | None

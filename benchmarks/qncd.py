@@ -5,6 +5,7 @@
     python benchmarks/qncd.py corrections --bits w8a8 w4a8 w4a6 --eta 0 1
     python benchmarks/qncd.py corrections --model glyph-sd --guidance 3 --work benchmarks/work/glyph-sd --bits w4a8
     python benchmarks/qncd.py corrections --arms accuquant --bits w4a6 --only proportional
+    python benchmarks/qncd.py corrections --redraw
 
 Corrections are fitted to one model (the first arm) and attached to it in turn; on full precision, all that the run-time estimate
 changes is its own bias. Rows of more steps spend a correction's further denoiser calls on steps instead. Recordings and passes
@@ -79,7 +80,7 @@ def layers(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw_layers(found: dict[str, Any], path: Path) -> None:
     """The layers' SQNR in the order of the model, a line for each arm, a picture for each bits; a mark after each embedding."""
     bits = sorted({label.split()[0] for label in found})
     figure, panels = pyplot.subplots(len(bits), 1, figsize=(9, 3.2 * len(bits)), squeeze=False, sharex=True, layout="constrained")
@@ -192,6 +193,22 @@ def drawn(pipe: Any, protocol: dq.SamplingProtocol, correction: Any) -> Drawn:
     return Drawn(sampled, means, deviations, len(calls) / math.ceil(protocol.samples / protocol.batch_size))
 
 
+def draw_corrections(found: dict[str, Any], path: Path) -> None:
+    """Mean and deviation of the latents over the steps; a row of panels for each quantized model, full precision in grey."""
+    plain = [label.removesuffix(" none") for label in found if label.endswith(" none")]
+    figure, panels = pyplot.subplots(len(plain), 2, figsize=(10, 3.2 * len(plain)), squeeze=False, layout="constrained")
+    for label, row in zip(plain, panels, strict=True):
+        full = found[f"full precision eta {label.rpartition(' eta ')[2]}"]
+        for panel, moment in zip(row, ("mean", "deviation"), strict=True):
+            panel.plot(full[moment], color="0.75", linewidth=5, label="full precision")
+            for name, drawn in found.items():
+                if name.startswith(f"{label} ") and len(drawn[moment]) == len(full[moment]):
+                    panel.plot(drawn[moment], linewidth=1.2, label=name.removeprefix(f"{label} "))
+            panel.set(title=f"{label}: {moment} of the latents", xlabel="step")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def passes() -> dict[str, Any]:
     return {
         "estimate": RuntimeNoiseEstimate(),
@@ -255,12 +272,16 @@ def main() -> None:
     add_arguments(parser, Path("benchmarks/work/accuquant"), ["brecq", "qncd", "qncd EmbeddingSmoothing.guard=false"])
     parser.add_argument("--eta", nargs="+", type=float, default=[0.0])
     parser.add_argument("--only", nargs="+", choices=list(passes()), help="these corrections (default: all)")
+    parser.add_argument("--redraw", action="store_true", help="only the picture, of what --out holds")
     arguments = parser.parse_args()
     arguments.out = arguments.out or Path(f"benchmarks/results/qncd-{arguments.what}.json")
-    found = {"layers": layers, "corrections": corrections}[arguments.what](arguments)
-    write(arguments, found)
-    if arguments.what == "layers":
-        draw(found, arguments.out.with_suffix(".png"))
+    measure, draw = {"layers": (layers, draw_layers), "corrections": (corrections, draw_corrections)}[arguments.what]
+    if arguments.redraw:
+        found = json.loads(arguments.out.read_text())
+    else:
+        found = measure(arguments)
+        write(arguments, found)
+    draw(found, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

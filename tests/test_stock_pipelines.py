@@ -1,5 +1,10 @@
 """record -> quantize -> save -> from_pretrained -> sample, on small stock pipelines of every supported kind."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import accelerate
 import numpy as np
 import pytest
@@ -106,6 +111,39 @@ def test_a_loaded_pipeline_is_offloaded(tmp_path):
         before = _sample(pipe, calibration)
         offload(pipe)
         assert np.array_equal(_sample(pipe, calibration), before)
+
+
+COMPILED = """
+import sys
+from pathlib import Path
+
+import torch
+import diffquant as dq
+from tests import pipelines
+
+pipe = pipelines.stable_diffusion(Path(sys.argv[1]))
+pipe.set_progress_bar_config(disable=True)
+calibration = dq.Calibration(samples=2, steps=2, batch_size=2)
+options = ["passes.0.samples=8", "passes.0.candidates=4", "layers.0.sets=2", "layers.1.sets=2"]
+dq.quantize(pipe, dq.load_recipe("mse-w4a8", options), dq.record(pipe, calibration, progress=False), progress=False)
+
+def sample():
+    return pipe("a letter", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+
+before = sample()
+pipe.unet.compile(backend="eager", fullgraph=True)
+assert (sample() == before).all()
+"""
+
+
+def test_the_simulation_compiles_as_one_graph(tmp_path):
+    """With a parameter set for each timestep, two of which are sampled at; no code is generated.
+
+    In a process of its own: the shape checks of these tests cannot be compiled.
+    """
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    subprocess.run([sys.executable, "-c", COMPILED, str(tmp_path)], env=environment, check=True, timeout=240)
 
 
 def _sample(pipe, calibration: dq.Calibration) -> np.ndarray:

@@ -75,7 +75,8 @@ def _change_section(rows: Sequence[Row]) -> list[str]:
     ]
     return [
         "## Change from full precision",
-        "Paired by noise; FID without the bias of n. As good as full precision to within a margin: the whole interval is.",
+        "Paired by noise; FID without the bias of n. A model is as good as full precision to within a margin where its whole "
+        "interval is.",
         _markdown_table(["model", *columns], lines),
     ]
 

@@ -10,7 +10,8 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.evaluation.drawing import draw_pairs
 from diffquant.evaluation.metrics import psnr
-from diffquant.evaluation.sampling import resolved, sample
+from diffquant.evaluation.sampling import sample
+from diffquant.evaluation.sampling_protocol import resolved
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import DiffquantError, LayerRule, LayerSpec, QuantSpec
 from diffquant.core.surgery import full_precision
 from diffquant.evaluation.evaluate import evaluate
-from diffquant.evaluation.sampling import SamplingProtocol
+from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.quantization import QuantizationReport, quantize
 from diffquant.recipe import Recipe, load_recipe
 from diffquant.runtime import hf

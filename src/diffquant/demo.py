@@ -16,7 +16,8 @@ from diffquant import zoo
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.evaluation.evaluate import evaluate
-from diffquant.evaluation.sampling import OnProgress, SamplingProtocol
+from diffquant.evaluation.sampling import OnProgress
+from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.quantization import quantize
 from diffquant.recipe import load_recipe
 from diffquant.runtime.checkpoint import save

@@ -10,7 +10,7 @@ import torch
 from diffquant.calibration.observe import find_denoiser
 from diffquant.evaluation.accumulation import accumulation, parts, trace
 from diffquant.evaluation.metrics import relative_l2
-from diffquant.evaluation.sampling import SamplingProtocol
+from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from tests import pipelines
 from tests.evaluation.test_compare import disturbed
 

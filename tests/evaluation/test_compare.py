@@ -17,7 +17,8 @@ from diffquant.evaluation import reference as references
 from diffquant.evaluation.compare import compare, compare_to, final_error_ratio
 from diffquant.evaluation.features import DataStatistics
 from diffquant.evaluation.reference import run_reference
-from diffquant.evaluation.sampling import SamplingProtocol, sample
+from diffquant.evaluation.sampling import sample
+from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from tests import pipelines
 
 PROTOCOL = SamplingProtocol(samples=24, steps=3, batch_size=10, seed=3, trajectory_samples=15, accumulation_samples=4)

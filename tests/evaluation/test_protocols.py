@@ -7,7 +7,7 @@ from diffusers import DDPMPipeline
 from diffquant.calibration.observe import Calibration
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.protocols import RECORDED, load_protocol, record_under, shipped_protocols
-from diffquant.evaluation.sampling import SCHEDULERS, SamplingProtocol
+from diffquant.evaluation.sampling_protocol import SCHEDULERS, SamplingProtocol
 from tests import pipelines
 
 

@@ -23,7 +23,7 @@ from diffquant.evaluation.metrics import Interval
 from diffquant.evaluation.observers import Trajectory
 from diffquant.evaluation.reference import ReferenceRun
 from diffquant.evaluation.report import Report, check_comparable, make_report, read
-from diffquant.evaluation.sampling import SamplingProtocol
+from diffquant.evaluation.sampling_protocol import SamplingProtocol
 
 NEAR = Distances(FrechetDistance(1.5, 1.25, 1.0, 1.5), KernelDistance(0.01, 0.002))
 SHORT = Distances(FrechetDistance(0.7, None, None, None), KernelDistance(0.0, 0.001))

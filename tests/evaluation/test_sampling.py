@@ -12,15 +12,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LDMPipeline
 
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.metrics import to_uint8
-from diffquant.evaluation.sampling import (
-    SCHEDULERS,
-    SamplingProtocol,
-    initial_noise,
-    sample,
-    sample_generators,
-    sample_unconditional,
-    scheduler_of,
-)
+from diffquant.evaluation.sampling import initial_noise, sample, sample_generators, sample_unconditional
+from diffquant.evaluation.sampling_protocol import SCHEDULERS, SamplingProtocol, scheduler_of
 from tests import pipelines
 
 # diffusers 0.42.1 hands a torch tensor to numpy.array in set_timesteps of Euler, DPM-Solver++ and UniPC

@@ -13,7 +13,8 @@ from torch import nn
 from diffquant import zoo
 from diffquant.calibration import fit
 from diffquant.core.spec import ZooError
-from diffquant.evaluation.sampling import SamplingProtocol, sample
+from diffquant.evaluation.sampling import sample
+from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.zoo import models
 from diffquant.zoo.data import Letters, draw_letters, render_font, render_letters
 from diffquant.zoo.prompts import LETTERS

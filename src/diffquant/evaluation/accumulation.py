@@ -26,15 +26,8 @@ from diffquant.calibration.observe import Calibration, Pipeline, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout
 from diffquant.evaluation.metrics import Interval, bootstrap_mean, relative_l2
-from diffquant.evaluation.sampling import (
-    OnProgress,
-    SamplingProtocol,
-    initial_noise,
-    is_unconditional,
-    sample_shape,
-    sample_unconditional,
-    scheduler_of,
-)
+from diffquant.evaluation.sampling import OnProgress, initial_noise, sample_shape, sample_unconditional
+from diffquant.evaluation.sampling_protocol import SamplingProtocol, is_unconditional, scheduler_of
 
 BATCH = 16  # trajectories at once
 DIFFERENCE = 1e-2  # of the latent's norm: length of the step of the central difference

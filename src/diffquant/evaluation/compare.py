@@ -41,7 +41,8 @@ from diffquant.evaluation.metrics import (
 )
 from diffquant.evaluation.observers import Differ, Snapshots
 from diffquant.evaluation.reference import ReferenceRun, run_reference, snapshot_steps
-from diffquant.evaluation.sampling import OnProgress, SamplingProtocol, sample, scheduler_config
+from diffquant.evaluation.sampling import OnProgress, sample
+from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_config
 from diffquant.runtime.engines import engine_of
 
 

@@ -23,7 +23,8 @@ from diffquant.calibration.observe import Pipeline, find_denoiser
 from diffquant.calibration.trajectory import digest_tensor
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.observers import Keeper, Snapshots, Trajectory, finite_only
-from diffquant.evaluation.sampling import OnProgress, SamplingProtocol, sample, scheduler_config
+from diffquant.evaluation.sampling import OnProgress, sample
+from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_config
 from diffquant.runtime.correction import attachment_of
 from diffquant.runtime.engines import engine_of
 

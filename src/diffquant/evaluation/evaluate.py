@@ -10,7 +10,8 @@ from diffquant.evaluation.compare import compare_to
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer
 from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import Report, make_report
-from diffquant.evaluation.sampling import OnProgress, SamplingProtocol
+from diffquant.evaluation.sampling import OnProgress
+from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.runtime.checkpoint import file_size, float32_size, load
 
 

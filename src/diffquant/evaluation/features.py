@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffquant.evaluation.distances import Distances, distances, fid_change, within_sums
 from diffquant.evaluation.metrics import Interval, bootstrap_mean
-from diffquant.evaluation.sampling import SamplingProtocol, conditions_of
+from diffquant.evaluation.sampling_protocol import SamplingProtocol, conditions_of
 
 INTERVAL_SEED = 0  # of bootstrap draws and of jackknife groups
 FEATURE_BATCH = 256  # pictures per call of an extractor

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.metrics import relative_l2, sqnr_db, to_uint8
-from diffquant.evaluation.sampling import OnStep, SamplingProtocol, StepResult
+from diffquant.evaluation.sampling import OnStep, StepResult
+from diffquant.evaluation.sampling_protocol import SamplingProtocol
 
 MEMORY_LIMIT = 2**30  # bytes of trajectories kept for comparison
 

@@ -24,7 +24,7 @@ from diffquant.calibration.observe import Calibration, Pipeline
 from diffquant.calibration.record import record
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import DiffquantError, EvaluationError
-from diffquant.evaluation.sampling import SamplingProtocol, scheduler_of
+from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_of
 
 BUILTIN = "builtin"  # prompts: the pipeline's own, or those of `calibration.observe`
 RECORDED = 64  # trajectories, where nothing says how many

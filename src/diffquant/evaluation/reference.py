@@ -31,7 +31,8 @@ from diffquant.evaluation.features import (
 )
 from diffquant.evaluation.metrics import Interval
 from diffquant.evaluation.observers import Trajectory
-from diffquant.evaluation.sampling import OnProgress, SamplingProtocol, is_unconditional, resolved, scheduler_config
+from diffquant.evaluation.sampling import OnProgress
+from diffquant.evaluation.sampling_protocol import SamplingProtocol, is_unconditional, resolved, scheduler_config
 
 SNAPSHOTS = (0.2, 0.4, 0.6, 0.8)  # shares of the sampling steps after which pixel models are compared as sets of pictures
 

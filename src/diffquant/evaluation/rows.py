@@ -10,7 +10,7 @@ from diffquant.evaluation.accumulation import Accumulation
 from diffquant.evaluation.compare import StepDistances
 from diffquant.evaluation.distances import Distances
 from diffquant.evaluation.metrics import Interval
-from diffquant.evaluation.sampling import SamplingProtocol
+from diffquant.evaluation.sampling_protocol import SamplingProtocol
 
 
 class Protocol(BaseModel):

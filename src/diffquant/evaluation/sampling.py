@@ -8,93 +8,24 @@ other pipeline runs its own ``__call__``, watched at ``scheduler.step``.
 from __future__ import annotations
 
 import inspect
-import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from diffquant.calibration.observe import Calibration, Pipeline, conditions, evaluation_mode, find_denoiser, observe
+from diffquant.calibration.observe import Pipeline, conditions, evaluation_mode, find_denoiser, observe
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.metrics import to_uint8
-from diffquant.runtime.correction import attachment_of
+from diffquant.evaluation.sampling_protocol import SamplingProtocol, asked, is_unconditional, scheduler_of
 
 Generators = torch.Generator | list[torch.Generator] | None
 OnProgress = Callable[[str, int, int], None]  # what is being sampled, samples done, samples in all
-
-SCHEDULERS: dict[str, type] = {
-    "ddim": DDIMScheduler,
-    "ddpm": DDPMScheduler,
-    "pndm": PNDMScheduler,
-    "dpm-solver++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
-SAMPLERS = ("pipeline", *SCHEDULERS)
-
-
-@dataclass(frozen=True)
-class SamplingProtocol:
-    """Everything that decides which samples are drawn.
-
-    `sampler` "pipeline" is the pipeline's own scheduler; the others are built from its configuration, unless it is of that class
-    already; a correction that is attached to the pipeline goes with it. `eta` scales the noise
-    that DDIM injects. None for `guidance_scale` is the pipeline's default. Prompts and class labels are cycled over the samples;
-    None means those that calibration uses. The steps of the first `trajectory_samples` samples are compared, and the ends of all.
-    How errors accumulate is measured on `accumulation_samples` trajectories, at about ten times their sampling; 0 leaves it out.
-    """
-
-    samples: int = 1000
-    steps: int = 50
-    seed: int = 0
-    sampler: str = "pipeline"
-    eta: float = 0.0
-    batch_size: int = 64
-    guidance_scale: float | None = None
-    prompts: tuple[str, ...] | None = None
-    class_labels: tuple[int, ...] | None = None
-    trajectory_samples: int = 256
-    accumulation_samples: int = 32
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("samples", 1),
-            ("steps", 1),
-            ("seed", 0),
-            ("batch_size", 1),
-            ("trajectory_samples", 1),
-            ("accumulation_samples", 0),
-        ):
-            if getattr(self, name) < least:
-                raise EvaluationError(f"protocol.{name}: is {getattr(self, name)}; at least {least} is allowed")
-        if self.sampler not in SAMPLERS:
-            raise EvaluationError(f'protocol.sampler: is "{self.sampler}"; allowed: {", ".join(SAMPLERS)}')
-        if not 0.0 <= self.eta <= 1.0:
-            raise EvaluationError(f"protocol.eta: is {self.eta}; it must lie in [0, 1]")
-        for name in ("prompts", "class_labels"):
-            if getattr(self, name) is not None and len(getattr(self, name)) == 0:
-                raise EvaluationError(f"protocol.{name}: is empty; give at least one, or None for the default")
-
-    @property
-    def floor_seed(self) -> int:
-        """The seed of the other noise through which full precision is compared with itself."""
-        return self.seed + 1
 
 
 @dataclass(frozen=True)
@@ -215,41 +146,10 @@ def sample(
     return Sampled(torch.cat(pictures), torch.cat(last_samples), seconds)
 
 
-def resolved(pipe: Pipeline, protocol: SamplingProtocol) -> SamplingProtocol:
-    """The protocol with the conditions that `pipe` would take by default written into it, so that other pipelines take the same."""
-    if is_unconditional(pipe):
-        return protocol
-    found = conditions(pipe, _asked(protocol), range(protocol.samples))
-    prompts, class_labels = (tuple(found[name]) if name in found else None for name in ("prompt", "class_labels"))
-    return replace(protocol, prompts=prompts, class_labels=class_labels)
-
-
-def scheduler_config(pipe: Pipeline, protocol: SamplingProtocol) -> dict[str, Any]:
-    """Class and configuration of the scheduler that samples, as JSON values, without where and by which version it was written."""
-    with scheduler_of(pipe, protocol) as scheduler:
-        config: dict[str, Any] = json.loads(scheduler.to_json_string())
-    return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
-
-
-def conditions_of(protocol: SamplingProtocol) -> list[str | int]:
-    """The prompt or class label of every sample of a resolved protocol; empty where it has neither."""
-    values = protocol.prompts or protocol.class_labels or ()
-    return [values[index % len(values)] for index in range(protocol.samples)] if values else []
-
-
-def _asked(protocol: SamplingProtocol) -> Calibration:
-    return Calibration(samples=protocol.samples, prompts=protocol.prompts, class_labels=protocol.class_labels)
-
-
 def sample_shape(denoiser: Any) -> tuple[int, ...]:
     """Channels, height and width of what an unconditional pixel model denoises."""
     size = denoiser.config.sample_size
     return (denoiser.config.in_channels, *((size, size) if isinstance(size, int) else size))
-
-
-def is_unconditional(pipe: Pipeline) -> bool:
-    """Whether the pipeline is one that `sample_unconditional` replaces."""
-    return isinstance(pipe, DDIMPipeline | DDPMPipeline)
 
 
 def sample_denoiser(
@@ -308,7 +208,7 @@ def _call_arguments(pipe: Pipeline, scheduler: Any, protocol: SamplingProtocol, 
         "num_inference_steps": protocol.steps,
         "generator": sample_generators(seed, indices),
         "output_type": "np",
-        **conditions(pipe, _asked(protocol), indices),
+        **conditions(pipe, asked(protocol), indices),
     }
     if protocol.guidance_scale is not None:
         arguments["guidance_scale"] = protocol.guidance_scale
@@ -328,31 +228,6 @@ def _without_guidance_half(tensor: Tensor, count: int) -> Tensor:
     if len(tensor) not in (count, 2 * count):
         raise EvaluationError(f"scheduler.step: saw a batch of {len(tensor)} for {count} samples; it cannot be compared")
     return tensor[:count]
-
-
-@contextmanager
-def scheduler_of(pipe: Pipeline, protocol: SamplingProtocol) -> Iterator[Any]:
-    """Give the pipeline the scheduler that the protocol names while the block runs.
-
-    Raises EvaluationError for more steps than the model was trained with, and for another sampler than a flow-matching model's own.
-    """
-    own = pipe.scheduler
-    kind: Any = SCHEDULERS.get(protocol.sampler, type(own))
-    if "FlowMatch" in type(own).__name__ and kind is not type(own):  # it predicts a velocity, which the others would take for noise
-        raise EvaluationError(
-            f'protocol.sampler: is "{protocol.sampler}"; {type(pipe).__name__} is a flow-matching model; use sampler "pipeline"'
-        )
-    scheduler = own if type(own) is kind else kind.from_config(own.config)
-    trained = scheduler.config.get("num_train_timesteps", protocol.steps)
-    if protocol.steps > trained:
-        raise EvaluationError(f"protocol.steps: is {protocol.steps}; {type(scheduler).__name__} has {trained} timesteps")
-    attachment = attachment_of(pipe)
-    pipe.scheduler = scheduler
-    try:
-        with nullcontext() if attachment is None else attachment.moved_to(scheduler):
-            yield scheduler
-    finally:
-        pipe.scheduler = own
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from diffquant.core.affine import scale_from_range
 from diffquant.core.planning import plan
 from diffquant.core.surgery import freeze, prepare, quantizers
 from diffquant.runtime.checkpoint import file_size, float32_size
+from diffquant.runtime.engines import openvino
 from diffquant.runtime.engines.integer_layers import INTEGER
 
 RESULTS = Path("benchmarks/results")
@@ -149,9 +150,10 @@ def runtimes(name: str, arguments: argparse.Namespace) -> tuple[dict[str, tuple[
     models = {"float32": full, "float32 medium": full, "int8": quantized}
     if not arguments.no_bfloat16:
         models["bfloat16"] = copy.deepcopy(full).to(torch.bfloat16)
-    if arguments.openvino:
-        models["openvino"] = copy.deepcopy(quantized)
-        dq.use_engine(models["openvino"], "openvino")
+    for engine in openvino.PRECISIONS if arguments.openvino else ():
+        if not (engine.endswith("bf16") and arguments.no_bfloat16):
+            models[engine] = copy.deepcopy(quantized)
+            dq.use_engine(models[engine], engine)
     for runtime in ("float32", "bfloat16", "int8") if arguments.compile else ():
         if runtime in models:
             models[f"{runtime} compiled"] = copy.deepcopy(models[runtime])
@@ -191,7 +193,7 @@ def time_model(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     row["seconds"] = {runtime: statistics.median(taken) for runtime, taken in times.items()}
     row["ratios"] = {
         f"{runtime} / {engine}": sorted(a / b for a, b in zip(times[runtime], times[engine], strict=True))
-        for engine in ("int8", "int8 compiled", "openvino")
+        for engine in ("int8", "int8 compiled", *openvino.PRECISIONS)
         for runtime in times
         if engine in times and runtime != engine
     }
@@ -234,7 +236,7 @@ def shown() -> None:
             cells.append(f"{statistics.median(found):.2f}" if found else "")
         print(f"| {runtime} | {' | '.join(cells)} |")
     for name, row in models.items():
-        beside = {key: values for key, values in row["ratios"].items() if key.endswith(" / openvino")}
+        beside = {key: values for key, values in row["ratios"].items() if key.partition(" / ")[2] in openvino.PRECISIONS}
         print(f"{name}: " + ", ".join(f"{key} {statistics.median(v):.2f} [{v[0]:.2f}, {v[-1]:.2f}]" for key, v in beside.items()))
 
 
@@ -320,7 +322,7 @@ def main() -> None:
     one.add_argument("--compile", action="store_true", help="with torch.compile too; takes minutes for each model")
     one.add_argument("--no-bfloat16", action="store_true", help="leave it out where the CPU has no such instructions")
     one.add_argument(
-        "--openvino", action="store_true", help="with the OpenVINO engine too; converting takes minutes for large models"
+        "--openvino", action="store_true", help="with the OpenVINO engines too; converting takes minutes for large models"
     )
     one.add_argument("--onnx", action="store_true", help="with the exported ONNX file in ONNX Runtime")
     one.add_argument("--peers", nargs="*", choices=peers.PEERS, default=[], help="with other runtimes")

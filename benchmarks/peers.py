@@ -47,13 +47,14 @@ def in_openvino(graph: Any, arguments: Arguments, precision: openvino.Precision 
     return lambda: compiled(given)
 
 
-def nncf(model: nn.Module, arguments: Arguments) -> Run:
+def nncf(model: nn.Module, arguments: Arguments, precision: openvino.Precision = "f32") -> Run:
     """Quantized by NNCF's post-training quantization, activations and weights at 8 bits."""
     import nncf  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     data = nncf.Dataset([tuple(tensor.numpy() for tensor in arguments.values())])
     kind = nncf.ModelType.TRANSFORMER if isinstance(model, DiTTransformer2DModel) else None
-    return in_openvino(nncf.quantize(openvino_graph(model, arguments), data, model_type=kind, subset_size=1), arguments)
+    placed = nncf.quantize(openvino_graph(model, arguments), data, model_type=kind, subset_size=1)
+    return in_openvino(placed, arguments, precision)
 
 
 def onnxruntime_float32(model: nn.Module, arguments: Arguments) -> Run:
@@ -80,5 +81,6 @@ PEERS: dict[str, Callable[[nn.Module, Arguments], Run]] = {
     "openvino float32": lambda model, arguments: in_openvino(openvino_graph(model, arguments), arguments),
     "openvino bfloat16": lambda model, arguments: in_openvino(openvino_graph(model, arguments), arguments, "bf16"),
     "openvino nncf": nncf,
+    "openvino nncf bfloat16": lambda model, arguments: nncf(model, arguments, "bf16"),
     "onnxruntime float32": onnxruntime_float32,
 }

@@ -28,6 +28,7 @@ from diffquant.evaluation.protocols import load_protocol, record_under, shipped_
 from diffquant.evaluation.sampling import sample
 from diffquant.recipe import shipped
 from diffquant.runtime.checkpoint import file_size, float32_size
+from diffquant.runtime.engines import ENGINES
 from diffquant.runtime.export import TARGETS
 from diffquant.zoo import models
 from diffquant.zoo.data import render_letters
@@ -35,7 +36,7 @@ from diffquant.zoo.data import render_letters
 HELP = (
     "Post-training quantization for diffusion models: calibrate on a pipeline's own sampling, pack, sample, compare. "
     "A model is a directory, a hub id, or a reference model (glyph-ddim, glyph-sd, glyph-dit). "
-    "What quantized models compute with is chosen by the CPU, or by the variable DIFFQUANT_ENGINE: int8, openvino or simulate."
+    f"What quantized models compute with is chosen by the CPU, or by the variable DIFFQUANT_ENGINE: {', '.join(ENGINES)}."
 )
 WIDE = 200  # columns where nothing says how many: in a pipe or a file
 app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)

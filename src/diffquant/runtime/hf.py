@@ -30,7 +30,7 @@ from diffquant.core.surgery import enable, is_frozen, prepare, quantized_layers,
 from diffquant.runtime.config import AGAIN, Method, QuantizationConfig
 from diffquant.runtime.engines import requested
 from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
-from diffquant.runtime.engines.openvino import install
+from diffquant.runtime.engines.openvino import PRECISIONS, install
 from diffquant.runtime.packing import (
     SHIFT_BITS,
     belongs_to_quantizer,
@@ -169,8 +169,8 @@ class DiffquantQuantizer(DiffusersQuantizer):
             model.register_forward_pre_hook(warn_unless_attached)
         if engine == "int8":
             lower(model)
-        elif engine == "openvino":
-            install(model)
+        elif engine in PRECISIONS:
+            install(model, PRECISIONS[engine])
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()  # a tensor that is a view of the mapped file would keep all of it
         self._load = None

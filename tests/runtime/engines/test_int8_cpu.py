@@ -545,13 +545,13 @@ def test_from_pretrained_chooses(saved: Path, caplog: pytest.LogCaptureFixture, 
     assert "this CPU is old; quantized models are simulated" in caplog.text
     with pytest.raises(CheckpointError, match="engine: 'int8', but this CPU is old; use engine='simulate'"):
         dq.load(saved, engine="int8")
-    with pytest.raises(CheckpointError, match="engine: 'int9'; allowed are int8, openvino, simulate"):
+    with pytest.raises(CheckpointError, match="engine: 'int9'; allowed are int8, openvino, openvino-bf16, simulate"):
         dq.load(saved, engine="int9")
     monkeypatch.undo()
     monkeypatch.setenv("DIFFQUANT_ENGINE", "simulate")
     assert packed(dq.load(saved).unet) == 0 and packed(dq.load(saved, engine="int8").unet) > 0
     monkeypatch.setenv("DIFFQUANT_ENGINE", "fast")
-    with pytest.raises(CheckpointError, match="engine: 'fast'; allowed are int8, openvino, simulate"):
+    with pytest.raises(CheckpointError, match="engine: 'fast'; allowed are int8, openvino, openvino-bf16, simulate"):
         dq.load(saved)
 
 

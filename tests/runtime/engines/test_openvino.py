@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import diffquant as dq
 import pipelines
 from diffquant.core.layers import AttentionProducts, attach_products
 from diffquant.core.planning import plan
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import prepare, quantized_layers, quantizers
+from diffquant.runtime.engines import engine_of, int8_cpu, openvino_graph
 from diffquant.runtime.engines import graph as graphs
-from diffquant.runtime.engines import int8_cpu, openvino_graph
 from diffquant.runtime.engines import openvino as engine
 from diffquant.runtime.engines.graph_call import Call
 from layer_cases import (
@@ -146,13 +147,14 @@ def unet() -> tuple[Any, dict[str, Any]]:
 
 
 @torch.no_grad()
-def compare(model: Any, arguments: dict[str, Any], full_precision: Any) -> dict[str, bool]:
+def compare(model: Any, arguments: dict[str, Any], full_precision: Any, name: str = "openvino") -> dict[str, bool]:
     """Codes on an edge flip and grow: the graph has to be closer to the simulation, by 10 dB, than that is to full precision."""
     expected, reference = model(**arguments).sample, full_precision(**arguments).sample
-    engine.install(model)
+    dq.use_engine(model, name)
+    assert engine_of(model) == name
     output = model(**arguments)
     (compiled,) = model.openvino_graphs.compiled.values()
-    engine.uninstall(model)
+    dq.use_engine(model, "simulate")
     assert type(output) is type(full_precision(**arguments))
     assert sqnr(expected, output.sample) > sqnr(reference, expected) + 10  # measured 18 dB and more
     assert torch.equal(model(**arguments).sample, expected)
@@ -186,6 +188,25 @@ def test_unet_and_its_pipeline(unet: tuple[Any, dict[str, Any]]) -> None:
     assert isinstance(outputs, tuple) and outputs[0].shape == (2, 3, 8, 8)
     engine.uninstall(model)
     engine.uninstall(model)  # a second time changes nothing
+
+
+@pytest.mark.skipif(bool(engine.unsupported("bf16")), reason="the CPU has no bfloat16")
+def test_bfloat16_between_the_products(unet: tuple[Any, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products are integers as before, and what lies between them is in bfloat16."""
+    model, arguments = unet
+    assert compare(model, arguments, pipelines.unet(), "openvino-bf16") == compare(model, arguments, pipelines.unet())
+    pipe = pipelines.ddim()
+    pipe.register_modules(unet=model)
+    loaded = dq.load(dq.save(pipe, tmp_path / "saved"), engine="openvino-bf16").unet
+    assert engine_of(loaded) == "openvino-bf16" == engine_of(copy.deepcopy(loaded))
+    loaded(**arguments)
+    (compiled,) = loaded.openvino_graphs.compiled.values()
+    types = {str(output.get_element_type()) for each in compiled.get_runtime_model().get_ordered_ops() for output in each.outputs()}
+    assert any("bfloat16" in each for each in types), types
+    monkeypatch.setattr(engine, "unsupported", lambda precision: "the CPU is old" if precision == "bf16" else "")
+    with pytest.raises(CheckpointError, match="engine: 'openvino-bf16', but the CPU is old; use engine='openvino'"):
+        dq.load(tmp_path / "saved", engine="openvino-bf16")
+    dq.load(tmp_path / "saved", engine="openvino")
 
 
 def test_a_model_that_computes_with_int8(layers_with_sets: Layers) -> None:

@@ -1,7 +1,8 @@
 """Engines: what a frozen model computes with. The simulation in floating point is their specification, and runs anywhere.
 
 ``int8``: PyTorch's integer kernels on a CPU (`int8_cpu`); the default where the CPU has them. ``openvino``: those of OpenVINO, on a
-CPU; needs the package of that name. ``simulate``: quantized values in floating point, on any device.
+CPU; needs the package of that name; ``openvino-bf16``: the same, with bfloat16 between them. ``simulate``: quantized values in
+floating point, on any device.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from diffquant.core.surgery import is_frozen, quantized_layers
 from diffquant.runtime.engines import int8_cpu, openvino
 from diffquant.runtime.engines.int8_cpu import Lowered
 from diffquant.runtime.engines.integer_layers import INTEGER
-from diffquant.runtime.engines.openvino_graph import package
 
 VARIABLE = "DIFFQUANT_ENGINE"
-ENGINES = ("int8", "openvino", "simulate")
+ENGINES = ("int8", *openvino.PRECISIONS, "simulate")
 
 _requested: ContextVar[str | None] = ContextVar("engine", default=None)
 _log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ def check_engine(engine: str | None) -> None:
         raise CheckpointError(f"engine: {engine!r}; allowed are {', '.join(ENGINES)}")
     if engine == "int8" and (reason := int8_cpu.unsupported()):
         raise CheckpointError(f"engine: 'int8', but {reason}; use engine='simulate'")
-    if engine == "openvino":
-        package()
+    if engine in openvino.PRECISIONS and (reason := openvino.unsupported(openvino.PRECISIONS[engine])):
+        raise CheckpointError(f"engine: {engine!r}, but {reason}; use engine='openvino'")
 
 
 @contextmanager
@@ -68,8 +68,8 @@ def requested() -> str:
 
 def engine_of(model: nn.Module) -> str:
     """What `model` computes with: an engine's name, or "float" where no layer of it is quantized."""
-    if hasattr(model, "openvino_graphs"):
-        return "openvino"
+    if (precision := openvino.precision_of(model)) is not None:
+        return next(name for name, each in openvino.PRECISIONS.items() if each == precision)
     layers = [layer for _, layer in quantized_layers(model)]
     if any(isinstance(layer, INTEGER) for layer in layers):
         return "int8"
@@ -96,8 +96,8 @@ def use_engine(pipe_or_model: Any, name: str | None = None) -> list[Lowered]:
             rows += int8_cpu.lower(model)
             continue
         int8_cpu.simulate(model)
-        if name == "openvino":
-            rows += openvino.install(model)
+        if name in openvino.PRECISIONS:
+            rows += openvino.install(model, openvino.PRECISIONS[name])
         else:
             rows += [Lowered(layer, "the engine is simulate") for layer, _ in quantized_layers(model)]
     return rows

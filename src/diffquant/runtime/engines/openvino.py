@@ -29,8 +29,9 @@ from diffquant.runtime.engines.graph_call import Call, feed
 from diffquant.runtime.engines.int8_cpu import Lowered
 from diffquant.runtime.engines.openvino_graph import FORM, convert, package
 
-Precision = Literal["f32", "bf16", "f16"]
+Precision = Literal["f32", "bf16"]  # with "f16" OpenVINO 2026.4 computes another picture, slowly, on a CPU
 
+PRECISIONS: dict[str, Precision] = {"openvino": "f32", "openvino-bf16": "bf16"}  # of what is not quantized, by the engine's name
 FILE = "openvino_model.xml"  # as optimum names it
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")  # layer types of the CPU plugin that multiply two operands
 
@@ -53,6 +54,12 @@ def compile_graph(graph: Any, precision: Precision = "f32") -> Any:
     """
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     return package().Core().compile_model(graph, "CPU", settings)
+
+
+def unsupported(precision: Precision) -> str:
+    """Why this machine's CPU does not compute in `precision`; empty where it does. Raises `CheckpointError` without OpenVINO."""
+    able = package().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "" if precision == "f32" or "BF16" in able else "the CPU has no instructions for bfloat16"
 
 
 def integer_layers(compiled: Any) -> dict[str, bool]:
@@ -152,6 +159,12 @@ def uninstall(model: nn.Module) -> None:
     if hasattr(model, "openvino_graphs"):
         model.__class__ = type(model).__mro__[1]
         del model.openvino_graphs
+
+
+def precision_of(model: nn.Module) -> Precision | None:
+    """The precision that `model` was installed with, or None where OpenVINO does not compute it."""
+    graphs = getattr(model, "openvino_graphs", None)
+    return graphs.precision if isinstance(graphs, _Graphs) else None
 
 
 @functools.cache

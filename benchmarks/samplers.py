@@ -3,7 +3,8 @@
     python benchmarks/samplers.py CHECKPOINT --steps 10 20 50 100
 
 CHECKPOINT is a folder that `diffquant quantize` or a comparison wrote; full precision is the reference model it was made from.
-Every row compares the two on the same noise with the same sampler. Rows that the results hold already are not measured again.
+Every row compares the two on the same noise with the same sampler. Rows that the results hold already are not measured again. A sampler that the pipeline cannot be sampled with is
+left out, with the reason.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from rich.table import Table
 
 import diffquant as dq
 from diffquant import zoo
+from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.compare import compare_to
 from diffquant.evaluation.reference import run_reference
 
@@ -53,7 +55,11 @@ def main() -> None:
             labels = {folder: f"{arguments.model} {folder.name}, {sampler}, {steps} steps" for folder in arguments.checkpoints}
             if all(found.get(label, {}).get("samples") == arguments.samples for label in labels.values()):
                 continue
-            reference = run_reference(full, protocol(sampler, steps, arguments), features=classifier, data=data)
+            try:
+                reference = run_reference(full, protocol(sampler, steps, arguments), features=classifier, data=data)
+            except EvaluationError as error:
+                print(f"{arguments.model}, {sampler}: {error}", flush=True)
+                break
             for folder, label in labels.items():
                 result = compare_to(reference, dq.load(folder), name=label)
                 assert result.to_reference is not None and reference.floor is not None
@@ -73,8 +79,9 @@ def main() -> None:
     for folder in arguments.checkpoints:
         table = Table(folder.name, *(f"{steps} steps" for steps in arguments.steps))
         for sampler in arguments.samplers:
-            rows = [found[f"{arguments.model} {folder.name}, {sampler}, {steps} steps"] for steps in arguments.steps]
-            table.add_row(sampler, *(f"{row['final_error']['value']:.3f}, FID {row['fid']['value']:.1f}" for row in rows))
+            rows = [found.get(f"{arguments.model} {folder.name}, {sampler}, {steps} steps") for steps in arguments.steps]
+            shown = (f"{row['final_error']['value']:.3f}, FID {row['fid']['value']:.1f}" if row else "" for row in rows)
+            table.add_row(sampler, *shown)
         Console(width=140).print(table)
 
 

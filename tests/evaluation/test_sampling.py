@@ -187,6 +187,11 @@ def test_impossible_protocols_are_refused(arguments, message):
         ("ddim", {"class_labels": (1,)}, r"protocol.class_labels: is given, but DDIMPipeline is unconditional"),
         ("ddim", {"steps": 2000}, r"protocol.steps: is 2000; DDIMScheduler has 1000 timesteps"),
         ("dit", {"prompts": ("a",)}, r"DiTPipeline: does not take prompt"),
+        (
+            "dit",
+            {"class_labels": (1,), "sampler": "euler"},
+            r"noise of deviation .*, where EulerDiscreteScheduler expects 1\d\.\d;",
+        ),
         ("ldm", {"sampler": "unipc", "eta": 0.5}, r"protocol.eta: is 0.5; UniPCMultistepScheduler takes none"),
     ],
 )

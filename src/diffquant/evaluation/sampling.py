@@ -187,6 +187,8 @@ def sample_pipeline(
     def observed(prediction: Tensor, timestep: Any, before: Tensor, after: Tensor, options: dict[str, Any]) -> None:
         nonlocal latest
         before, prediction, after = (_without_guidance_half(x, len(indices)) for x in (before, prediction, after))
+        if latest is None:
+            _check_noise(pipe, scheduler, before)
         latest = StepResult(latest.step + 1 if latest else 0, float(timestep), before, prediction, after)
         on_step(indices, latest)
 
@@ -200,6 +202,16 @@ def sample_pipeline(
         raise EvaluationError(f"{type(pipe).__name__}: took no scheduler step or returned no images; it cannot be compared")
     pictures = torch.from_numpy(output.images).float().permute(0, 3, 1, 2)  # [n, h, w, c] in [0, 1] -> [n, c, h, w]
     return pictures * 2 - 1, latest.sample_after.float().cpu()
+
+
+def _check_noise(pipe: Pipeline, scheduler: Any, first: Tensor) -> None:
+    """Refuse a scheduler that wants its noise scaled by a pipeline that does not scale it (DiT under Euler)."""
+    wanted, found = float(getattr(scheduler, "init_noise_sigma", 1.0)), float(first.float().std())
+    if wanted > 2 and found < wanted / 2:
+        raise EvaluationError(
+            f"{type(pipe).__name__}: starts from noise of deviation {found:.1f}, where {type(scheduler).__name__} expects "
+            f"{wanted:.1f}; choose another sampler"
+        )
 
 
 def _call_arguments(pipe: Pipeline, scheduler: Any, protocol: SamplingProtocol, seed: int, indices: range) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     python benchmarks/samplers.py CHECKPOINT --steps 10 20 50 100
 
 CHECKPOINT is a folder that `diffquant quantize` or a comparison wrote; full precision is the reference model it was made from.
-Every row compares the two on the same noise with the same sampler. Rows that the results hold already are not measured again. A sampler that the pipeline cannot be sampled with is
-left out, with the reason.
+Every row compares the two on the same noise with the same sampler. Rows that the results hold already are not measured again. A
+sampler that the pipeline cannot be sampled with is left out, with the reason.
 """
 
 import argparse

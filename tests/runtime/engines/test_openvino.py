@@ -21,6 +21,7 @@ from diffquant.runtime.engines import engine_of, int8_cpu, openvino_graph
 from diffquant.runtime.engines import graph as graphs
 from diffquant.runtime.engines import openvino as engine
 from diffquant.runtime.engines.graph_call import Call
+from diffquant.runtime.engines.graph_operands import operands_of
 from layer_cases import (
     CASES,
     CHANNELS,
@@ -236,9 +237,7 @@ def test_asymmetric_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = [*EVERYWHERE, LayerRule(match="@attention", input_symmetric=False)]
     arguments = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([500, 500]), "class_labels": torch.arange(2)}
     model = frozen(pipelines.dit().transformer, arguments, (), rules)
-    steps = [
-        step for module in model.modules() if isinstance(module, AttentionProducts) for step in graphs._operands(module).values()
-    ]
+    steps = [step for module in model.modules() if isinstance(module, AttentionProducts) for step in operands_of(module).values()]
     assert sum(not step.signed for step in steps if step) == 8  # softmax is never signed
     assert sum(compare(model, arguments, pipelines.dit().transformer).values()) == 16
     monkeypatch.setattr(graphs, "SUMMED_KEYS", 15)
@@ -318,5 +317,5 @@ def test_attention_with_a_mask(monkeypatch: pytest.MonkeyPatch, bits: int, zero_
     for mask in (torch.rand(2, 1, 5, 5) > 0.3, torch.randn(2, 1, 5, 5)):
         mask[..., 0] = 1
         expected = module(*operands, attn_mask=mask)
-        found = graphs._attention(trace, graphs._operands(module), *operands, attn_mask=mask)
+        found = graphs._attention(trace, operands_of(module), *operands, attn_mask=mask)
         assert torch.allclose(found, expected, atol=1e-5)  # no code of this seed is on a rounding edge

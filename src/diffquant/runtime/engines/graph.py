@@ -13,7 +13,7 @@ all sets must share it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, final
 
@@ -24,16 +24,15 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, smoothed_weight
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer
+from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import CheckpointError, SpecError
 from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
 from diffquant.runtime.engines.graph_call import Call
+from diffquant.runtime.engines.graph_operands import Part, Step, operands_of, parts_of, splits_of, steps_of
 from diffquant.runtime.engines.integer_layers import INTEGER
-from diffquant.runtime.engines.kernels import LIMB, digits
 
 MakeOutput = Callable[[tuple[Tensor, ...]], Any]
-_Digit = tuple[Tensor, Tensor | None]  # int8 [out, in, ...] and its scale for each output
 
 CENTRE = 128  # of 256 codes
 SUMMED_KEYS = 512  # of an attention; up to here the sums of the softmax rows cost OpenVINO less than a product in floating point
@@ -57,7 +56,7 @@ class Form(NamedTuple):
 def signed(model: nn.Module) -> bool:
     """Whether every activation that is quantized is written as int8 with a zero point of 0; weights always are."""
     given = [quantizer for _, quantizer in quantizers(model) if quantizer.clock is not None]
-    return all(step.signed for quantizer in given for step in _steps(quantizer))
+    return all(step.signed for quantizer in given for step in steps_of(quantizer))
 
 
 def integer_layers(products: Iterable[tuple[str, bool]]) -> dict[str, bool]:
@@ -99,30 +98,6 @@ def check(model: nn.Module, runtime: str) -> None:
                 )
 
 
-class _Step(NamedTuple):
-    """What quantizes one part of an operand, as numbers; ``scales``: of the intervals, where there are parameter sets."""
-
-    scale: float
-    zero_point: int
-    low: int  # smallest and largest code, minus the zero point
-    high: int
-    clamps: bool
-    scales: Tensor | None
-
-    @property
-    def signed(self) -> bool:
-        """Whether the codes minus the zero point fit int8: the zero point is then written as 0."""
-        return self.low >= -128 and self.high <= 127
-
-
-class _Part(NamedTuple):
-    """One part of the input channels of a layer."""
-
-    step: _Step | None
-    inverse: Tensor | None
-    digits: list[_Digit]
-
-
 @final
 class Trace(nn.Module):
     """A denoiser as a function of tensors alone, for the time of its conversion."""
@@ -152,14 +127,14 @@ class Trace(nn.Module):
         try:
             self.eval()
             for name, layer in quantized_layers(self.denoiser):
-                parts = _parts(layer)
+                parts = parts_of(layer)
                 for index, (integers, _) in enumerate(digit for part in parts for digit in part.digits):
                     self.register_buffer(f"{name}.{index}".replace(".", "/"), integers)  # a constant would be part of the code
                 layer.forward = functools.partial(_layer, self, layer, parts)  # type: ignore[method-assign]
                 changed.append(layer)
             for module in self.denoiser.modules():
                 if isinstance(module, AttentionProducts):
-                    module.forward = functools.partial(_attention, self, _operands(module))  # type: ignore[method-assign]
+                    module.forward = functools.partial(_attention, self, operands_of(module))  # type: ignore[method-assign]
                     changed.append(module)
             yield
         finally:
@@ -167,7 +142,7 @@ class Trace(nn.Module):
                 del module.forward
             self.denoiser.train(training)
 
-    def quantized(self, step: _Step | None, x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
+    def quantized(self, step: Step | None, x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
         """`x` times `inverse` quantized, and the factor that its product has to be multiplied by.
 
         The order matters: OpenVINO 2026.4 computes wrongly where a division by channel, or a multiplication and then a clamp,
@@ -184,7 +159,7 @@ class Trace(nn.Module):
         x = x if inverse is None else x * inverse
         return self.form.quantize(x, step.scale, 0 if step.signed else step.zero_point, step.signed), factor
 
-    def centred(self, step: _Step | None, x: Tensor) -> tuple[Tensor, float | Tensor, float]:
+    def centred(self, step: Step | None, x: Tensor) -> tuple[Tensor, float | Tensor, float]:
         """As `quantized`, of codes around 128 where the form asks for it: `x` is the first plus the last, times the factor."""
         if step is None or step.signed or not self.form.centres:
             return *self.quantized(step, x), 0.0
@@ -192,7 +167,7 @@ class Trace(nn.Module):
         offset = (CENTRE + step.low) * step.scale
         return self.form.quantize(x - offset, step.scale, 0, True), factor, offset
 
-    def _scaled(self, step: _Step, x: Tensor) -> tuple[Tensor, float | Tensor]:
+    def _scaled(self, step: Step, x: Tensor) -> tuple[Tensor, float | Tensor]:
         """`x` by its present scale where there are parameter sets, and that scale."""
         if step.scales is None:
             return x, 1.0
@@ -201,30 +176,9 @@ class Trace(nn.Module):
         return x / factor, factor
 
 
-def _steps(quantizer: Quantizer | None) -> list[_Step]:
-    """By part of the channels, what a quantizer does."""
-    if quantizer is None:
-        return []
-    spec, row, table, steps = quantizer.spec, _row(quantizer), quantizer.table, []
-    for part in range(quantizer.scale.shape[1]):
-        zero_point = int(quantizer.zero_point[row, part])
-        low, high = spec.code_min - zero_point, spec.code_max - zero_point
-        scales = None if table is None else quantizer.scale[table.long(), part]
-        scale = float(quantizer.scale[row, part]) if scales is None else 1.0
-        steps.append(_Step(scale, zero_point, low, high, spec.bits < 8, scales))
-    return steps
-
-
-def _parts(layer: QuantizedLayer) -> list[_Part]:
-    weights = _weights(layer)
-    steps: Sequence[_Step | None] = _steps(layer.input_quantizer) or [None] * len(weights)
-    inverses: Sequence[Tensor | None] = _inverses(layer) or [None] * len(weights)
-    return [_Part(*given) for given in zip(steps, inverses, weights, strict=True)]
-
-
-def _layer(trace: Trace, layer: QuantizedLayer, parts: list[_Part], x: Tensor) -> Tensor:
+def _layer(trace: Trace, layer: QuantizedLayer, parts: list[Part], x: Tensor) -> Tensor:
     """The forward of a layer, a product for each digit of each part of its weight."""
-    splits, axis = _splits(layer), 1 if isinstance(layer, QuantizedConv2d) else -1
+    splits, axis = splits_of(layer), 1 if isinstance(layer, QuantizedConv2d) else -1
     output: Tensor | None = None
     for part, values in zip(parts, x.split(splits, dim=axis) if splits else (x,), strict=True):
         for integers, scale in part.digits:
@@ -243,70 +197,9 @@ def _layer(trace: Trace, layer: QuantizedLayer, parts: list[_Part], x: Tensor) -
     return output + layer.bias.view(-1, 1, 1) if axis == 1 else trace.form.add(output, layer.bias)
 
 
-def _inverses(layer: QuantizedLayer) -> list[Tensor] | None:
-    """By part of the input channels, what they are multiplied by before they are quantized: 1 / (smooth * 2^shift)."""
-    smooth, given = layer.smooth, layer.input_quantizer
-    inverse = None if smooth is None else 1 / smooth
-    if given is not None and given.shift is not None:
-        powers = torch.exp2(-given.shift[_row(given)].float())
-        inverse = powers if inverse is None else powers * inverse
-    return None if inverse is None else [each.view(_view(layer)) for each in inverse.split(_splits(layer) or [len(inverse)])]
-
-
-def _weights(layer: QuantizedLayer) -> list[list[_Digit]]:
-    """By part of the input channels, the digits of the shifted integer weight and their scales for each output.
-
-    A weight that is not quantized is one digit without scale.
-    """
-    quantizer, given = layer.weight_quantizer, layer.input_quantizer
-    whole = smoothed_weight(layer).detach().float() if quantizer is None else quantizer.codes
-    assert whole is not None
-    outputs, channels = whole.shape[:2]
-    shift = torch.zeros(outputs, channels, dtype=torch.int32)
-    if given is not None and given.shift is not None:
-        shift = (
-            given.shift[_row(given)]
-            .int()
-            .view(-1, channels)
-            .repeat_interleave(outputs // (given.shift.shape[1] // channels), dim=0)
-        )
-    sizes, beside = _splits(layer) or [channels], [1] * (whole.dim() - 2)
-    found: list[list[_Digit]] = []
-    for part, (values, shifts) in enumerate(zip(whole.split(sizes, 1), shift.split(sizes, 1), strict=True)):
-        shifts = shifts.reshape(*shifts.shape, *beside)
-        if quantizer is None:
-            found.append([(values * torch.exp2(shifts.float()), None)])
-            continue
-        scale, zero_point = (
-            each[:, part].expand(outputs).reshape(-1, 1, *beside) for each in (quantizer.scale, quantizer.zero_point)
-        )
-        integers = (values.int() - zero_point.int()) << shifts
-        found.append([(digit, scale.flatten() * float(LIMB**index)) for index, digit in enumerate(digits(integers))])
-    return found
-
-
-def _row(quantizer: Quantizer) -> int:
-    """A row of the quantizer that is in use; what is read from it is the same in all others (`check`)."""
-    return 0 if quantizer.table is None else int(quantizer.table[0])
-
-
-def _view(layer: QuantizedLayer) -> tuple[int, ...]:
-    """The shape in which a value for each channel broadcasts against inputs and outputs of `layer`."""
-    return (-1, 1, 1) if isinstance(layer, QuantizedConv2d) else (-1,)
-
-
-def _splits(layer: QuantizedLayer) -> list[int]:
-    return list(next((q.splits for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None), ()))
-
-
-def _operands(products: AttentionProducts) -> dict[str, _Step | None]:
-    names = ("query", "key", "value", "softmax")
-    return {name: next(iter(_steps(getattr(products, name))), None) for name in names}
-
-
 def _attention(
     trace: Trace,
-    steps: dict[str, _Step | None],
+    steps: dict[str, Step | None],
     query: Tensor,
     key: Tensor,
     value: Tensor,

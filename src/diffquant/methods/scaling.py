@@ -67,9 +67,21 @@ def _multiply(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
 def _live_input(layer: QuantizedLayer, smooth: Tensor, x: Tensor, per_sample: bool) -> Tensor:
     quantizer, axis = layer.input_quantizer, 1 if isinstance(layer, QuantizedConv2d) else x.dim() - 1
     assert quantizer is not None
-    x = x.float() / smooth.view([-1 if dim == axis else 1 for dim in range(x.dim())])
-    rows = len(x) if per_sample else 1
-    return torch.cat([_live(part, rows, quantizer.spec) for part in x.split(_sizes(layer), dim=axis)], dim=axis)
+    sizes, spec = _sizes(layer), quantizer.spec
+    parts = zip(x.float().split(sizes, dim=axis), (1 / smooth).split(sizes), strict=True)
+    found = [_live_part(part, factors, axis, per_sample, spec) for part, factors in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=axis)
+
+
+def _live_part(x: Tensor, factors: Tensor, axis: int, per_sample: bool, spec: QuantSpec) -> Tensor:
+    """`x` times positive `factors` of its channels on `axis`, quantized over its extremes, which are found before the product."""
+    reduced = [dim for dim in range(x.dim()) if dim != axis and not (per_sample and dim == 0)]
+    channels = x.detach()
+    low, high = (channels.amin(reduced), channels.amax(reduced)) if reduced else (channels, channels)
+    scale, zero_point = scale_from_range((low * factors).amin(dim=-1), (high * factors).amax(dim=-1), spec)
+    shape = (-1, *[1] * (x.dim() - 1))
+    scaled = x * factors.view([-1 if dim == axis else 1 for dim in range(x.dim())])
+    return fake_quantize(scaled, scale.view(shape), zero_point.view(shape), spec)
 
 
 def _live_weight(layer: QuantizedLayer, smooth: Tensor, searched: bool) -> Tensor:

@@ -9,15 +9,18 @@
 
 Corrections are fitted to one model (the first arm) and attached to it in turn; on full precision, all that the run-time estimate
 changes is its own bias. Rows of more steps spend a correction's further denoiser calls on steps instead. Recordings and passes
-stay in --work, where compare.py and accuquant.py find them.
+stay in --work, where compare.py and accuquant.py find them; rows of corrections that --out holds, of as many samples, are not
+measured again.
 """
 
 import argparse
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,36 +132,52 @@ def layer_errors(model: nn.Module, data: dq.Trajectory) -> dict[str, dict[str, f
 
 def corrections(arguments: argparse.Namespace) -> dict[str, Any]:
     """Final error and FID with each correction, eta by eta, on the int8 engine; and what its calls buy as further steps."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+
+    def held(label: str) -> bool:
+        return bool(found.get(label, {}).get("samples") == arguments.samples)
+
+    def measure(label: str, draw: Callable[[], Drawn], reference: Drawn) -> None:
+        if not held(label):
+            found[label] = row(label, draw(), reference)
+            write(arguments, found)
+
+    steps_of = {name: step for name, step in passes().items() if arguments.only is None or name in arguments.only}
     for eta in arguments.eta:
         protocol = dq.SamplingProtocol(
             samples=arguments.samples, steps=STEPS, seed=1000, eta=eta, guidance_scale=arguments.guidance
         )
         full = zoo.load(arguments.model)
-        reference = drawn(full, protocol, None)
-        found |= row(f"full precision eta {eta}", reference, reference)
+        reference = drawn(full, protocol)
+        if not held(f"full precision eta {eta}"):
+            found[f"full precision eta {eta}"] = row(f"full precision eta {eta}", reference, reference)
         recorded = recording(full, arguments.work, arguments.seeds[0], arguments.guidance)
-        for name, step in chosen(arguments):
+        for name, step in steps_of.items():
             if isinstance(step, RuntimeNoiseEstimate):
                 control = fitted_by(step, find_denoiser(full)[1], recorded)
-                found |= row(f"full precision eta {eta} {name}", drawn(full, protocol, control), reference)
-        for bits in arguments.bits:
-            for seed in arguments.seeds:
-                pipe, data = quantized(arguments.arms[0], bits, seed, arguments)
-                model = find_denoiser(pipe)[1]
-                fitted = {name: fitted_by(step, model, data) for name, step in chosen(arguments)}
-                freeze(model)
-                dq.use_engine(pipe)
-                label = f"{bits} {arguments.arms[0]} seed {seed} eta {eta}"
-                lengths = set()
-                for name, correction in [("none", None), *fitted.items()]:
-                    result = drawn(pipe, protocol, correction)
-                    found |= row(f"{label} {name}", result, reference)
-                    lengths.add(round(result.calls))
-                for steps in sorted(lengths - {STEPS}):
-                    found |= row(f"{label} none, {steps} steps", drawn(pipe, replace(protocol, steps=steps), None), reference)
-                write(arguments, found)
+                measure(f"full precision eta {eta} {name}", partial(drawn, full, protocol, control), reference)
+        for bits, seed in product(arguments.bits, arguments.seeds):
+            label = f"{bits} {arguments.arms[0]} seed {seed} eta {eta}"
+            more = f"{label} none, {{}} steps"
+            if all(held(f"{label} {name}") for name in ("none", *steps_of)) and all(
+                held(more.format(steps)) for steps in longer(found, label, steps_of)
+            ):
+                continue
+            pipe, data = quantized(arguments.arms[0], bits, seed, arguments)
+            model = find_denoiser(pipe)[1]
+            fitted = {name: fitted_by(step, model, data) for name, step in steps_of.items() if not held(f"{label} {name}")}
+            freeze(model)
+            dq.use_engine(pipe)
+            for name, correction in [("none", None), *fitted.items()]:
+                measure(f"{label} {name}", partial(drawn, pipe, protocol, correction), reference)
+            for steps in longer(found, label, steps_of):
+                measure(more.format(steps), partial(drawn, pipe, replace(protocol, steps=steps)), reference)
     return found
+
+
+def longer(found: dict[str, Any], label: str, names: Iterable[str]) -> list[int]:
+    """The numbers of steps that take as many calls as the corrections with further calls did."""
+    return sorted({round(found[f"{label} {name}"]["calls"]) for name in names} - {STEPS})
 
 
 class Drawn(NamedTuple):
@@ -170,7 +189,7 @@ class Drawn(NamedTuple):
     calls: float
 
 
-def drawn(pipe: Any, protocol: dq.SamplingProtocol, correction: Any) -> Drawn:
+def drawn(pipe: Any, protocol: dq.SamplingProtocol, correction: Any = None) -> Drawn:
     """Sample with a correction attached."""
     moments: dict[int, list[tuple[float, float]]] = {}
     calls = []
@@ -222,10 +241,6 @@ def passes() -> dict[str, Any]:
     }
 
 
-def chosen(arguments: argparse.Namespace) -> list[tuple[str, Any]]:
-    return [(name, step) for name, step in passes().items() if arguments.only is None or name in arguments.only]
-
-
 def fitted_by(step: Any, model: nn.Module, data: dq.Trajectory) -> Any:
     with fit.run() as run:
         step.apply(model, data, torch.Generator().manual_seed(0), run)
@@ -247,6 +262,7 @@ def row(label: str, result: Drawn, reference: Drawn) -> dict[str, Any]:
         "fid": asdict(distances(features, classifier.features(wanted), "paired", generator).fid),
         "fid_to_data": asdict(distances(features, data.features, "fixed", generator).fid),
         "legibility": asdict(bootstrap_mean(classifier.confidence(pictures), generator)),
+        "samples": len(errors),
         "calls": result.calls,
         "mean": [round(value, 5) for value in result.mean],
         "deviation": [round(value, 5) for value in result.deviation],
@@ -258,7 +274,7 @@ def row(label: str, result: Drawn, reference: Drawn) -> dict[str, Any]:
         f"legibility {found['legibility']['value']:.3f}, last mean {result.mean[-1]:.4f}, deviation {result.deviation[-1]:.4f}",
         flush=True,
     )
-    return {label: found}
+    return found
 
 
 def write(arguments: argparse.Namespace, found: dict[str, Any]) -> None:

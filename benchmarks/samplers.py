@@ -13,9 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 import diffquant as dq
 from diffquant import zoo
 from diffquant.core.spec import EvaluationError
@@ -77,12 +74,18 @@ def main() -> None:
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 arguments.out.write_text(json.dumps(found, indent=1))
     for folder in arguments.checkpoints:
-        table = Table(folder.name, *(f"{steps} steps" for steps in arguments.steps))
+        print(f"\n{folder.name}\n\n| | {' | '.join(f'{steps} steps' for steps in arguments.steps)} |")
+        print(f"|{'---|' * (1 + len(arguments.steps))}")
         for sampler in arguments.samplers:
             rows = [found.get(f"{arguments.model} {folder.name}, {sampler}, {steps} steps") for steps in arguments.steps]
-            shown = (f"{row['final_error']['value']:.3f}, FID {row['fid']['value']:.1f}" if row else "" for row in rows)
-            table.add_row(sampler, *shown)
-        Console(width=140).print(table)
+            if any(rows):
+                print(f"| {sampler} | {' | '.join(shown(row) if row else '' for row in rows)} |")
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Final error and FID to full precision, with its floor."""
+    error = row["final_error"]
+    return f"{error['value']:.3f} [{error['low']:.3f}, {error['high']:.3f}], {row['fid']['value']:.1f} ({row['floor']:.1f})"
 
 
 if __name__ == "__main__":

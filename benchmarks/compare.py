@@ -4,6 +4,7 @@
     python benchmarks/compare.py --bits w4a6 --arms "dmq drop=PowerOfTwoScaling" "brecq layers.0.sets=1000"
     python benchmarks/compare.py --bits w4a6 --arms "dmq insert=PowerOfTwoScaling:LearnScales,iterations=250,samples=512"
     python benchmarks/compare.py --model glyph-sd --guidance 3 --bits w4a8 w4a6 --seeds 0 1 2 --arms brecq accuquant
+    python benchmarks/compare.py --scheduler clip_sample=false --bits w4a8 --arms brecq accuquant
 
 An arm is a recipe and what is changed in it: an option of a pass (PASS.option=value), a path as of --set, drop=PASS, or
 insert=BEFORE:PASS,option=value. The first arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in
@@ -41,6 +42,15 @@ def recording(pipe: Any, work: Path, seed: int, guidance: float | None = None, s
     return dq.record(pipe, calibration, folder=work / f"recording-{seed}")
 
 
+def with_scheduler(pipe: Any, overrides: list[str]) -> Any:
+    """The pipeline with changed options of its scheduler."""
+    changes = {key: yaml.safe_load(value) for key, _, value in (override.partition("=") for override in overrides)}
+    if unknown := sorted(changes.keys() - pipe.scheduler.config.keys()):
+        raise SystemExit(f"--scheduler: {type(pipe.scheduler).__name__} has no {', '.join(unknown)}")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    return pipe
+
+
 def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
     """The recipe that an arm describes."""
     name, *changes = arm.split()
@@ -69,7 +79,7 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
 
 def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argparse.Namespace], dq.Recipe]) -> None:
     """Every arm at every bits and seed, on the same noise; the JSON file and the report grow with every arm."""
-    pipe = zoo.load(arguments.model)
+    pipe = with_scheduler(zoo.load(arguments.model), arguments.scheduler)
     protocol = dq.SamplingProtocol(
         samples=arguments.samples,
         steps=arguments.steps,
@@ -152,6 +162,9 @@ def add_arguments(parser: argparse.ArgumentParser, work: Path, arms: list[str]) 
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--steps", type=int, default=STEPS, help="of recordings and samples; with a --work of their own")
     parser.add_argument("--accumulation", type=int, default=0)
+    parser.add_argument(
+        "--scheduler", nargs="*", default=[], metavar="OPTION=VALUE", help="of recordings and samples; with a --work of their own"
+    )
     parser.add_argument("--set", nargs="*", default=[], dest="overrides")
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from compare import STEPS, add_arguments, recipe_of, recording
+from compare import STEPS, add_arguments, recipe_of, recording, with_scheduler
 from matplotlib import pyplot
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ CALLS = 64  # recorded calls over which layers are compared
 
 def quantized(arm: str, bits: str, seed: int, arguments: argparse.Namespace) -> tuple[Any, dq.Trajectory]:
     """A pipeline after an arm's passes, its weights still there so that full precision can run beside it."""
-    pipe = zoo.load(arguments.model)
+    pipe = with_scheduler(zoo.load(arguments.model), arguments.scheduler)
     model = find_denoiser(pipe)[1]
     data = recording(pipe, arguments.work, seed, arguments.guidance)
     recipe = recipe_of(arm, bits, arguments)
@@ -147,7 +147,7 @@ def corrections(arguments: argparse.Namespace) -> dict[str, Any]:
         protocol = dq.SamplingProtocol(
             samples=arguments.samples, steps=STEPS, seed=1000, eta=eta, guidance_scale=arguments.guidance
         )
-        full = zoo.load(arguments.model)
+        full = with_scheduler(zoo.load(arguments.model), arguments.scheduler)
         reference = drawn(full, protocol)
         if not held(f"full precision eta {eta}"):
             found[f"full precision eta {eta}"] = row(f"full precision eta {eta}", reference, reference)

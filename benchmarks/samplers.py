@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from compare import with_scheduler
+
 import diffquant as dq
 from diffquant import zoo
 from diffquant.core.spec import EvaluationError
@@ -40,16 +42,21 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--model", default="glyph-ddim", help="the reference model in full precision")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the pipeline's")
+    parser.add_argument("--scheduler", nargs="*", default=[], metavar="OPTION=VALUE", help="changed options of the samplers")
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     parser.add_argument("--steps", nargs="+", type=int, default=[10, 20, 50, 100])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/samplers.json"))
     arguments = parser.parse_args()
-    full, classifier, data = zoo.load(arguments.model), zoo.load("glyph-classifier"), zoo.load_statistics()
+    full = with_scheduler(zoo.load(arguments.model), arguments.scheduler)
+    classifier, data = zoo.load("glyph-classifier"), zoo.load_statistics()
+    options = "".join(f" {override}" for override in arguments.scheduler)
     found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for sampler in arguments.samplers:
         for steps in arguments.steps:
-            labels = {folder: f"{arguments.model} {folder.name}, {sampler}, {steps} steps" for folder in arguments.checkpoints}
+            labels = {
+                folder: f"{arguments.model} {folder.name}, {sampler}{options}, {steps} steps" for folder in arguments.checkpoints
+            }
             if all(found.get(label, {}).get("samples") == arguments.samples for label in labels.values()):
                 continue
             try:
@@ -58,7 +65,9 @@ def main() -> None:
                 print(f"{arguments.model}, {sampler}: {error}", flush=True)
                 break
             for folder, label in labels.items():
-                result = compare_to(reference, dq.load(folder), name=label)
+                pipe = dq.load(folder)
+                pipe.scheduler = full.scheduler
+                result = compare_to(reference, pipe, name=label)
                 assert result.to_reference is not None and reference.floor is not None
                 found[label] = {
                     "samples": arguments.samples,
@@ -77,9 +86,10 @@ def main() -> None:
         print(f"\n{folder.name}\n\n| | {' | '.join(f'{steps} steps' for steps in arguments.steps)} |")
         print(f"|{'---|' * (1 + len(arguments.steps))}")
         for sampler in arguments.samplers:
-            rows = [found.get(f"{arguments.model} {folder.name}, {sampler}, {steps} steps") for steps in arguments.steps]
+            label = f"{arguments.model} {folder.name}, {sampler}{options}"
+            rows = [found.get(f"{label}, {steps} steps") for steps in arguments.steps]
             if any(rows):
-                print(f"| {sampler} | {' | '.join(shown(row) if row else '' for row in rows)} |")
+                print(f"| {sampler}{options} | {' | '.join(shown(row) if row else '' for row in rows)} |")
 
 
 def shown(row: dict[str, Any]) -> str:

@@ -82,14 +82,15 @@ def main() -> None:
                 print(f"{label}: final error {result.final_error.value:.3f}, FID {result.to_reference.fid.value:.2f}", flush=True)
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 arguments.out.write_text(json.dumps(found, indent=1))
-    for folder in arguments.checkpoints:
-        print(f"\n{folder.name}\n\n| | {' | '.join(f'{steps} steps' for steps in arguments.steps)} |")
-        print(f"|{'---|' * (1 + len(arguments.steps))}")
-        for sampler in arguments.samplers:
+    print(f"\n| sampler | | {' | '.join(f'{steps} steps' for steps in arguments.steps)} |\n|{'---|' * (2 + len(arguments.steps))}")
+    for sampler in arguments.samplers:
+        first = f"{sampler}{options}"
+        for folder in arguments.checkpoints:
             label = f"{arguments.model} {folder.name}, {sampler}{options}"
             rows = [found.get(f"{label}, {steps} steps") for steps in arguments.steps]
             if any(rows):
-                print(f"| {sampler}{options} | {' | '.join(shown(row) if row else '' for row in rows)} |")
+                print(f"| {first} | {folder.name} | {' | '.join(shown(row) if row else '' for row in rows)} |")
+                first = ""
 
 
 def shown(row: dict[str, Any]) -> str:

@@ -94,9 +94,8 @@ def main() -> None:
 
 
 def shown(row: dict[str, Any]) -> str:
-    """Final error and FID to full precision, with its floor."""
     error = row["final_error"]
-    return f"{error['value']:.3f} [{error['low']:.3f}, {error['high']:.3f}], {row['fid']['value']:.1f} ({row['floor']:.1f})"
+    return f"{error['value']:.3f} [{error['low']:.3f}, {error['high']:.3f}]"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, EulerDiscreteScheduler, PNDMScheduler
 from torch import nn
 
 from diffquant.calibration import record as store
@@ -283,6 +283,27 @@ def test_model_hash_ignores_buffers_and_sees_one_weight():
     with torch.no_grad():
         other.conv_out.bias[0] += 1e-6
     assert model_hash(model) != model_hash(other)
+
+
+def test_recorded_without_clipping(tmp_path, ddim):
+    own = ddim.scheduler
+    assert own.config.clip_sample
+    settings = dataclasses.replace(SMALL, clip_sample=False)
+    trajectory = record(ddim, settings, folder=tmp_path / "unclipped", progress=False)
+    assert ddim.scheduler is own
+    assert trajectory.manifest["scheduler"]["config"]["clip_sample"] is False
+    ddim.scheduler = DDIMScheduler.from_config(own.config, clip_sample=False)
+    by_hand = record(ddim, SMALL, folder=tmp_path / "by-hand", progress=False)
+    batch = "batch-00000.safetensors"
+    assert (tmp_path / "unclipped" / batch).read_bytes() == (tmp_path / "by-hand" / batch).read_bytes()
+    assert len(by_hand) == len(trajectory)
+
+
+def test_a_scheduler_that_cannot_clip_is_refused(ddim):
+    own = ddim.scheduler = EulerDiscreteScheduler()
+    with pytest.raises(CalibrationError, match="clip_sample: is true; EulerDiscreteScheduler has no such option"):
+        record(ddim, dataclasses.replace(SMALL, clip_sample=True), progress=False)
+    assert ddim.scheduler is own
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):

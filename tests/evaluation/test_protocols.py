@@ -41,6 +41,13 @@ def test_later_values_win_and_options_win_over_all():
     assert load_protocol(["imagenet-ldm4"], calibration__steps=3, steps=7).calibration.steps == 3
 
 
+def test_clipping_of_recordings_and_samples():
+    found = load_protocol(["clip_sample=false"])
+    assert found.sampling.clip_sample is False and found.calibration.clip_sample is False
+    found = load_protocol(["calibration.clip_sample=false"])
+    assert found.sampling.clip_sample is None and found.calibration.clip_sample is False
+
+
 def test_a_file_of_ones_own_finds_its_prompts_and_data_beside_it(tmp_path):
     (tmp_path / "captions.txt").write_text("a cat\n\n a dog \n")
     (tmp_path / "own.yaml").write_text("steps: 7\nprompts: captions.txt\ndata: real\n")

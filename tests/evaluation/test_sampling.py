@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,6 +145,25 @@ def test_a_pipelines_other_scheduler_is_used_and_given_back():
     with scheduler_of(pipe, SamplingProtocol(sampler="dpm-solver++")) as scheduler:
         assert type(scheduler) is type(pipe.scheduler) is DPMSolverMultistepScheduler
     assert isinstance(pipe, LDMPipeline) and type(pipe.scheduler) is DDIMScheduler
+
+
+@pytest.mark.parametrize("sampler", ["pipeline", "ddpm"])
+def test_clipping_as_asked(ddim, sampler):
+    for asked, found in [(None, True), (True, True), (False, False)]:
+        with scheduler_of(ddim, replace(TINY, sampler=sampler, clip_sample=asked)) as scheduler:
+            assert scheduler.config.clip_sample is found
+
+
+def test_clipping_with_a_scheduler_that_cannot(ddim):
+    own = ddim.scheduler
+    with scheduler_of(ddim, replace(TINY, sampler="euler", clip_sample=False)) as scheduler:
+        assert type(scheduler) is SCHEDULERS["euler"]
+    with (
+        pytest.raises(EvaluationError, match="protocol.clip_sample: is true; EulerDiscreteScheduler"),
+        scheduler_of(ddim, replace(TINY, sampler="euler", clip_sample=True)),
+    ):
+        pass
+    assert ddim.scheduler is own
 
 
 def test_progress_is_told():

@@ -52,7 +52,8 @@ class Calibration:
 
     `samples` counts trajectories, `steps` sampling steps, `budget_gib` what may be written to disk. Conditions are cycled
     over the trajectories; None means a built-in list of prompts, or class labels spread evenly over the classes. None for
-    `guidance_scale` and `eta` means the pipeline's default; `eta` is passed only where the pipeline accepts it.
+    `guidance_scale` and `eta` means the pipeline's default; `eta` is passed only where the pipeline accepts it. `clip_sample` says
+    whether the scheduler clips the sample it predicts; None leaves that as it is configured.
     """
 
     samples: int = 256
@@ -63,6 +64,7 @@ class Calibration:
     class_labels: tuple[int, ...] | None = None
     guidance_scale: float | None = None
     eta: float | None = None
+    clip_sample: bool | None = None
     budget_gib: float = 4.0
 
     def __post_init__(self) -> None:

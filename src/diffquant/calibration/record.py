@@ -29,6 +29,7 @@ from diffquant.calibration.observe import (
     timestep_name,
 )
 from diffquant.calibration.recorded_batch import BudgetCheck, RecordedBatch
+from diffquant.calibration.scheduling import clipping
 from diffquant.calibration.trajectory import (
     FORMAT_VERSION,
     MANIFEST,
@@ -58,13 +59,14 @@ def record(
     batches in `folder` are kept. Without a folder the recording lives in a temporary one, as long as the returned object.
     `run(pipe, generator, batch)` replaces the call of the pipeline for `batch` trajectories; the generator is on the CPU.
 
-    Raises CalibrationError if the folder holds another recording, if the estimate exceeds `calibration.budget_gib` (nothing is
-    written then), if an output is not finite, or if a file cannot be written.
+    Raises CalibrationError if the folder holds another recording, if the scheduler cannot clip as asked, if the estimate exceeds
+    `calibration.budget_gib` (nothing is written then), if an output is not finite, or if a file cannot be written.
     """
     temporary = folder is None
     folder = Path(tempfile.mkdtemp(prefix="diffquant-")) if folder is None else Path(folder)
     try:
-        _record(pipe, calibration, folder, run, progress)
+        with _clipping(pipe, calibration.clip_sample):
+            _record(pipe, calibration, folder, run, progress)
         trajectory = Trajectory.open(folder)
     except BaseException:
         if temporary:
@@ -180,6 +182,20 @@ def _global_seed(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _clipping(pipe: Pipeline, clip_sample: bool | None) -> Iterator[None]:
+    """Give the pipeline a scheduler that clips, or does not clip, while the block runs; None leaves it as it is."""
+    own = getattr(pipe, "scheduler", None)
+    if own is None or clip_sample is None:
+        yield
+        return
+    try:
+        pipe.scheduler = clipping(own, clip_sample)
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A multistep solver's state holds a history of latents or predictions; of everyth
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,16 @@ def build_scheduler(data: Trajectory) -> Any:
         raise CalibrationError(f"{where}: the scheduler is not one of diffusers'; its steps cannot be replayed")
     scheduler: Any = kind.from_config(described["config"])  # type: ignore[attr-defined]
     return scheduler
+
+
+def clipping(scheduler: Any, clip_sample: bool) -> Any:
+    """The scheduler, or one like it that clips the sample it predicts, or does not. `CalibrationError` where it cannot."""
+    can = "clip_sample" in inspect.signature(type(scheduler).__init__).parameters  # a configuration keeps what other classes had
+    if not can and clip_sample:
+        raise CalibrationError(f"clip_sample: is true; {type(scheduler).__name__} has no such option")
+    if not can or scheduler.config.clip_sample == clip_sample:
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, clip_sample=clip_sample)
 
 
 def scale_model_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_o
 
 BUILTIN = "builtin"  # prompts: the pipeline's own, or those of `calibration.observe`
 RECORDED = 64  # trajectories, where nothing says how many
-SHARED = ("steps", "seed", "prompts", "class_labels", "guidance_scale", "eta")  # of a recording and of an evaluation
+SHARED = ("steps", "seed", "prompts", "class_labels", "guidance_scale", "eta", "clip_sample")  # of a recording and of an evaluation
 
 
 class ProtocolFile(BaseModel):
@@ -72,7 +72,7 @@ def load_protocol(given: Sequence[str] = (), **options: Any) -> ProtocolFile:
 
 def record_under(pipe: Pipeline, protocol: ProtocolFile, folder: Path | None = None) -> Trajectory:
     """Record `pipe` with the sampler of the protocol. Raises `EvaluationError` where it cannot sample as the protocol says."""
-    sampling = dataclasses.replace(protocol.sampling, steps=protocol.calibration.steps)
+    sampling = dataclasses.replace(protocol.sampling, steps=protocol.calibration.steps, clip_sample=None)  # `record` sees to it
     if isinstance(pipe, DDIMPipeline) and sampling.sampler not in ("pipeline", "ddim"):
         raise EvaluationError(f'protocol.sampler: is "{sampling.sampler}"; DDIMPipeline itself, which is recorded, takes ddim only')
     eta = protocol.calibration.eta or 0

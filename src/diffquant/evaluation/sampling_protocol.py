@@ -20,7 +20,8 @@ from diffusers import (
 )
 
 from diffquant.calibration.observe import Calibration, Pipeline, conditions
-from diffquant.core.spec import EvaluationError
+from diffquant.calibration.scheduling import clipping
+from diffquant.core.spec import CalibrationError, EvaluationError
 from diffquant.runtime.correction import attachment_of
 
 SCHEDULERS: dict[str, type] = {
@@ -39,10 +40,11 @@ class SamplingProtocol:
     """Everything that decides which samples are drawn.
 
     `sampler` "pipeline" is the pipeline's own scheduler; the others are built from its configuration, unless it is of that class
-    already; a correction that is attached to the pipeline goes with it. `eta` scales the noise
-    that DDIM injects. None for `guidance_scale` is the pipeline's default. Prompts and class labels are cycled over the samples;
-    None means those that calibration uses. The steps of the first `trajectory_samples` samples are compared, and the ends of all.
-    How errors accumulate is measured on `accumulation_samples` trajectories, at about ten times their sampling; 0 leaves it out.
+    already; a correction that is attached to the pipeline goes with it. `eta` scales the noise that DDIM injects. `clip_sample`
+    says whether the scheduler clips the sample it predicts; None leaves that as it is configured. None for `guidance_scale` is the
+    pipeline's default. Prompts and class labels are cycled over the samples; None means those that calibration uses. The steps of
+    the first `trajectory_samples` samples are compared, and the ends of all. How errors accumulate is measured on
+    `accumulation_samples` trajectories, at about ten times their sampling; 0 leaves it out.
     """
 
     samples: int = 1000
@@ -50,6 +52,7 @@ class SamplingProtocol:
     seed: int = 0
     sampler: str = "pipeline"
     eta: float = 0.0
+    clip_sample: bool | None = None
     batch_size: int = 64
     guidance_scale: float | None = None
     prompts: tuple[str, ...] | None = None
@@ -118,7 +121,8 @@ def is_unconditional(pipe: Pipeline) -> bool:
 def scheduler_of(pipe: Pipeline, protocol: SamplingProtocol) -> Iterator[Any]:
     """Give the pipeline the scheduler that the protocol names while the block runs.
 
-    Raises EvaluationError for more steps than the model was trained with, and for another sampler than a flow-matching model's own.
+    Raises EvaluationError for more steps than the model was trained with, for another sampler than a flow-matching model's own, and
+    where it cannot clip as asked.
     """
     own = pipe.scheduler
     kind: Any = SCHEDULERS.get(protocol.sampler, type(own))
@@ -127,6 +131,11 @@ def scheduler_of(pipe: Pipeline, protocol: SamplingProtocol) -> Iterator[Any]:
             f'protocol.sampler: is "{protocol.sampler}"; {type(pipe).__name__} is a flow-matching model; use sampler "pipeline"'
         )
     scheduler = own if type(own) is kind else kind.from_config(own.config)
+    if protocol.clip_sample is not None:
+        try:
+            scheduler = clipping(scheduler, protocol.clip_sample)
+        except CalibrationError as error:
+            raise EvaluationError(f"protocol.{error}") from error
     trained = scheduler.config.get("num_train_timesteps", protocol.steps)
     if protocol.steps > trained:
         raise EvaluationError(f"protocol.steps: is {protocol.steps}; {type(scheduler).__name__} has {trained} timesteps")

@@ -209,8 +209,8 @@ def _check_noise(pipe: Pipeline, scheduler: Any, first: Tensor) -> None:
     wanted, found = float(getattr(scheduler, "init_noise_sigma", 1.0)), float(first.float().std())
     if wanted > 2 and found < wanted / 2:
         raise EvaluationError(
-            f"{type(pipe).__name__}: starts from noise of deviation {found:.1f}, where {type(scheduler).__name__} expects "
-            f"{wanted:.1f}; choose another sampler"
+            f"{type(pipe).__name__}: starts from noise of deviation {found:.2g}, where {type(scheduler).__name__} expects "
+            f"{wanted:.3g}; choose another sampler"
         )
 
 

@@ -11,7 +11,7 @@ from diffquant import zoo
 from diffquant.evaluation.drawing import draw_pairs
 from diffquant.evaluation.metrics import psnr
 from diffquant.evaluation.sampling import sample
-from diffquant.evaluation.sampling_protocol import resolved
+from diffquant.evaluation.sampling_protocol import SAMPLERS, resolved
 
 
 def main() -> None:
@@ -21,11 +21,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampler", default="pipeline", choices=SAMPLERS)
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the pipeline's")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     protocol = dq.SamplingProtocol(
-        samples=arguments.count, steps=arguments.steps, seed=arguments.seed, guidance_scale=arguments.guidance
+        samples=arguments.count,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        sampler=arguments.sampler,
+        guidance_scale=arguments.guidance,
     )
     full = zoo.load(arguments.model)
     protocol = resolved(full, protocol)  # its prompts, for all of them

@@ -2,7 +2,8 @@
 
     python benchmarks/samplers.py CHECKPOINT --steps 10 20 50 100
 
-CHECKPOINT is a folder that `diffquant quantize` or a comparison wrote; full precision is the reference model it was made from.
+CHECKPOINT is a folder that `diffquant quantize` or a comparison wrote, or NAME=FOLDER; full precision is the reference model it was
+made from.
 Every row compares the two on the same noise with the same sampler. Rows that the results hold already are not measured again. A
 sampler that the pipeline cannot be sampled with is left out, with the reason.
 """
@@ -37,9 +38,15 @@ def protocol(sampler: str, steps: int, arguments: argparse.Namespace) -> dq.Samp
     )
 
 
+def named(text: str) -> tuple[str, Path]:
+    """A checkpoint's name in the results and its folder."""
+    name, equals, folder = text.partition("=")
+    return (name, Path(folder)) if equals and "/" not in name else (Path(text).name, Path(text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("checkpoints", nargs="+", type=named, metavar="CHECKPOINT")
     parser.add_argument("--model", default="glyph-ddim", help="the reference model in full precision")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the pipeline's")
     parser.add_argument("--scheduler", nargs="*", default=[], metavar="OPTION=VALUE", help="changed options of the samplers")
@@ -55,7 +62,7 @@ def main() -> None:
     for sampler in arguments.samplers:
         for steps in arguments.steps:
             labels = {
-                folder: f"{arguments.model} {folder.name}, {sampler}{options}, {steps} steps" for folder in arguments.checkpoints
+                folder: f"{arguments.model} {name}, {sampler}{options}, {steps} steps" for name, folder in arguments.checkpoints
             }
             if all(found.get(label, {}).get("samples") == arguments.samples for label in labels.values()):
                 continue
@@ -85,11 +92,11 @@ def main() -> None:
     print(f"\n| sampler | | {' | '.join(f'{steps} steps' for steps in arguments.steps)} |\n|{'---|' * (2 + len(arguments.steps))}")
     for sampler in arguments.samplers:
         first = f"{sampler}{options}"
-        for folder in arguments.checkpoints:
-            label = f"{arguments.model} {folder.name}, {sampler}{options}"
+        for name, _ in arguments.checkpoints:
+            label = f"{arguments.model} {name}, {sampler}{options}"
             rows = [found.get(f"{label}, {steps} steps") for steps in arguments.steps]
             if any(rows):
-                print(f"| {first} | {folder.name} | {' | '.join(shown(row) if row else '' for row in rows)} |")
+                print(f"| {first} | {name} | {' | '.join(shown(row) if row else '' for row in rows)} |")
                 first = ""
 
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from compare import STEPS, recording
+from compare import STEPS, recording, with_scheduler
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -42,13 +42,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work/accuquant"), help="where its recording is, or will be")
     parser.add_argument("--seed", type=int, default=0, help="of the recording")
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--scheduler", nargs="*", default=[], metavar="OPTION=VALUE", help="of the recording")
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 5, 10, 25], help="M, with 1 first")
     parser.add_argument("--trajectories", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/coherence.json"))
     arguments = parser.parse_args()
     if arguments.steps[0] != 1:
         parser.error("--steps begins with 1, which the ratios are to")
-    pipe = zoo.load(arguments.model)
+    pipe = with_scheduler(zoo.load(arguments.model), arguments.scheduler)
     data = recording(pipe, arguments.work, arguments.seed, arguments.guidance, STEPS)
     rollout = Rollout(find_denoiser(pipe)[1], data)
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}

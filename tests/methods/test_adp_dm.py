@@ -246,7 +246,7 @@ def test_with_a_lead_what_does_not_matter_stays_with_its_cluster(pipe, data):
 
 
 def test_a_lower_temperature_is_nearer_to_the_choice(pipe, data):
-    """The choice is the same; latents whose intervals are equally undecided may be drawn in another order, and errors summed in it."""
+    """The choice is the same; latents of equally undecided intervals may come in another order, and so errors be summed in it."""
     models = prepared(pipe, data, 2), prepared(pipe, data, 2)
     warm = searched(models[0], data, lead=1.0, rate=1e-6, learn_ranges=False)
     cold = searched(models[1], data, lead=1.0, rate=1e-6, learn_ranges=False, temperature=0.02)

@@ -14,7 +14,8 @@ from diffquant.core.layers import make_quantizable
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import LayerSpec, QuantSpec, SpecError
 from diffquant.core.surgery import Unit
-from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling, TimestepWeights, live_output, sample_errors
+from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling, TimestepWeights
+from diffquant.methods.scaling import Live, live_output, sample_errors
 
 W4 = QuantSpec(bits=4, symmetric=True, granularity="channel")
 A6 = QuantSpec(bits=6)
@@ -69,7 +70,7 @@ def test_ones_are_plain_minmax_quantization():
 def test_ranges_of_each_sample(kind, splits):
     module, x = layer(kind, splits), inputs(kind)
     smooth = torch.rand(6) + 0.5
-    found = live_output(module, smooth, x, per_sample=True)
+    found = live_output(module, smooth, x, Live(per_sample=True))
     alone = torch.cat([live_output(module, smooth, each[None]) for each in x])
     assert torch.allclose(found, alone, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found, live_output(module, smooth, x), atol=1e-2)
@@ -85,8 +86,19 @@ def test_ranges_of_each_sample(kind, splits):
     with fit.run(show=False) as run:
         fitted = step._fit_layer(Unit("x", module, (("x", module),)), data, TimestepWeights(step, StepClock()), 0, run)
     (target,) = data.outputs
-    first = (live_output(module, torch.ones(6), x, per_sample=True) - target).norm() / target.norm()
+    first = (live_output(module, torch.ones(6), x, Live(per_sample=True)) - target).norm() / target.norm()
     assert abs(fitted.error_before - float(first)) < 1e-5
+
+
+@pytest.mark.parametrize("splits", [(), (4, 2)])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_share_of_the_weights_errors(kind, splits):
+    module, x = layer(kind, splits), inputs(kind)
+    smooth = torch.rand(6) + 0.5
+    none, half, all_ = (live_output(module, smooth, x, Live(weight_error=share)) for share in (0.0, 0.5, 1.0))
+    assert torch.allclose(half, (none + all_) / 2, rtol=1e-5, atol=1e-5)
+    nearly_exact = live_output(layer(kind, splits, weight=W4.model_copy(update={"bits": 8})), smooth, x)
+    assert (none - all_).norm() > 10 * (none - nearly_exact).norm() > 0
 
 
 def test_one_channel_far_larger_than_the_rest():

@@ -29,7 +29,7 @@ from diffquant.core.quantizer import Quantizer, StepClock, spread
 from diffquant.core.spec import MAX_BITS, SpecError
 from diffquant.core.surgery import Unit, quantized_layers, switched, units
 from diffquant.methods.passes import Figures, Pass, evaluating
-from diffquant.methods.scaling import has_both, live_output, relative_error, sample_errors
+from diffquant.methods.scaling import Live, has_both, live_output, relative_error, sample_errors
 from diffquant.methods.units import Fitted, UnitPass, in_order, thinned
 
 Weighting = Literal["adaptive", "uniform", "linear", "quadratic"]
@@ -42,6 +42,8 @@ class LearnEquivalentScaling(UnitPass):
     ``weighting`` of the samples by timestep: ``adaptive`` gives timesteps with small loss more weight, to the power ``alpha``, over
     ``bins`` bins of the timestep axis, whose losses are averages with ``momentum``. ``ranges`` of inputs are the extremes of a
     mini-batch of all timesteps (paper), or those of each ``sample``, which parameter sets per timestep come nearer to.
+    ``weight_error``: the share of the weights' errors that is made meanwhile (paper: 1). Learned rounding and searched ranges
+    leave a part of it in the end, and a vector that expects all of it spares the weights at the cost of the inputs.
     """
 
     before_ranges: ClassVar[bool] = True
@@ -52,6 +54,7 @@ class LearnEquivalentScaling(UnitPass):
     weighting: Weighting = "adaptive"
     accumulate: Literal["mean", "sum"] = "mean"
     ranges: Literal["batch", "sample"] = "batch"
+    weight_error: float = Field(default=1.0, ge=0, le=1)
     alpha: float = Field(default=20, ge=0)
     momentum: float = Field(default=0.95, ge=0, lt=1)
     bins: int = Field(default=20, ge=1)
@@ -83,12 +86,12 @@ class LearnEquivalentScaling(UnitPass):
         assert intervals is not None
         assert layer.smooth is not None
         smooth = layer.smooth.clone()
-        per_sample = self.ranges == "sample"
-        before = relative_error(layer, smooth, x, target, self.batch_size, per_sample=per_sample)
+        live = Live(per_sample=self.ranges == "sample", weight_error=self.weight_error)
+        before = relative_error(layer, smooth, x, target, self.batch_size, live)
 
         def loss(iteration: int, generator: torch.Generator) -> Tensor:
             picked = torch.randperm(len(x), generator=generator)[: self.batch_size]
-            output = live_output(layer, smooth, data.pick(x, picked), per_sample)
+            output = live_output(layer, smooth, data.pick(x, picked), live)
             errors = sample_errors(output, data.pick(target, picked), layer)
             return (weights(errors.detach(), intervals[picked]) * errors).mean()
 
@@ -107,7 +110,7 @@ class LearnEquivalentScaling(UnitPass):
             also_kept={"losses": weights.losses},
         )
         layer.smooth = smooth
-        after = relative_error(layer, smooth, x, target, self.batch_size, per_sample=per_sample)
+        after = relative_error(layer, smooth, x, target, self.batch_size, live)
         return Fitted(before, after, thinned(curve))
 
 

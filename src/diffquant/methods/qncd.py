@@ -26,7 +26,7 @@ from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import SpecError
 from diffquant.core.surgery import full_precision
 from diffquant.methods.passes import Figures, Pass, evaluating
-from diffquant.methods.scaling import has_both, relative_error
+from diffquant.methods.scaling import Live, has_both, relative_error
 
 SMALLEST = 1e-2  # of a norm's weight, and of the vector where nothing else floors it
 Form = Literal["floored", "unfloored", "released"]
@@ -72,7 +72,7 @@ class EmbeddingSmoothing(Pass):
                     seen = observe_unit(model, layer, data, indices, self.batch_size)
                     x, target = seen.arguments[0], seen.outputs[0]
                     row["error_before"], row["error_after"] = before, after = tuple(
-                        relative_error(layer, smooth, x, target, self.batch_size, searched=True)
+                        relative_error(layer, smooth, x, target, self.batch_size, Live(searched=True))
                         for smooth in (layer.smooth, layer.smooth * found)
                     )
                     row["used"] = after < before

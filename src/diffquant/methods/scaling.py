@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,36 +16,38 @@ from diffquant.core.spec import QuantSpec
 from diffquant.methods.ranges import search_range
 
 
+@dataclass(frozen=True)
+class Live:
+    """How operands are quantized whose ranges follow a vector.
+
+    Ranges of inputs are the extremes of all samples, or ``per_sample``; those of weights extremes, or ``searched`` as in ``mse``.
+    ``weight_error`` is the share of the weights' rounding errors that is made.
+    """
+
+    per_sample: bool = False
+    searched: bool = False
+    weight_error: float = 1.0
+
+
 def has_both(layer: QuantizedLayer) -> bool:
     """Whether equivalent scaling means anything for `layer`: it has the vector, and both operands are quantized."""
     return layer.smooth is not None and layer.weight_quantizer is not None and layer.input_quantizer is not None
 
 
 def live_output(
-    layer: QuantizedLayer, smooth: Float[Tensor, " in"], x: Float[Tensor, "n ..."], per_sample: bool = False
+    layer: QuantizedLayer, smooth: Float[Tensor, " in"], x: Float[Tensor, "n ..."], live: Live = Live()
 ) -> Float[Tensor, "n ..."]:
-    """The output of `layer` with both operands quantized over their present extremes, per split, differentiable in `smooth`.
-
-    The inputs' extremes are those of all samples, or ``per_sample``.
-    """
-    return _multiply(layer, _live_input(layer, smooth, x, per_sample), _live_weight(layer, smooth, searched=False))
+    """The output of `layer` with both operands quantized over their present ranges, per split, differentiable in `smooth`."""
+    return _multiply(layer, _live_input(layer, smooth, x, live.per_sample), _live_weight(layer, smooth, live))
 
 
-def relative_error(
-    layer: QuantizedLayer,
-    smooth: Tensor,
-    x: Tensor,
-    target: Tensor,
-    batch_size: int,
-    searched: bool = False,
-    per_sample: bool = False,
-) -> float:
-    """Relative L2 error of `live_output` over all samples, a batch at a time; with ``searched`` weight ranges, as in ``mse``."""
+def relative_error(layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Tensor, batch_size: int, live: Live = Live()) -> float:
+    """Relative L2 error of `live_output` over all samples, a batch at a time."""
     error = signal = 0.0
     with torch.no_grad():
-        weight = _live_weight(layer, smooth, searched)
+        weight = _live_weight(layer, smooth, live)
         for picked in torch.arange(len(x)).split(batch_size):
-            output = _multiply(layer, _live_input(layer, smooth, x[picked].to(smooth.device), per_sample), weight)
+            output = _multiply(layer, _live_input(layer, smooth, x[picked].to(smooth.device), live.per_sample), weight)
             wanted = target[picked].to(smooth.device)
             error += float((output - wanted).square().sum())
             signal += float(wanted.float().square().sum())
@@ -84,12 +87,13 @@ def _live_part(x: Tensor, factors: Tensor, axis: int, per_sample: bool, spec: Qu
     return fake_quantize(scaled, scale.view(shape), zero_point.view(shape), spec)
 
 
-def _live_weight(layer: QuantizedLayer, smooth: Tensor, searched: bool) -> Tensor:
+def _live_weight(layer: QuantizedLayer, smooth: Tensor, live: Live) -> Tensor:
     quantizer = layer.weight_quantizer
     assert quantizer is not None and layer.weight is not None
     weight = layer.weight.float() * smooth.view(1, -1, *[1] * (layer.weight.dim() - 2))
     parts = weight.split(_sizes(layer), dim=1)
-    return torch.cat([_live(part, quantizer.rows, quantizer.spec, searched) for part in parts], dim=1)
+    rounded = torch.cat([_live(part, quantizer.rows, quantizer.spec, live.searched) for part in parts], dim=1)
+    return rounded if live.weight_error == 1 else weight.lerp(rounded, live.weight_error)
 
 
 def _sizes(layer: QuantizedLayer) -> tuple[int, ...]:
@@ -97,7 +101,7 @@ def _sizes(layer: QuantizedLayer) -> tuple[int, ...]:
     return layer.input_quantizer.splits or layer.weight_quantizer.splits or (len(layer.smooth),)
 
 
-def _live(values: Tensor, rows: int, spec: QuantSpec, searched: bool = False) -> Tensor:
+def _live(values: Tensor, rows: int, spec: QuantSpec, searched: bool) -> Tensor:
     flat = values.reshape(rows, -1)
     low, high = flat.amin(dim=1), flat.amax(dim=1)
     if searched:

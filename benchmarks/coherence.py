@@ -4,7 +4,8 @@
 
 Every checkpoint is sent along recorded full-precision trajectories, M steps at a time from full-precision latents. `squared error`
 is the sum, over all segments, of the mean squared distance at a segment's end; `ratio` is to the same sum with M = 1. Where steps
-only carried errors on, it would be 1 for independent errors and M for equal ones.
+only carried errors on, it would be 1 for independent errors and M for equal ones. `of the mean` is the share of it that shifts all
+values of all pictures alike: the squared mean distance of each channel.
 """
 
 import argparse
@@ -22,17 +23,20 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.observe import find_denoiser
 from diffquant.calibration.rollout import Rollout
+from diffquant.methods.corrections import by_channel
 
 
-def squared_error(rollout: Rollout, model: nn.Module, steps: int, trajectories: int) -> float:
-    """Summed over segments of `steps` steps: the mean squared distance at their ends, started in full precision."""
-    along, total = rollout.through(model), 0.0
+def squared_error(rollout: Rollout, model: nn.Module, steps: int, trajectories: int) -> tuple[float, float]:
+    """Summed over segments of `steps` steps, started in full precision: the mean squared distance at their ends, and the mean's."""
+    along, total, shifted = rollout.through(model), 0.0, 0.0
     with torch.no_grad():
         for segment in track(rollout.segments(steps), f"M = {steps}", transient=True, console=Console(stderr=True)):
             chain = along.chain(torch.arange(trajectories), segment)
             latents, _ = chain.run()
-            total += float((latents[-1] - chain.recorded(len(segment))).square().mean())
-    return total
+            distance = by_channel(latents[-1] - chain.recorded(len(segment)))
+            total += float(distance.square().mean())
+            shifted += float(distance.mean(dim=1).square().mean())
+    return total, shifted
 
 
 def main() -> None:
@@ -53,13 +57,15 @@ def main() -> None:
     data = recording(pipe, arguments.work, arguments.seed, arguments.guidance, STEPS)
     rollout = Rollout(find_denoiser(pipe)[1], data)
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    table = Table("checkpoint", "M", "squared error", "ratio")
+    table = Table("checkpoint", "M", "squared error", "ratio", "of the mean")
     for checkpoint in arguments.checkpoints:
         model = find_denoiser(dq.load(checkpoint))[1]
         row = {steps: squared_error(rollout, model, steps, arguments.trajectories) for steps in arguments.steps}
-        for steps, error in row.items():
-            table.add_row(checkpoint.name, str(steps), f"{error:.2e}", f"{error / row[1]:.2f}")
-        found[checkpoint.name] = row
+        for steps, (error, shifted) in row.items():
+            table.add_row(checkpoint.name, str(steps), f"{error:.2e}", f"{error / row[1][0]:.2f}", f"{shifted / error:.2f}")
+        found[checkpoint.name] = {steps: error for steps, (error, _) in row.items()} | {
+            f"{steps}, mean": shifted for steps, (_, shifted) in row.items()
+        }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(found, indent=1))
     Console().print(table)

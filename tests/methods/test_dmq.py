@@ -101,6 +101,18 @@ def test_a_share_of_the_weights_errors(kind, splits):
     assert (none - all_).norm() > 10 * (none - nearly_exact).norm() > 0
 
 
+def test_learned_with_a_share_of_the_weights_errors():
+    module, x = layer("linear"), inputs("linear")
+    target = functional.linear(x, module.weight, module.bias)
+    found = live_output(module, torch.ones(6), x, Live(weight_error=0.25))
+    step = LearnEquivalentScaling(iterations=1, batch_size=8, weighting="uniform", weight_error=0.25)
+    data = UnitInputs([x], {}, [target], torch.zeros(8, dtype=torch.long))
+    with fit.run(show=False) as run:
+        fitted = step._fit_layer(Unit("x", module, (("x", module),)), data, TimestepWeights(step, StepClock()), 0, run)
+    assert fitted.error_before == pytest.approx(float((found - target).norm() / target.norm()), rel=1e-5)
+    assert fitted.loss == pytest.approx([float(sample_errors(found, target, module).mean())], rel=1e-5)
+
+
 def test_one_channel_far_larger_than_the_rest():
     """64 channels, one of them 30 times the others: the specification's synthetic layer."""
     torch.manual_seed(0)

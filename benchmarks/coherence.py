@@ -12,31 +12,14 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-from compare import STEPS, recording, with_scheduler
+from compare import STEPS, recording, squared_error, with_scheduler
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from torch import nn
 
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.observe import find_denoiser
 from diffquant.calibration.rollout import Rollout
-from diffquant.methods.corrections import by_channel
-
-
-def squared_error(rollout: Rollout, model: nn.Module, steps: int, trajectories: int) -> tuple[float, float]:
-    """Summed over segments of `steps` steps, started in full precision: the mean squared distance at their ends, and the mean's."""
-    along, total, shifted = rollout.through(model), 0.0, 0.0
-    with torch.no_grad():
-        for segment in track(rollout.segments(steps), f"M = {steps}", transient=True, console=Console(stderr=True)):
-            chain = along.chain(torch.arange(trajectories), segment)
-            latents, _ = chain.run()
-            distance = by_channel(latents[-1] - chain.recorded(len(segment)))
-            total += float(distance.square().mean())
-            shifted += float(distance.mean(dim=1).square().mean())
-    return total, shifted
 
 
 def main() -> None:

@@ -9,6 +9,9 @@
 An arm is a recipe and what is changed in it: an option of a pass (PASS.option=value), a path as of --set, drop=PASS, or
 insert=BEFORE:PASS,option=value. The first arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in
 --work, so a killed run goes on where it stopped, and arms whose first passes are the same share them.
+
+Beside the last samples, every arm without a correction while sampling has a `single_step` error: squared, from full-precision latents, on
+some of the trajectories that it was calibrated on. How errors add up over the steps moves the former from seed to seed, not this.
 """
 
 import argparse
@@ -20,20 +23,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
+from rich.progress import track
+from torch import nn
 
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.observe import find_denoiser
+from diffquant.calibration.rollout import Rollout
 from diffquant.demo import progress_bars
 from diffquant.evaluation.compare import compare_to, final_error_ratio
 from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import make_report
+from diffquant.methods.corrections import by_channel
 from diffquant.runtime.checkpoint import file_size, float32_size
+from diffquant.runtime.correction import attachment_of
 
 STEPS = 50
 TRAJECTORIES = 96
+ALONG = 32  # of them, for errors of single steps
 CONSOLE = Console(stderr=True)
 
 
@@ -77,6 +87,19 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
     return recipe.model_copy(update={"passes": tuple(passes)})
 
 
+def squared_error(rollout: Rollout, model: nn.Module, steps: int, trajectories: int) -> tuple[float, float]:
+    """Summed over segments of `steps` steps, started in full precision: the mean squared distance at their ends, and the mean's."""
+    along, total, shifted = rollout.through(model), 0.0, 0.0
+    with torch.no_grad():
+        for segment in track(rollout.segments(steps), f"M = {steps}", transient=True, console=Console(stderr=True)):
+            chain = along.chain(torch.arange(trajectories), segment)
+            latents, _ = chain.run()
+            distance = by_channel(latents[-1] - chain.recorded(len(segment)))
+            total += float(distance.square().mean())
+            shifted += float(distance.mean(dim=1).square().mean())
+    return total, shifted
+
+
 def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argparse.Namespace], dq.Recipe]) -> None:
     """Every arm at every bits and seed, on the same noise; the JSON file and the report grow with every arm."""
     pipe = with_scheduler(zoo.load(arguments.model), arguments.scheduler)
@@ -93,6 +116,7 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
     for bits in arguments.bits:
         for seed in arguments.seeds:
             data = recording(pipe, arguments.work, seed, arguments.guidance, arguments.steps)
+            rollout = Rollout(find_denoiser(pipe)[1], data)
             for arm in arguments.arms:
                 label = f"{bits} {arm} seed {seed}"
                 folder = arguments.work / "checkpoints" / label.replace(" ", "_")
@@ -109,8 +133,14 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     classifier, statistics = zoo.load("glyph-classifier"), zoo.load_statistics()
                     draws = arguments.work / "full-precision"
                     reference = run_reference(pipe, protocol, features=classifier, data=statistics, folder=draws)
+                loaded = dq.load(folder)
                 with progress_bars(CONSOLE) as progress:
-                    comparisons[label] = compare_to(reference, dq.load(folder), name=label, progress=progress)
+                    comparisons[label] = compare_to(reference, loaded, name=label, progress=progress)
+                single_step = None
+                if attachment_of(loaded) is None:
+                    single_step = dict(
+                        zip(("error", "mean"), squared_error(rollout, find_denoiser(loaded)[1], 1, ALONG), strict=True)
+                    )
                 passes = json.loads((folder / "quantization.json").read_text())["passes"]
                 result = comparisons[label]
                 found["arms"][label] = {
@@ -123,6 +153,7 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     "legibility": asdict(result.legibility),
                     "legibility_change": asdict(result.legibility_change),
                     **({} if result.accuracy is None else {"accuracy": asdict(result.accuracy)}),
+                    **({} if single_step is None else {"single_step": single_step}),
                     "drift": result.drift[:: max(1, arguments.steps // 10)],
                     "bytes": file_size(folder),
                     "seconds": {row["pass"]: row["seconds"] for row in passes},

@@ -6,7 +6,8 @@
     python benchmarks/tables.py benchmarks/results/qncd-compare.json --quality
 
 Ratios of mean final errors are paired by noise; intervals are 95 % bootstrap intervals of the mean over those samples. Of several
-calibration seeds the last column has the mean of the ratios and the least and largest of them. With --over-seeds there is one line
+calibration seeds the last column has the mean of the ratios and the least and largest of them. `single steps` is the squared error of
+single steps from full-precision latents in thousandths, with --over-seeds as a ratio to the baseline's. With --over-seeds there is one line
 for each arm: means over its seeds, least and largest in brackets. With --quality, FID to the data and legibility, and how far both
 are from full precision's, paired by noise and without FID's bias of n.
 """
@@ -24,9 +25,9 @@ import torch
 from diffquant.evaluation.features import interval_generator
 from diffquant.evaluation.metrics import Interval, bootstrap_ratio_of_means
 
-COLUMNS = ("seed", "arm", "final error", "median", "FID (floor)", "ratio", "over seeds")
+COLUMNS = ("seed", "arm", "final error", "median", "single steps", "FID (floor)", "ratio", "over seeds")
 QUALITY = ("seed", "arm", "FID to data", "change", "legibility", "change")
-OVER_SEEDS = ("arm", "seeds", "final error", "median", "FID", "ratio")
+OVER_SEEDS = ("arm", "seeds", "final error", "median", "FID", "ratio", "single steps")
 
 
 def parts(label: str) -> tuple[str, str, int]:
@@ -70,7 +71,8 @@ def table(rows: dict[str, dict[int, dict[str, Any]]], base: str) -> list[tuple[s
         for seed, row in sorted(seeds.items()):
             error, median, fid = Interval(**row["final_error"]), row["median"]["value"], row["fid"]["value"]
             its = f"{compared[seed].value:.2f} [{compared[seed].low:.2f}, {compared[seed].high:.2f}]" if seed in compared else ""
-            lines.append((str(seed), arm, written(error), f"{median:.3f}", f"{fid:.2f} ({row['floor']:.1f})", its, pooled))
+            steps = f"{1e3 * row['single_step']['error']:.2f}" if "single_step" in row else ""
+            lines.append((str(seed), arm, written(error), f"{median:.3f}", steps, f"{fid:.2f} ({row['floor']:.1f})", its, pooled))
             pooled = ""
     return lines
 
@@ -81,7 +83,12 @@ def table_over_seeds(rows: dict[str, dict[int, dict[str, Any]]], base: str) -> l
     for arm, seeds in rows.items():
         measured = [over(row[name]["value"] for row in seeds.values()) for name in ("final_error", "median", "fid")]
         compared = over(each.value for each in ratios(rows, arm, base).values())
-        lines.append((arm, " ".join(str(seed) for seed in sorted(seeds)), *measured, compared))
+        steps = over(
+            row["single_step"]["error"] / rows[base][seed]["single_step"]["error"]
+            for seed, row in seeds.items()
+            if arm != base and "single_step" in row and "single_step" in rows.get(base, {}).get(seed, {})
+        )
+        lines.append((arm, " ".join(str(seed) for seed in sorted(seeds)), *measured, compared, steps))
     return lines
 
 

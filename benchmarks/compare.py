@@ -10,8 +10,8 @@ An arm is a recipe and what is changed in it: an option of a pass (PASS.option=v
 insert=BEFORE:PASS,option=value. The first arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in
 --work, so a killed run goes on where it stopped, and arms whose first passes are the same share them.
 
-Beside the last samples, every arm without a correction while sampling has a `single_step` error: squared, from full-precision latents, on
-some of the trajectories that it was calibrated on. How errors add up over the steps moves the former from seed to seed, not this.
+Beside the last samples, every arm without a correction while sampling has a `single_step` error: squared, from full-precision
+latents, on some of the trajectories that it was calibrated on, with the share of the mean (see coherence.py).
 """
 
 import argparse
@@ -136,11 +136,10 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                 loaded = dq.load(folder)
                 with progress_bars(CONSOLE) as progress:
                     comparisons[label] = compare_to(reference, loaded, name=label, progress=progress)
-                single_step = None
+                single_step = {}
                 if attachment_of(loaded) is None:
-                    single_step = dict(
-                        zip(("error", "mean"), squared_error(rollout, find_denoiser(loaded)[1], 1, ALONG), strict=True)
-                    )
+                    error, shifted = squared_error(rollout, find_denoiser(loaded)[1], 1, ALONG)
+                    single_step = {"single_step": {"error": error, "mean": shifted}}
                 passes = json.loads((folder / "quantization.json").read_text())["passes"]
                 result = comparisons[label]
                 found["arms"][label] = {
@@ -153,7 +152,7 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     "legibility": asdict(result.legibility),
                     "legibility_change": asdict(result.legibility_change),
                     **({} if result.accuracy is None else {"accuracy": asdict(result.accuracy)}),
-                    **({} if single_step is None else {"single_step": single_step}),
+                    **single_step,
                     "drift": result.drift[:: max(1, arguments.steps // 10)],
                     "bytes": file_size(folder),
                     "seconds": {row["pass"]: row["seconds"] for row in passes},

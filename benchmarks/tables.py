@@ -6,10 +6,10 @@
     python benchmarks/tables.py benchmarks/results/qncd-compare.json --quality
 
 Ratios of mean final errors are paired by noise; intervals are 95 % bootstrap intervals of the mean over those samples. Of several
-calibration seeds the last column has the mean of the ratios and the least and largest of them. `single steps` is the squared error of
-single steps from full-precision latents in thousandths, with --over-seeds as a ratio to the baseline's. With --over-seeds there is one line
-for each arm: means over its seeds, least and largest in brackets. With --quality, FID to the data and legibility, and how far both
-are from full precision's, paired by noise and without FID's bias of n.
+calibration seeds the last column has the mean of the ratios and the least and largest of them. `single steps` is the squared error
+of single steps from full-precision latents, in thousandths. With --over-seeds there is one line for each arm: means over its seeds,
+least and largest in brackets, and single steps as ratios. With --quality, FID to the data and legibility, and how far both are from
+full precision's, paired by noise and without FID's bias of n.
 """
 
 import argparse

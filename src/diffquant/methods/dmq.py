@@ -43,7 +43,7 @@ class LearnEquivalentScaling(UnitPass):
     ``bins`` bins of the timestep axis, whose losses are averages with ``momentum``. ``ranges`` of inputs are the extremes of a
     mini-batch of all timesteps (paper), or those of each ``sample``, which parameter sets per timestep come nearer to.
     ``weight_error``: the share of the weights' errors that is made meanwhile (paper: 1). Learned rounding and searched ranges
-    leave a part of it in the end, and a vector that expects all of it spares the weights at the cost of the inputs.
+    leave only a part of it in the end.
     """
 
     before_ranges: ClassVar[bool] = True

@@ -6,6 +6,7 @@
     python benchmarks/qncd.py corrections --model glyph-sd --guidance 3 --work benchmarks/work/glyph-sd --bits w4a8
     python benchmarks/qncd.py corrections --arms accuquant --bits w4a6 --only proportional
     python benchmarks/qncd.py corrections --redraw
+    python benchmarks/qncd.py corrections --table
 
 Corrections are fitted to one model (the first arm) and attached to it in turn; on full precision, all that the run-time estimate
 changes is its own bias. Rows of more steps spend a correction's further denoiser calls on steps instead. Recordings and passes
@@ -17,16 +18,20 @@ import argparse
 import copy
 import json
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from compare import STEPS, add_arguments, recipe_of, recording, with_scheduler
 from matplotlib import pyplot
+from tables import over
 from torch import Tensor, nn
 
 import diffquant as dq
@@ -45,6 +50,7 @@ from diffquant.quantization import pass_names
 from diffquant.runtime.correction import attach, detach
 
 CALLS = 64  # recorded calls over which layers are compared
+LABEL = re.compile(r"(?P<arm>.+) seed (?P<seed>\d+) eta (?P<eta>\S+) (?P<name>.+)")  # of a correction's row
 
 
 def quantized(arm: str, bits: str, seed: int, arguments: argparse.Namespace) -> tuple[Any, dq.Trajectory]:
@@ -213,19 +219,76 @@ def drawn(pipe: Any, protocol: dq.SamplingProtocol, correction: Any = None) -> D
 
 
 def draw_corrections(found: dict[str, Any], path: Path) -> None:
-    """Mean and deviation of the latents over the steps; a row of panels for each quantized model, full precision in grey."""
-    plain = [label.removesuffix(" none") for label in found if label.endswith(" none")]
-    figure, panels = pyplot.subplots(len(plain), 2, figsize=(10, 3.2 * len(plain)), squeeze=False, layout="constrained")
-    for label, row in zip(plain, panels, strict=True):
-        full = found[f"full precision eta {label.rpartition(' eta ')[2]}"]
-        for panel, moment in zip(row, ("mean", "deviation"), strict=True):
-            panel.plot(full[moment], color="0.75", linewidth=5, label="full precision")
-            for name, drawn in found.items():
-                if name.startswith(f"{label} ") and len(drawn[moment]) == len(full[moment]):
-                    panel.plot(drawn[moment], linewidth=1.2, label=name.removeprefix(f"{label} "))
-            panel.set(title=f"{label}: {moment} of the latents", xlabel="step")
+    """How far the latents' mean and deviation are from full precision's over the steps, means over calibration seeds.
+
+    A row of panels for each model and eta, a colour for each correction.
+    """
+    models = by_model(found)
+    colour = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(name for each in models.values() for name in each))}
+    figure, panels = pyplot.subplots(len(models), 2, figsize=(10, 2.7 * len(models)), squeeze=False, layout="constrained")
+    for ((arm, eta), rows), pair in zip(models.items(), panels, strict=True):
+        full = found[f"full precision eta {eta}"]
+        for panel, moment in zip(pair, ("mean", "deviation"), strict=True):
+            wanted = torch.tensor(full[moment])
+            panel.axhline(0, color="0.75", linewidth=4)
+            for name, seeds in rows.items():
+                lines = [torch.tensor(row[moment]) for row in seeds.values()]
+                if lines[0].shape == wanted.shape:
+                    panel.plot(torch.stack(lines).mean(dim=0) - wanted, color=colour[name], linewidth=1.2, label=name)
+            panel.set(title=f"{arm}, eta {eta}: {moment} of the latents", ylabel="off by")
     panels[0, 0].legend(frameon=False, fontsize=8)
+    for panel in panels[-1]:
+        panel.set_xlabel("step")
     figure.savefig(path, dpi=110)
+
+
+def table_of_corrections(found: dict[str, Any]) -> str:
+    """A Markdown table for each eta: means over the calibration seeds, least and largest in brackets."""
+    models = by_model(found)
+    lines = []
+    for eta in dict.fromkeys(eta for _, eta in models):
+        full = found[f"full precision eta {eta}"]
+        first, second = (moment[-1] for moment in (full["mean"], full["deviation"]))
+        lines += [
+            f"\neta {eta}; full precision: last latents {first:.3f}, {second:.3f}, data FID {full['fid_to_data']['value']:.1f}\n",
+            "| model | correction | calls | seeds | final error | to none | FID | mean and deviation |",
+            f"|{'---|' * 8}",
+        ]
+        controls = {
+            name.removeprefix(f"full precision eta {eta} "): {0: row}
+            for name, row in found.items()
+            if name.startswith(f"full precision eta {eta} ")
+        }
+        chosen = {arm: rows for (arm, its_eta), rows in models.items() if its_eta == eta}
+        for arm, rows in {**chosen, "full precision": controls}.items():
+            plain = rows.get("none", {})
+            for name, seeds in rows.items():
+                compared = (
+                    row["final_error"]["value"] / plain[seed]["final_error"]["value"]
+                    for seed, row in seeds.items()
+                    if name != "none" and seed in plain
+                )
+                cells = (
+                    arm,
+                    name,
+                    f"{next(iter(seeds.values()))['calls']:.0f}",
+                    " ".join(str(seed) for seed in sorted(seeds)) if plain else "",
+                    over(row["final_error"]["value"] for row in seeds.values()),
+                    over(compared),
+                    over(row["fid"]["value"] for row in seeds.values()),
+                    ", ".join(f"{fmean(row[key][-1] for row in seeds.values()):.3f}" for key in ("mean", "deviation")),
+                )
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_model(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict[int, dict[str, Any]]]]:
+    """Rows of quantized models, by bits with arm, and eta; then by correction; then by calibration seed."""
+    models: dict[tuple[str, str], dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+    for label, row in found.items():
+        if parts := LABEL.fullmatch(label):
+            models[parts["arm"], parts["eta"]][parts["name"]][int(parts["seed"])] = row
+    return models
 
 
 def passes() -> dict[str, Any]:
@@ -289,9 +352,13 @@ def main() -> None:
     parser.add_argument("--eta", nargs="+", type=float, default=[0.0])
     parser.add_argument("--only", nargs="+", choices=list(passes()), help="these corrections (default: all)")
     parser.add_argument("--redraw", action="store_true", help="only the picture, of what --out holds")
+    parser.add_argument("--table", action="store_true", help="only a table of the corrections that --out holds")
     arguments = parser.parse_args()
     arguments.out = arguments.out or Path(f"benchmarks/results/qncd-{arguments.what}.json")
     measure, draw = {"layers": (layers, draw_layers), "corrections": (corrections, draw_corrections)}[arguments.what]
+    if arguments.table:
+        print(table_of_corrections(json.loads(arguments.out.read_text())))
+        return
     if arguments.redraw:
         found = json.loads(arguments.out.read_text())
     else:

@@ -298,6 +298,7 @@ def passes() -> dict[str, Any]:
         "estimate once": RuntimeNoiseEstimate(hold=False),
         "estimate calibrated": RuntimeNoiseEstimate(baseline="calibrated"),
         "estimate calibrated batch": RuntimeNoiseEstimate(baseline="calibrated", scope="batch"),
+        "estimate once calibrated batch": RuntimeNoiseEstimate(hold=False, baseline="calibrated", scope="batch"),
         "proportional": FitProportional(),
         "coefficients": FitCoefficients(),
         "coefficients without bias": FitCoefficients(input_bias=False),

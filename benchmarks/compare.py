@@ -47,9 +47,11 @@ ALONG = 32  # of them, for errors of single steps
 CONSOLE = Console(stderr=True)
 
 
-def recording(pipe: Any, work: Path, seed: int, guidance: float | None = None, steps: int = STEPS) -> dq.Trajectory:
-    calibration = dq.Calibration(samples=TRAJECTORIES, steps=steps, seed=seed, guidance_scale=guidance)
-    return dq.record(pipe, calibration, folder=work / f"recording-{seed}")
+def recording(
+    pipe: Any, work: Path, seed: int, guidance: float | None = None, steps: int = STEPS, eta: float = 0.0
+) -> dq.Trajectory:
+    calibration = dq.Calibration(samples=TRAJECTORIES, steps=steps, seed=seed, guidance_scale=guidance, eta=eta or None)
+    return dq.record(pipe, calibration, folder=work / (f"recording-{seed}-eta-{eta:g}" if eta else f"recording-{seed}"))
 
 
 def with_scheduler(pipe: Any, overrides: list[str]) -> Any:

@@ -8,8 +8,10 @@
     python benchmarks/qncd.py corrections --redraw
     python benchmarks/qncd.py corrections --table
 
-Corrections are fitted to one model (the first arm) and attached to it in turn; on full precision, all that the run-time estimate
-changes is its own bias. Rows of more steps spend a correction's further denoiser calls on steps instead. Recordings and passes
+Corrections are fitted to one model (the first arm) and attached to it in turn, fitted on trajectories of the eta that is sampled
+with; the model is calibrated on those without noise at any eta. On full precision, all that the run-time estimate changes is its
+own bias. Rows of more steps spend a correction's further denoiser calls on steps instead; where noise is injected theirs is other
+noise, so the tables have no final error for them. Recordings and passes
 stay in --work, where compare.py and accuquant.py find them; rows of corrections that --out holds, of as many samples, are not
 measured again.
 """
@@ -157,7 +159,7 @@ def corrections(arguments: argparse.Namespace) -> dict[str, Any]:
         reference = drawn(full, protocol)
         if not held(f"full precision eta {eta}"):
             found[f"full precision eta {eta}"] = row(f"full precision eta {eta}", reference, reference)
-        recorded = recording(full, arguments.work, arguments.seeds[0], arguments.guidance)
+        recorded = recording(full, arguments.work, arguments.seeds[0], arguments.guidance, eta=eta)
         for name, step in steps_of.items():
             if isinstance(step, RuntimeNoiseEstimate):
                 control = fitted_by(step, find_denoiser(full)[1], recorded)
@@ -169,7 +171,8 @@ def corrections(arguments: argparse.Namespace) -> dict[str, Any]:
                 held(more.format(steps)) for steps in longer(found, label, steps_of)
             ):
                 continue
-            pipe, data = quantized(arguments.arms[0], bits, seed, arguments)
+            pipe, _ = quantized(arguments.arms[0], bits, seed, arguments)
+            data = recording(full, arguments.work, seed, arguments.guidance, eta=eta)
             model = find_denoiser(pipe)[1]
             fitted = {name: fitted_by(step, model, data) for name, step in steps_of.items() if not held(f"{label} {name}")}
             freeze(model)
@@ -268,13 +271,14 @@ def table_of_corrections(found: dict[str, Any]) -> str:
                     for seed, row in seeds.items()
                     if name != "none" and seed in plain
                 )
+                other_noise = name.startswith("none, ") and float(eta) > 0
                 cells = (
                     arm,
                     name,
                     f"{next(iter(seeds.values()))['calls']:.0f}",
                     " ".join(str(seed) for seed in sorted(seeds)) if plain else "",
-                    over(row["final_error"]["value"] for row in seeds.values()),
-                    over(compared),
+                    "" if other_noise else over(row["final_error"]["value"] for row in seeds.values()),
+                    "" if other_noise else over(compared),
                     over(row["fid"]["value"] for row in seeds.values()),
                     ", ".join(f"{fmean(row[key][-1] for row in seeds.values()):.3f}" for key in ("mean", "deviation")),
                 )

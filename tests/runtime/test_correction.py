@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -285,7 +286,7 @@ def test_a_calibrated_baseline_is_what_full_precision_is_found_to_get_wrong():
         assert attachment.extra_calls == len(pipe.unet.correction.refreshes(STEPS)) > 1
         assert change < 1e-5 if baseline == "calibrated" else change > 0.01
         if baseline == "calibrated":
-            with pytest.raises(SpecError, match="was measured on DDIMScheduler, 10 steps; this is DDIMScheduler, 20 steps"):
+            with pytest.raises(SpecError, match="measured on DDIMScheduler, 10 steps, clipped; this is DDIMScheduler, 20 steps"):
                 drawn(pipe.unet, pipe.scheduler, start, steps=20)
         detach(pipe)
 
@@ -295,15 +296,34 @@ def test_an_input_bias_holds_for_what_it_was_fitted_on(quantized):
     model = copy.deepcopy(pipe.unet)
     with fit.run(show=False) as run:
         FitCoefficients(samples=8).apply(model, data, torch.Generator().manual_seed(0), run)
-    assert model.correction.scheduler == "DDIMScheduler, 4 steps" and model.correction.bias[0] == (0.0, 0.0, 0.0)
-    corrected = DDIMPipeline(model, DDIMScheduler())
-    corrected.set_progress_bar_config(disable=True)
-    attach(corrected)
-    corrected(num_inference_steps=4, output_type="np")
-    with pytest.raises(
-        SpecError, match="fitted on DDIMScheduler, 4 steps; this is DDIMScheduler, 6 steps; fit it with input_bias: false"
+    assert model.correction.scheduler == "DDIMScheduler, 4 steps, clipped" and model.correction.bias[0] == (0.0, 0.0, 0.0)
+    for clips, steps, eta, here in (
+        (True, 4, 0.0, None),
+        (True, 6, 0.0, "DDIMScheduler, 6 steps, clipped"),
+        (True, 4, 0.5, "DDIMScheduler, 4 steps, eta 0.5, clipped"),
+        (False, 4, 0.0, "DDIMScheduler, 4 steps"),
     ):
-        corrected(num_inference_steps=6, output_type="np")
+        corrected = DDIMPipeline(model, DDIMScheduler(clip_sample=clips))
+        corrected.set_progress_bar_config(disable=True)
+        attach(corrected)
+        refused = f"fitted on DDIMScheduler, 4 steps, clipped; this is {here}; fit it with input_bias: false"
+        with pytest.raises(SpecError, match=refused) if here else nullcontext():
+            corrected(num_inference_steps=steps, eta=eta, output_type="np")
+
+
+@pytest.mark.parametrize(("kind", "eta"), [(PNDMScheduler, None), (DDIMScheduler, 1.0)])
+@pytest.mark.parametrize("step", [RuntimeNoiseEstimate(baseline="calibrated", samples=2), FitCoefficients(samples=2)])
+def test_what_was_fitted_on_a_recording_works_with_its_sampler(tmp_path, kind, eta, step):
+    """PNDM steps once more than it is asked for; noise that DDIM injects belongs to a recording as its steps do."""
+    pipe = pipelines.stable_diffusion(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    data = dq.record(pipe, dq.Calibration(samples=2, steps=STEPS, batch_size=2, eta=eta), progress=False)
+    with fit.run(show=False) as run:
+        step.apply(pipe.unet, data, torch.Generator().manual_seed(0), run)
+    attached = attach(pipe)
+    pipe(["a"], num_inference_steps=STEPS, eta=eta or 0.0, output_type="np")
+    assert (attached.extra_calls > 0) == isinstance(step, RuntimeNoiseEstimate)
 
 
 # ---- pipelines and checkpoints

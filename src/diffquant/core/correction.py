@@ -7,6 +7,7 @@ interval, as parameter sets do.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Annotated, Any, Literal, final
 
@@ -34,7 +35,8 @@ class NoiseEstimate(_Value):
     """Ask the quantized model for noise that is known, and subtract what it gets wrong on the mean.
 
     Every ``interval`` steps (None: five times a run), first at half of that plus 2; ``hold`` keeps the estimate until the next one.
-    ``expected`` is what a right model is found to get wrong, by timestep, on the ``scheduler`` it was measured with; not counted.
+    ``expected`` is what a right model is found to get wrong, by timestep, on the sampler it was measured with (``scheduler``, as by
+    `sampler_name`); not counted.
     """
 
     kind: Literal["noise-estimate"] = "noise-estimate"
@@ -68,7 +70,7 @@ class Proportional(_Value):
 class Coefficients(_Value):
     """TAC: ``factor`` times the prediction; ``bias`` is subtracted from the latent before each timestep.
 
-    A bias holds for the scheduler and number of steps it was fitted on; without one ``scheduler`` is empty.
+    A bias holds for the sampler it was fitted on (``scheduler``, as by `sampler_name`); without one that is empty.
     """
 
     kind: Literal["coefficients"] = "coefficients"
@@ -96,6 +98,17 @@ def check_scheduler(scheduler: Any) -> None:
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample") or (name in SIGMA_SPACE and kind != "epsilon"):
         raise SpecError(f"correction: {name} with prediction_type {kind!r} is not supported")
+
+
+def sampler_name(scheduler: Any, eta: float) -> str:
+    """What a value that holds for one sampler only was fitted on: class, steps asked for, DDIM's noise, clipping."""
+    parts = [type(scheduler).__name__, f"{scheduler.num_inference_steps} steps"]
+    if eta:
+        parts.append(f"eta {eta:g}")
+    takes = inspect.signature(type(scheduler).__init__).parameters  # a configuration keeps what other classes had
+    if "clip_sample" in takes and scheduler.config.clip_sample:
+        parts.append("clipped")
+    return ", ".join(parts)
 
 
 def signal_level(scheduler: Any, timestep: float) -> float:

@@ -33,6 +33,7 @@ from diffquant.core.correction import (
     give,
     known_noise,
     noised_to,
+    sampler_name,
 )
 from diffquant.core.surgery import full_precision, switched
 from diffquant.methods.passes import Figures, Pass, evaluating
@@ -213,7 +214,8 @@ def steps_by_timestep(rollout: Rollout) -> tuple[tuple[float, ...], Callable[[li
 
 
 def _named(rollout: Rollout) -> str:
-    return f"{type(rollout.scheduler).__name__}, {rollout.steps} steps"
+    options = rollout.data.step(torch.zeros(1, dtype=torch.long), 0).options
+    return sampler_name(rollout.scheduler, options.get("eta", 0.0))
 
 
 def _kept(model: nn.Module, correction: NoiseEstimate | Proportional | Coefficients) -> Figures:

@@ -31,6 +31,7 @@ from diffquant.core.correction import (
     known_noise,
     noised_to,
     row_at,
+    sampler_name,
     signal_level,
 )
 from diffquant.core.spec import SpecError
@@ -178,12 +179,12 @@ class Attachment:
         mean = wrong.mean(dim=tuple(range(0 if correction.scope == "batch" else 1, wrong.dim())), keepdim=True)
         if not correction.expected:
             return mean
-        self._check_fitted_here(correction.scheduler, "its baseline was measured", "baseline: none")
+        self._check_fitted_here(correction.scheduler, keywords, "its baseline was measured", "baseline: none")
         return mean - correction.expected[row_at(correction.timesteps, float(timestep))]
 
-    def _check_fitted_here(self, scheduler: str, what: str, instead: str) -> None:
-        """Raises `SpecError` unless `scheduler` names the present one and its number of steps."""
-        here = f"{type(self.scheduler).__name__}, {self.scheduler.num_inference_steps} steps"
+    def _check_fitted_here(self, scheduler: str, keywords: Any, what: str, instead: str) -> None:
+        """Raises `SpecError` unless `scheduler` names the present sampler."""
+        here = sampler_name(self.scheduler, keywords.get("eta", 0.0))
         if here != scheduler:
             raise SpecError(f"correction: {what} on {scheduler}; this is {here}; fit it with {instead}")
 
@@ -249,7 +250,7 @@ class Attachment:
         self, correction: Coefficients, output: Tensor, timestep: Any, sample: Tensor, arguments: tuple[Any, ...], keywords: Any
     ) -> Any:
         if correction.bias is not None:
-            self._check_fitted_here(correction.scheduler, "its input bias was fitted", "input_bias: false")
+            self._check_fitted_here(correction.scheduler, keywords, "its input bias was fitted", "input_bias: false")
         factor = _shaped(correction.factor[row_at(correction.timesteps, float(timestep))], sample)
         corrected = self._changed(output, sample, float(timestep), lambda noise: noise * factor)
         result = self._original["step"](corrected, timestep, sample, *arguments, **keywords)

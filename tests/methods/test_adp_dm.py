@@ -238,6 +238,22 @@ def test_ranges_are_learned_on_after_the_choice(pipe, data):
         assert torch.equal(ours.table, theirs.table) if ours.clock is not None else ours.table is theirs.table, name
 
 
+@pytest.mark.parametrize("sets", [1, 2, 4])
+def test_the_control_learns_ranges_and_searches_nothing(pipe, data, sets):
+    """One set is static quantization, four for four intervals are one each. Tables stay, errors fall, all are visited."""
+    model, start = prepared(pipe, data, sets), prepared(pipe, data, sets)
+    options = {"table": "clusters", "ranges": "clusters", "rounds": 16, "images": 16}
+    before = searched(start, data, **options, learn_ranges=False)
+    figures = searched(model, data, **options, updates=6, range_rate=2e-2)
+    assert figures["settled_error"] < 0.9 * before["settled_error"] and "hardening_gap" not in figures
+    assert figures["intervals_chosen"] == [4, 4, 4, 4]
+    assert all(row["moved"] == 0 and row["entropy"] < 1e-30 and row["sets_used"] == sets for row in figures["layers"])
+    ours = [one for _, one in quantizers(model) if one.clock is not None]
+    theirs = [one for _, one in quantizers(start) if one.clock is not None]
+    assert len(figures["layers"]) == len(ours)
+    assert all(torch.equal(torch.as_tensor(a.table), torch.as_tensor(b.table)) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_with_a_lead_what_does_not_matter_stays_with_its_cluster(pipe, data):
     """Entropy alone, no gradient to speak of: shares e^2 to 1 are 0.881 and 0.119, and the entropy makes the larger larger."""
     figures = searched(prepared(pipe, data, 2), data, lead=2.0, entropy=1e6, rate=1e-3)

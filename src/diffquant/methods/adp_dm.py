@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, fit
+from diffquant.calibration.fit import Run, fit, iteration_generator
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.replay import rows_of
 from diffquant.calibration.scheduling import build_scheduler
@@ -41,6 +41,7 @@ from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.steps import LearnedSteps
 
 Selection = Literal["searched", "uniform", "normal", "released"]
+ONE_HOT = 100.0  # a lead, in nats, at which the shares of all other sets are zero
 RELEASED_FIRST = 0.3  # the released rule leaves out this share of the steps, from the clean end
 
 
@@ -57,6 +58,9 @@ class SearchParameterSets(Pass):
     gradients of logits are noise and the entropy makes final whatever comes of it; with a lead that is the cluster.
     ``temperature``: what logits are divided by at the last round, falling from 1 geometrically. ``settling``: updates of steps and
     zero points after every interval has taken its set.
+
+    ``table: clusters`` searches nothing: every interval keeps its cluster's set, and steps and zero points are learned on the same
+    objective, of inputs with one set too. It is the control, which says what the search adds.
     """
 
     images: int = Field(default=512, ge=1)
@@ -75,6 +79,7 @@ class SearchParameterSets(Pass):
     lead: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, gt=0, le=1)
     settling: int = Field(default=0, ge=0)
+    table: Literal["searched", "clusters"] = "searched"
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Search with all quantizers on. Raises `SpecError` where ranges were not calibrated or no quantizer has several sets."""
@@ -82,7 +87,8 @@ class SearchParameterSets(Pass):
             raise SpecError("SearchParameterSets: target: noise needs inputs: noised; recorded latents have no known noise")
         seed = draw_seed(generator)
         with evaluating(model), switched(model, True):
-            searched = {name: one for name, one in quantizers(model) if one.clock is not None and one.rows > 1}
+            fewest = 2 if self.table == "searched" else 1
+            searched = {name: one for name, one in quantizers(model) if one.clock is not None and one.rows >= fewest}
             if not searched:
                 raise SpecError("SearchParameterSets: no quantizer has several parameter sets; add sets: 8 to a rule")
             with torch.no_grad():
@@ -93,7 +99,8 @@ class SearchParameterSets(Pass):
 
     def sample_forwards(self, blocks: int) -> float:
         """The observed ranges, and three passes an update, each with G quantizations in place of one (counted as twice)."""
-        return self.images + (6.0 * self.rounds * self.updates + 3.0 * self._settling) * self.batch_size
+        passes = 6.0 if self.table == "searched" else 3.0
+        return self.images + (passes * self.rounds * self.updates + 3.0 * self._settling) * self.batch_size
 
     @property
     def _settling(self) -> int:
@@ -116,9 +123,13 @@ class SearchParameterSets(Pass):
         return nearest
 
     def _fit(self, search: _Search, seed: int, run: Run) -> list[float]:
-        learned = [(logits, self.rate) for logits in search.logits.values()]
+        learned = [(logits, self.rate) for logits in search.logits.values() if search.searching]
         if self.learn_ranges:
             learned += [pair for one in search.steps for pair in one.parameters()]
+        if not learned:
+            for round_ in range(self.rounds):
+                search.grow(round_, iteration_generator(seed, round_))
+            return []
         return fit(
             learned,
             search.loss,
@@ -148,11 +159,11 @@ class _Search:
         clock = model.step_clock
         assert isinstance(clock, StepClock)
         self.clock = clock
-        self.logits = {
-            name: options.lead * nn.functional.one_hot(nearest[name], one.rows).to(one.scale) for name, one in searched.items()
-        }
+        self.searching = options.table == "searched"
+        self.decided = not self.searching
+        lead = options.lead if self.searching else ONE_HOT
+        self.logits = {name: lead * nn.functional.one_hot(nearest[name], one.rows).to(one.scale) for name, one in searched.items()}
         self.errors = torch.full((2,), math.nan)
-        self.decided = False
         self.steps = [LearnedSteps.of(one, options.range_rate, zero_points=True) for one in searched.values()]
         self.pool = torch.full((min(options.images, len(data)),), -1)  # recorded samples, in the order they were chosen
         self.counts = torch.zeros(clock.intervals, dtype=torch.long)
@@ -311,17 +322,21 @@ class _Search:
                     "largest_share": float(logits.softmax(dim=1).amax(dim=1).mean()),
                 }
             )
-        mixed, hardened = self.errors.tolist()
-        return {
+        found = {
             "layers": rows,
             "images": int((self.pool >= 0).sum()),
+            "settled_error": self.error(),
+            "intervals_chosen": self.counts.tolist(),
+        }
+        if not self.searching:
+            return found
+        mixed, hardened = self.errors.tolist()
+        return found | {
             "entropy_at_start": self.start_entropy,
             "entropy_at_end": float(self.interval_entropy()[trained].mean()),
             "mixture_error": mixed,
             "hardened_error": hardened,
             "hardening_gap": hardened / max(mixed, 1e-24) - 1,
-            "settled_error": self.error(),
-            "intervals_chosen": self.counts.tolist(),
         }
 
     def error(self) -> float:

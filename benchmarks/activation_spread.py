@@ -1,6 +1,7 @@
-"""How far the activations of glyph-ddim spread over channels and timesteps, layer by layer: does it have what methods are made for?
+"""How far the activations of a reference model spread over channels and timesteps, layer by layer: does it have what methods are made for?
 
     python benchmarks/activation_spread.py
+    python benchmarks/activation_spread.py --model glyph-sd --out benchmarks/results/activation_spread-glyph-sd.json
 
 `channels`: largest over median of the channels' largest magnitudes. `timesteps`: largest over smallest of the timesteps' largest
 magnitudes. `peak`: largest magnitude over standard deviation.
@@ -14,14 +15,17 @@ import torch
 
 import diffquant as dq
 from diffquant import zoo
+from diffquant.calibration.observe import find_denoiser
 from diffquant.core.layers import QUANTIZABLE
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="glyph-ddim")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/activation_spread.json"))
     arguments = parser.parse_args()
-    pipe = zoo.load("glyph-ddim")
+    pipe = zoo.load(arguments.model)
+    model = find_denoiser(pipe)[1]
     data = dq.record(pipe, dq.Calibration(samples=32, steps=20, seed=0))
     seen: dict[str, list[dict[str, torch.Tensor]]] = {}
 
@@ -32,12 +36,12 @@ def main() -> None:
 
         return hook
 
-    layers = {name: module for name, module in pipe.unet.named_modules() if type(module) in QUANTIZABLE}
+    layers = {name: module for name, module in model.named_modules() if type(module) in QUANTIZABLE}
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
     with torch.no_grad():
         for timestep in data.timesteps:
             rows = (data.timestep_of() == timestep).nonzero()[:, 0]
-            pipe.unet(**data.batch(rows)[0])
+            model(**data.batch(rows)[0])
     for handle in handles:
         handle.remove()
     rows = []

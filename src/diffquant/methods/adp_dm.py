@@ -115,7 +115,8 @@ class SearchParameterSets(Pass):
         for name, quantizer in searched.items():
             nearest[name], low, high = clustered(*ranges[name], quantizer.rows)
             quantizer.set_ranges(low, high)
-            quantizer.table = nearest[name].to(quantizer.table)
+            if quantizer.table is not None:
+                quantizer.table = nearest[name].to(quantizer.table)
         if self.ranges == "mse":
             samples = max(self.images, len(data.timesteps))
             calibration = CalibrateRanges(samples=samples, batch_size=self.batch_size)
@@ -311,7 +312,7 @@ class _Search:
         for name, quantizer in self.searched.items():
             logits = self.logits[name][trained.to(self.logits[name].device)]
             owner, _, operand = name.rpartition(".")
-            table = torch.as_tensor(quantizer.table).cpu()
+            table = self.nearest[name] if quantizer.table is None else quantizer.table.cpu()
             rows.append(
                 {
                     "layer": owner,

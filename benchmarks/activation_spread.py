@@ -1,4 +1,4 @@
-"""How far the activations of a reference model spread over channels and timesteps, layer by layer: does it have what methods are made for?
+"""How far a reference model's activations spread over channels and timesteps, layer by layer: has it what methods are made for?
 
     python benchmarks/activation_spread.py
     python benchmarks/activation_spread.py --model glyph-sd --out benchmarks/results/activation_spread-glyph-sd.json

@@ -54,6 +54,7 @@ from transformers import (
 from diffquant.core.planning import plan
 from diffquant.core.spec import LayerRule
 from diffquant.core.surgery import freeze, prepare, quantized_layers, quantizers
+from diffquant.evaluation.sampling import sample_unconditional
 from diffquant.recipe import load_recipe
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
@@ -91,6 +92,13 @@ def micro(seed: int = 0) -> DDIMPipeline:
         add_attention=False,
     )
     return DDIMPipeline(denoiser.eval(), DDIMScheduler())
+
+
+def own_loop(pipe, generator, batch, eta=0.0):
+    """Sample a micro pipeline with whatever scheduler it holds."""
+    noise = torch.randn(batch, 3, 8, 8, generator=generator, dtype=pipe.unet.dtype)
+    for _ in sample_unconditional(pipe.unet, pipe.scheduler, noise, 6, eta, generator):
+        pass
 
 
 def ddim(seed: int = 0) -> DDIMPipeline:

@@ -23,7 +23,6 @@ from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout
 from diffquant.calibration.scheduling import restore, snapshot
 from diffquant.core.spec import CalibrationError
-from diffquant.evaluation.sampling import sample_unconditional
 from tests import pipelines
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -50,17 +49,10 @@ SCHEDULERS = (
 )
 
 
-def own_loop(pipe, generator, batch, eta=0.0):
-    """Sample a micro pipeline with whatever scheduler it holds."""
-    noise = torch.randn(batch, 3, 8, 8, generator=generator, dtype=pipe.unet.dtype)
-    for _ in sample_unconditional(pipe.unet, pipe.scheduler, noise, 6, eta, generator):
-        pass
-
-
 def recorded_with(kind, **options):
     pipe = pipelines.micro()
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
-    return pipe, record(pipe, dataclasses.replace(SMALL, steps=6), run=own_loop, progress=False)
+    return pipe, record(pipe, dataclasses.replace(SMALL, steps=6), run=pipelines.own_loop, progress=False)
 
 
 def worst(rollout: Rollout, length: int = 3) -> float:
@@ -128,7 +120,7 @@ def test_injected_noise_is_that_of_the_recording(monkeypatch):
 
 def test_eta_reaches_the_replayed_step():
     pipe = pipelines.micro()
-    run = functools.partial(own_loop, eta=1.0)
+    run = functools.partial(pipelines.own_loop, eta=1.0)
     run.__qualname__ = "own_loop"
     data = record(pipe, dataclasses.replace(SMALL, steps=6), run=run, progress=False)
     chain = Rollout(pipe.unet, data).chain(torch.tensor([0]), range(2, 4))

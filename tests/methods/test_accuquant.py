@@ -31,7 +31,6 @@ from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.starts import Starts
 from diffquant.recipe import load_recipe
 from tests import pipelines
-from tests.calibration.test_rollout import own_loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SMALL = Calibration(samples=4, batch_size=2, steps=4, seed=1)
@@ -89,7 +88,7 @@ def double(name, tmp_path):
         pipe.scheduler = {"dpm": DPMSolverMultistepScheduler, "pndm": PNDMScheduler, "clipped": DDIMScheduler}[name].from_config(
             pipe.scheduler.config
         )
-        data = record(pipe, dataclasses.replace(SMALL, steps=6), run=own_loop, progress=False)
+        data = record(pipe, dataclasses.replace(SMALL, steps=6), run=pipelines.own_loop, progress=False)
     model = find_denoiser(pipe)[1]
     disturbed = copy.deepcopy(model).requires_grad_(True)
     with torch.no_grad():

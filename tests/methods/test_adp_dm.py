@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diffquant.calibration import fit
+from diffquant.calibration.gain import StepGain
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.calibration.selection import normal_shares, pick
@@ -18,7 +19,7 @@ from diffquant.core.affine import fake_quantize
 from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import LayerRule, QuantSpec, SpecError
-from diffquant.core.surgery import prepare, quantizers
+from diffquant.core.surgery import prepare, quantizers, switched
 from diffquant.methods.adp_dm import SearchParameterSets, _Search
 from diffquant.methods.clusters import clustered
 from diffquant.methods.mixture import entropies, mixture
@@ -238,6 +239,17 @@ def test_ranges_are_learned_on_after_the_choice(pipe, data):
         assert torch.equal(ours.table, theirs.table) if ours.clock is not None else ours.table is theirs.table, name
 
 
+@pytest.mark.parametrize("error", ["output", "latent"])
+def test_the_error_of_the_latent_is_the_outputs_times_what_the_sampler_makes_of_it(pipe, data, error):
+    model, everything = prepared(pipe, data, 1), torch.arange(16)
+    figures = searched(model, data, table="clusters", error=error)
+    with torch.no_grad(), switched(model, True):
+        arguments, target = data.batch(everything, torch.device("cpu"))
+        missed = model(**arguments).sample - target
+    weighed = missed * StepGain(model, data).of(everything) if error == "latent" else missed
+    assert figures["images"] == 16 and figures["settled_error"] == pytest.approx(float(weighed.square().sum() / 16), rel=1e-5)
+
+
 @pytest.mark.parametrize("sets", [1, 2, 4])
 def test_the_control_learns_ranges_and_searches_nothing(pipe, data, sets):
     """One set is static quantization, four for four intervals are one each. Tables stay, errors fall, all are visited."""
@@ -296,3 +308,5 @@ def test_refused(pipe, data):
         searched(prepared(pipe, data, 1), data)
     with pytest.raises(SpecError, match="target: noise needs inputs: noised"):
         searched(prepared(pipe, data, 2), data, target="noise")
+    with pytest.raises(SpecError, match="error: latent needs inputs: trajectory"):
+        searched(prepared(pipe, data, 2), data, inputs="noised", error="latent")

@@ -9,7 +9,7 @@ Source: Wang et al. 2024 (arXiv 2305.18723). The released code is another method
 followed. *Differs*: the target is the full-precision output and the inputs are recorded latents (paper: the noise itself, on noised
 images; ``target`` and ``inputs`` give that); the entropy is a mean over layers, so that its weight does not depend on their number;
 rates of steps are relative; sets start from clusters of the timesteps' ranges, which the paper leaves open; ``lead``,
-``temperature`` and ``settling`` (off unless asked for) are not the paper's.
+``temperature``, ``settling`` and ``error: latent`` (off unless asked for) are not the paper's.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, fit, iteration_generator
+from diffquant.calibration.gain import StepGain
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.replay import rows_of
+from diffquant.calibration.rollout import leading_channels
 from diffquant.calibration.scheduling import build_scheduler
 from diffquant.calibration.selection import normal_shares
 from diffquant.calibration.trajectory import Trajectory
@@ -59,6 +61,9 @@ class SearchParameterSets(Pass):
     ``temperature``: what logits are divided by at the last round, falling from 1 geometrically. ``settling``: updates of steps and
     zero points after every interval has taken its set.
 
+    ``error``: of the model's ``output``, as published, or of the ``latent`` that the sampler's step makes of it (`StepGain`):
+    errors of the output are largest at the last timesteps, where the sampler makes least of them.
+
     ``table: clusters`` searches nothing: every interval keeps its cluster's set, and steps and zero points are learned on the same
     objective, of inputs with one set too. It is the control, which says what the search adds.
     """
@@ -79,12 +84,15 @@ class SearchParameterSets(Pass):
     lead: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, gt=0, le=1)
     settling: int = Field(default=0, ge=0)
+    error: Literal["output", "latent"] = "output"
     table: Literal["searched", "clusters"] = "searched"
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Search with all quantizers on. Raises `SpecError` where ranges were not calibrated or no quantizer has several sets."""
         if self.target == "noise" and self.inputs != "noised":
             raise SpecError("SearchParameterSets: target: noise needs inputs: noised; recorded latents have no known noise")
+        if self.error == "latent" and self.inputs != "trajectory":
+            raise SpecError("SearchParameterSets: error: latent needs inputs: trajectory; noised latents have no step")
         seed = draw_seed(generator)
         with evaluating(model), switched(model, True):
             fewest = 2 if self.table == "searched" else 1
@@ -164,6 +172,7 @@ class _Search:
         self.decided = not self.searching
         lead = options.lead if self.searching else ONE_HOT
         self.logits = {name: lead * nn.functional.one_hot(nearest[name], one.rows).to(one.scale) for name, one in searched.items()}
+        self.gain = StepGain(model, data) if options.error == "latent" else None
         self.errors = torch.full((2,), math.nan)
         self.steps = [LearnedSteps.of(one, options.range_rate, zero_points=True) for one in searched.values()]
         self.pool = torch.full((min(options.images, len(data)),), -1)  # recorded samples, in the order they were chosen
@@ -236,7 +245,7 @@ class _Search:
         sets = nullcontext() if self.decided else self.mixed(self.options.temperature ** (iteration / max(1, updates - 1)))
         with sets, rows_of(self.model, self.data, picked):
             output = predicted(self.model, self.model(**arguments))
-        total = (output.float() - target.float()).square().sum() / len(picked)
+        total = self.squared(output, target, picked).mean()
         if not self.decided:
             interval = torch.as_tensor(self.clock.interval).expand(len(picked))
             undecided = [entropies(logits)[interval.to(logits.device)].mean() for logits in self.logits.values()]
@@ -246,6 +255,14 @@ class _Search:
             for one in self.steps:
                 one.collect()
         return total.detach()
+
+    def squared(self, output: Tensor, target: Tensor, picked: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Squared error of each sample, a sum over its values."""
+        error = output.float() - target.float()
+        if self.gain is not None:
+            gain = self.gain.of(picked)
+            error = leading_channels(error, gain) * gain
+        return error.square().flatten(1).sum(dim=1)
 
     def batch(self, picked: Int[Tensor, " n"], generator: torch.Generator) -> tuple[dict[str, Any], Tensor]:
         """Arguments of a call, and what its output should be."""
@@ -341,12 +358,12 @@ class _Search:
         }
 
     def error(self) -> float:
-        """Squared error of the output against full precision, a mean over the pool's latents."""
+        """Squared error against full precision, a mean over the pool's latents."""
         found = []
         with torch.no_grad():
             for picked in self.pool[self.pool >= 0].split(self.options.batch_size):
                 arguments, target = self.data.batch(picked, device_of(self.model))
                 with rows_of(self.model, self.data, picked):
                     output = predicted(self.model, self.model(**arguments))
-                found.append((output.float() - target.float()).square().flatten(1).sum(dim=1).cpu())
+                found.append(self.squared(output, target, picked).cpu())
         return float(torch.cat(found).mean())

@@ -1,0 +1,55 @@
+"""What an error of the denoiser's output makes of the latent after the step, to first order.
+
+A sampler multiplies the same error of a prediction by very different numbers: at the last steps, where errors are largest, by
+nearly nothing. It is read off the scheduler's own step, by its gradient at the recorded prediction.
+*Chosen here*; no source for it.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diffquant.calibration.rollout import Rollout
+from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.surgery import device_of
+
+
+@final
+class StepGain:
+    """Derivatives of the next latent by the recorded outputs, value by value; their mean square over the steps is 1.
+
+    A scheduler whose step mixes values counts as one that does not; what a multistep solver makes of an output in later steps is
+    left out. Each half of a guided call has its share of the guided prediction. Raises `CalibrationError` where the recording
+    cannot be replayed.
+    """
+
+    def __init__(self, model: nn.Module, data: Trajectory) -> None:
+        self._rollout = Rollout(model, data)
+        self._call, self._trajectory, self._half = data.call_of(), data.trajectory_of(), data.half_of()
+        self._found: dict[int, Tensor] = {}
+        self._unit = 1.0
+        first = (self._trajectory == 0).nonzero()[:, 0]
+        self._unit = float(self.of(first).square().mean().sqrt())
+        self._found.clear()
+
+    def of(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
+        """Of the recorded outputs `rows`, in the shape of the latents."""
+        for row in rows.tolist():
+            if row not in self._found:
+                self._found[row] = self._one(row) / self._unit
+        return torch.stack([self._found[row] for row in rows.tolist()])
+
+    def _one(self, row: int) -> Tensor:
+        k, half = int(self._call[row]), int(self._half[row])
+        chain = self._rollout.chain(self._trajectory[row : row + 1], range(k, k + 1))
+        output = self._rollout.data.step(chain.trajectories, k).model_output.to(device_of(self._rollout.model))
+        output.requires_grad_(True)
+        with torch.enable_grad():
+            latent, _ = chain.step(output, chain.recorded(0), 0, chain.state)
+            (gain,) = torch.autograd.grad(latent.float().sum(), output)
+        weight = self._rollout.guidance[k]
+        return gain[0].float() * {-1: 1.0, 0: 1.0 - weight, 1: weight}[half]

@@ -1,0 +1,72 @@
+"""What the scheduler's step makes of an error, against formulas by hand and against steps taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+from diffquant.calibration.gain import StepGain
+from diffquant.calibration.observe import Calibration, find_denoiser
+from diffquant.calibration.record import record
+from diffquant.calibration.rollout import Rollout
+from tests import pipelines
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+SMALL = Calibration(samples=3, batch_size=2, steps=4, seed=1)
+
+
+def test_ddim_by_hand():
+    """sqrt(1 - a') - sqrt(a' (1 - a) / a), where nothing is clipped."""
+    pipe = pipelines.micro()
+    pipe.scheduler.register_to_config(clip_sample=False)
+    data = record(pipe, SMALL, progress=False)
+    scheduler, steps = pipe.scheduler, data.timetable["num_inference_steps"]
+    found = StepGain(pipe.unet, data).of(torch.arange(len(data)))
+    spacing = scheduler.config.num_train_timesteps // steps
+    wanted = []
+    for timestep in data.timestep_of().long().tolist():
+        now = scheduler.alphas_cumprod[timestep]
+        then = scheduler.alphas_cumprod[timestep - spacing] if timestep >= spacing else scheduler.final_alpha_cumprod
+        wanted.append((1 - then).sqrt() - (then * (1 - now) / now).sqrt())
+    unit = torch.stack(wanted)[data.trajectory_of() == 0].square().mean().sqrt()
+    torch.testing.assert_close(found, (torch.stack(wanted) / unit).view(-1, 1, 1, 1).expand_as(found), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_step_taken_with_a_small_error(clipped):
+    pipe = pipelines.micro()
+    pipe.scheduler.register_to_config(clip_sample=clipped, clip_sample_range=0.5)
+    data = record(pipe, SMALL, progress=False)
+    agree_with_steps(pipe, data, 1e-3 if clipped else 1.0)
+
+
+def agree_with_steps(pipe, data, size: float) -> None:
+    """The gains times an error are what the error makes of the latent: up to one unit for all."""
+    model = find_denoiser(pipe)[1]
+    gain, rollout = StepGain(model, data), Rollout(model, data)
+    ratios = []
+    for k in range(rollout.steps):
+        chain = rollout.chain(torch.arange(2), range(k, k + 1))
+        output = data.step(torch.arange(2), k).model_output
+        error = size * torch.randn(output.shape, generator=torch.Generator().manual_seed(k))
+        moved = chain.step(output + error, chain.recorded(0), 0, chain.state)[0]
+        moved = moved - chain.step(output, chain.recorded(0), 0, chain.state)[0]
+        rows = torch.stack([((data.call_of() == k) & (data.trajectory_of() == j)).nonzero()[-1, 0] for j in range(2)])
+        guided = 1.0 if int(data.half_of().max()) < 0 else rollout.guidance[k]
+        ratios.append(moved * guided / (gain.of(rows) * error).masked_fill(gain.of(rows).abs() < 1e-4, torch.nan))
+    ratios = torch.stack(ratios).flatten()
+    ratios = ratios[ratios.isfinite()]
+    assert len(ratios) > 100 and float(((ratios - ratios.median()).abs() < 0.02 * ratios.median()).float().mean()) > 0.98
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_other_schedulers(scheduler):
+    pipe = pipelines.micro()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    agree_with_steps(pipe, record(pipe, SMALL, run=pipelines.own_loop, progress=False), 1.0)
+
+
+def test_the_conditional_half_of_a_guided_call(tmp_path):
+    pipe = pipelines.stable_diffusion(tmp_path)
+    agree_with_steps(pipe, record(pipe, SMALL, progress=False), 1.0)

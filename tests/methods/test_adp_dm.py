@@ -23,6 +23,7 @@ from diffquant.core.surgery import prepare, quantizers, switched
 from diffquant.methods.adp_dm import SearchParameterSets, _Search
 from diffquant.methods.clusters import clustered
 from diffquant.methods.mixture import entropies, mixture
+from diffquant.methods.pool import Pool
 from diffquant.methods.ranges import CalibrateRanges
 from tests import pipelines
 
@@ -91,31 +92,23 @@ def test_entropy_by_hand():
     assert torch.allclose(logits.grad, torch.tensor([[-0.205990, 0.205990], [0.0, 0.0]]), atol=1e-6)
 
 
-def search_over(entropy: list[float], selection: str = "searched", bonus: float = 1.5) -> _Search:
-    """A search whose mixtures have these entropies; enough latents everywhere."""
-    made = object.__new__(_Search)
-    made.options = SearchParameterSets(selection=selection, bonus=bonus)
-    made.clock = StepClock(tuple(float(i) for i in range(len(entropy))))
-    made.counts, made.pool = torch.zeros(len(entropy), dtype=torch.long), torch.empty(0, dtype=torch.long)
-    made.interval_of_sample = torch.arange(len(entropy)).repeat_interleave(50)
-    made.interval_entropy = lambda: torch.tensor(entropy)
-    return made
-
-
-def choices(made: _Search, count: int) -> list[int]:
+def chosen(count: int, entropy: list[float], selection: str = "searched", bonus: float = 1.5) -> list[int]:
+    """Intervals chosen one after the other where a search's mixtures have these entropies; enough latents everywhere."""
+    clock = StepClock(tuple(float(i) for i in range(len(entropy))))
+    pool = Pool(0, torch.arange(len(entropy)).repeat_interleave(50), clock, selection, bonus)
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(count):
-        found.append(made.choose(generator))
-        made.counts[found[-1]] += 1
+        found.append(pool.choose(torch.tensor(entropy), generator))
+        pool.counts[found[-1]] += 1
     return found
 
 
 def test_intervals_are_chosen_by_entropy_and_seldomness():
-    assert choices(search_over([2.0, 1.0, 1.9]), 4) == [0, 2, 0, 2]
-    assert sorted(choices(search_over([1.0] * 6), 6)) == list(range(6))
-    assert choices(search_over([1.0, 1.2, 0.9], bonus=0.0), 3) == [1, 1, 1]
-    assert choices(search_over([1.0] * 10, "released"), 7) == [0, 1, 2, 3, 4, 5, 6]
-    assert sorted(choices(search_over([2.0, 0.1, 0.1, 0.1], "uniform"), 8)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert chosen(4, [2.0, 1.0, 1.9]) == [0, 2, 0, 2]
+    assert sorted(chosen(6, [1.0] * 6)) == list(range(6))
+    assert chosen(3, [1.0, 1.2, 0.9], bonus=0.0) == [1, 1, 1]
+    assert chosen(7, [1.0] * 10, "released") == [0, 1, 2, 3, 4, 5, 6]
+    assert sorted(chosen(8, [2.0, 0.1, 0.1, 0.1], "uniform")) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_normally_distributed_timesteps(data):

@@ -31,7 +31,6 @@ from diffquant.calibration.observe import predicted
 from diffquant.calibration.replay import rows_of
 from diffquant.calibration.rollout import leading_channels
 from diffquant.calibration.scheduling import build_scheduler
-from diffquant.calibration.selection import normal_shares
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import SpecError
@@ -39,12 +38,11 @@ from diffquant.core.surgery import device_of, full_precision, quantizers, switch
 from diffquant.methods.clusters import clustered, interval_ranges
 from diffquant.methods.mixture import entropies, mixture
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating
+from diffquant.methods.pool import Pool, Selection
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.steps import LearnedSteps
 
-Selection = Literal["searched", "uniform", "normal", "released"]
 ONE_HOT = 100.0  # a lead, in nats, at which the shares of all other sets are zero
-RELEASED_FIRST = 0.3  # the released rule leaves out this share of the steps, from the clean end
 
 
 @final
@@ -146,7 +144,7 @@ class SearchParameterSets(Pass):
             seed=seed,
             run=run,
             label="parameter sets",
-            also_kept={"pool": search.pool, "counts": search.counts, "errors": search.errors},
+            also_kept={"pool": search.pool.chosen, "counts": search.pool.counts, "errors": search.errors},
         )
 
 
@@ -175,35 +173,12 @@ class _Search:
         self.gain = StepGain(model, data) if options.error == "latent" else None
         self.errors = torch.full((2,), math.nan)
         self.steps = [LearnedSteps.of(one, options.range_rate, zero_points=True) for one in searched.values()]
-        self.pool = torch.full((min(options.images, len(data)),), -1)  # recorded samples, in the order they were chosen
-        self.counts = torch.zeros(clock.intervals, dtype=torch.long)
         interval = torch.tensor([clock.timesteps.index(timestep) for timestep in data.timestep_of().tolist()])
         if clock.conditional is not None:
             half = data.half_of()
             interval = interval + clock.times * torch.where(half < 0, clock.conditional, half)
-        self.interval_of_sample = interval
+        self.pool = Pool(options.images, interval, clock, options.selection, options.bonus)
         self.start_entropy = float(self.interval_entropy().mean())
-
-    # ---- calibration timesteps
-
-    def choose(self, generator: torch.Generator) -> int:
-        """The interval at which the next latents are taken."""
-        entropy = self.interval_entropy()
-        left = torch.bincount(self.interval_of_sample, minlength=len(self.counts)) - torch.bincount(
-            self.interval_of_sample[self.pool[self.pool >= 0]], minlength=len(self.counts)
-        )
-        if self.options.selection == "normal":
-            share = normal_shares(list(self.clock.timesteps)).repeat(self.clock.branches) * (left > 0)
-            return int(torch.multinomial(share, 1, generator=generator))
-        if self.options.selection == "uniform":
-            score = -self.counts.float() + torch.rand(len(self.counts), generator=generator) / 2
-        elif self.options.selection == "released":
-            score = entropy - 2.0 * self.counts
-            times = self.clock.times
-            score[torch.arange(len(score)) % times >= times - int(RELEASED_FIRST * times)] = -torch.inf
-        else:
-            score = entropy + self.options.bonus / (self.counts + 1)
-        return int(score.masked_fill(left <= 0, -torch.inf).argmax())
 
     def interval_entropy(self) -> Float[Tensor, " intervals"]:
         """Entropy of each interval's mixture, a mean over quantizers, in nats; at temperature 1."""
@@ -211,21 +186,8 @@ class _Search:
             return torch.stack([entropies(logits).cpu() for logits in self.logits.values()]).mean(dim=0)
 
     def grow(self, round_: int, generator: torch.Generator) -> None:
-        """Add this round's share of the latents, at intervals chosen one after the other."""
-        begin, end = (len(self.pool) * edge // self.options.rounds for edge in (round_, round_ + 1))
-        if end == begin:
-            return
-        interval = self.choose(generator)
-        self.counts[interval] += 1
-        used = torch.zeros(len(self.data), dtype=torch.bool)
-        used[self.pool[:begin]] = True
-        free = ((self.interval_of_sample == interval) & ~used).nonzero()[:, 0]
-        taken = free[torch.randperm(len(free), generator=generator)[: end - begin]]
-        self.pool[begin : begin + len(taken)] = taken
-        rest = (~used).nonzero()[:, 0]  # an interval with fewer latents than the round adds: the rest from anywhere
-        more = rest[torch.randperm(len(rest), generator=generator)]
-        more = more[~torch.isin(more, taken)][: end - begin - len(taken)]
-        self.pool[begin + len(taken) : end] = more
+        """Add a round's latents to the pool."""
+        self.pool.grow(round_, self.options.rounds, self.interval_entropy(), generator)
 
     # ---- the loss
 
@@ -234,7 +196,7 @@ class _Search:
         updates = self.options.rounds * self.options.updates
         if iteration < updates and iteration % self.options.updates == 0:
             self.grow(iteration // self.options.updates, generator)
-        pool = self.pool[self.pool >= 0]
+        pool = self.pool.samples
         picked = pool[torch.randint(len(pool), (self.options.batch_size,), generator=generator)]
         arguments, target = self.batch(picked, generator)
         if self.options.learn_ranges:
@@ -296,12 +258,8 @@ class _Search:
     # ---- the end
 
     def trained(self) -> Tensor:
-        """Which intervals a latent was taken at."""
-        if self.options.inputs == "noised":
-            return torch.ones_like(self.counts, dtype=torch.bool)
-        trained = self.counts > 0
-        trained[self.interval_of_sample[self.pool[self.pool >= 0]]] = True
-        return trained
+        """Which intervals were learned on."""
+        return torch.ones(self.clock.intervals, dtype=torch.bool) if self.options.inputs == "noised" else self.pool.visited()
 
     def decide(self) -> None:
         """Each interval takes the set with the largest logit; errors before and after, where they were not kept by a killed run."""
@@ -342,9 +300,9 @@ class _Search:
             )
         found = {
             "layers": rows,
-            "images": int((self.pool >= 0).sum()),
+            "images": len(self.pool.samples),
             "settled_error": self.error(),
-            "intervals_chosen": self.counts.tolist(),
+            "intervals_chosen": self.pool.counts.tolist(),
         }
         if not self.searching:
             return found
@@ -361,7 +319,7 @@ class _Search:
         """Squared error against full precision, a mean over the pool's latents."""
         found = []
         with torch.no_grad():
-            for picked in self.pool[self.pool >= 0].split(self.options.batch_size):
+            for picked in self.pool.samples.split(self.options.batch_size):
                 arguments, target = self.data.batch(picked, device_of(self.model))
                 with rows_of(self.model, self.data, picked):
                     output = predicted(self.model, self.model(**arguments))

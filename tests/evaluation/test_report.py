@@ -232,6 +232,23 @@ def test_names_at_line_ends_are_moved_apart():
     assert drawing._spread([51.0, 50.0, 52.0, 200.0], 25) == [51.0, 26.0, 76.0, 200.0]
 
 
+LONG = "w4a6 dmq CalibrateRanges.activations=mse insert=PowerOfTwoScaling:LearnScales,iterations=250,samples=512 seed "
+
+
+def test_long_names_leave_room_for_the_pictures(recwarn):
+    """A name of a few words takes no more width than 34 letters, and the last words, which tell models apart, are there."""
+    assert drawing._folded("brecq-w4a8") == ["brecq-w4a8"]
+    folded = drawing._folded(LONG + "0")
+    assert len(folded) <= drawing.NAME_LINES and all(len(line) <= drawing.NAME_WIDTH for line in folded)
+    assert folded[-1].endswith("seed 0")
+    picture = np.asarray(drawing.draw_drift({f"{LONG}{n}": [0.01, 0.02, 0.03 + n / 100] for n in range(8)}))
+    rules = np.flatnonzero((picture == 0xDD).all(axis=2).any(axis=0))
+    assert np.ptp(rules) > 0.5 * picture.shape[1]
+    assert not [str(warning.message) for warning in recwarn if "constrained_layout" in str(warning.message)]
+    batch = np.zeros((2, 3, 32, 32), dtype=np.uint8)
+    assert drawing.draw_pairs({LONG + "0": batch}, {}).width < 2 * drawing.CELL + 350
+
+
 @pytest.mark.parametrize("lines", [{"a": [0.0, 0.0]}, {"a": [0.1]}, {"a": [0.1, 0.2], "b": [0.0, 0.3]}])
 def test_drift_is_drawn_whatever_the_values(lines):
     image = drawing.draw_drift(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from diffquant.evaluation.accumulation import Accumulation
 CELL = 96  # pixels: smaller pictures are enlarged by a whole factor up to this side
 GAP = 2  # pixels between pictures
 LABEL_GAP = 25.0  # pixels between the names of lines: their height at 150 dots an inch
+NAME_WIDTH, NAME_LINES = 34, 4  # letters in a line of a name, and lines
 INK, GREY, RULE = "#1a1a1a", "#6b6b6b", "#dddddd"
 LINES = ("#0b62a4", "#d1495b", "#2e8540", "#b8860b", "#7b4fa3", "#007c89", "#8c564b", "#555555")
 
@@ -29,7 +31,8 @@ def draw_pairs(pictures: Mapping[str, UInt8[np.ndarray, "n c h w"]], captions: M
     factor = max(1, CELL // max(height, width))
     cell_height, cell_width = height * factor, width * factor
     large, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
-    texts = [(name, large) for name in pictures] + [(text, small) for text in captions.values()]
+    folded = {name: _folded(name) for name in pictures}
+    texts = [(line, large) for lines in folded.values() for line in lines] + [(text, small) for text in captions.values()]
     margin = 12
     left = 2 * margin + math.ceil(max(font.getlength(text) for text, font in texts))
     size = (left + columns * (cell_width + GAP) - GAP + margin, 2 * margin + len(pictures) * (cell_height + GAP) - GAP)
@@ -38,10 +41,10 @@ def draw_pairs(pictures: Mapping[str, UInt8[np.ndarray, "n c h w"]], captions: M
     draw.rectangle((left, margin, size[0] - margin - 1, size[1] - margin - 1), fill=RULE)  # shows through the gaps
     for row, (name, batch) in enumerate(pictures.items()):
         top = margin + row * (cell_height + GAP)
-        middle = top + cell_height // 2
         caption = captions.get(name, "")
-        draw.text((margin, middle - (3 if caption else 0)), name, fill=INK, font=large, anchor="ls" if caption else "lm")
-        draw.text((margin, middle + 14), caption, fill=GREY, font=small, anchor="ls")
+        middle = top + cell_height // 2 - (9 if caption else 0)  # of the name
+        draw.multiline_text((margin, middle), "\n".join(folded[name]), fill=INK, font=large, anchor="lm")
+        draw.text((margin, middle + 9 * len(folded[name]) + 14), caption, fill=GREY, font=small, anchor="ls")
         for column, picture in enumerate(batch):
             canvas.paste(_enlarged(picture, cell_width, cell_height), (left + column * (cell_width + GAP), top))
     return canvas
@@ -67,8 +70,14 @@ def _enlarged(picture: UInt8[np.ndarray, "c h w"], width: int, height: int) -> I
 
 
 def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
-    """Relative L2 of the latents over steps, one line per model, named at its end; zeros have no place on a logarithmic axis."""
-    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
+    """Relative L2 of the latents over steps, one line per model, named at its end, or beside the plot where names are long.
+
+    Zeros have no place on a logarithmic axis.
+    """
+    names = {name: _folded(name) for name in lines}
+    rows = sum(len(folded) + 1 for folded in names.values())  # of text, where names are long
+    beside = any(len(folded) > 1 for folded in names.values())
+    figure = Figure(figsize=(8, max(4.6, rows * LABEL_GAP / 150) if beside else 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     longest = max(len(line) for line in lines.values())
     ends: list[tuple[str, str, int, float]] = []
@@ -76,7 +85,7 @@ def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
         color = LINES[index % len(LINES)]
         values = [value if value > 0 else math.nan for value in line]
         if all(math.isnan(value) for value in values):
-            axes.plot([], [], color=color, label=f"{name}: identical")
+            axes.plot([], [], color=color, label="\n".join(names[name]) + ": identical")
             continue
         steps = range(1, len(values) + 1)
         axes.plot(steps, values, color=color, linewidth=1.8, marker="o" if longest <= 30 else None, markersize=3, clip_on=False)
@@ -90,6 +99,11 @@ def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
     dress(axes, "Relative L2 distance of the latents from full precision", "sampling steps done")
+    if beside:
+        for name, color, _, _ in sorted(ends, key=lambda end: -end[3]):  # in the order of the lines' ends
+            axes.plot([], [], color=color, label="\n".join(names[name]))
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), labelspacing=1.0, fontsize=10)
+        return rendered(figure)
     if len(ends) < len(lines):
         axes.legend(frameon=False, loc="upper left")
     figure.draw_without_rendering()  # fixes the axes' place, which the names at the ends of lines need
@@ -110,7 +124,14 @@ def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
         for values, style, width in ((found.accumulated, "-", 1.8), (found.predicted, "--", 1.2), (found.local, ":", 1.2)):
             over_steps.plot(steps, [value if value > 0 else math.nan for value in values], style, color=color, linewidth=width)
         middles = [(one.first + one.last) / 2 + 1 for one in found.stretches]
-        by_stretch.plot(middles, [one.final_error.value for one in found.stretches], "o-", color=color, markersize=4, label=name)
+        by_stretch.plot(
+            middles,
+            [one.final_error.value for one in found.stretches],
+            "o-",
+            color=color,
+            markersize=4,
+            label="\n".join(_folded(name)),
+        )
     for style, what in (("-", "accumulated"), ("--", "as local errors predict"), (":", "local: one step")):
         over_steps.plot([], [], style, color=GREY, label=what)
     over_steps.set_yscale("log")
@@ -122,6 +143,12 @@ def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
     for axes in (over_steps, by_stretch):
         axes.legend(frameon=False, fontsize=9)
     return rendered(figure)
+
+
+def _folded(name: str) -> list[str]:
+    """A name in lines that leave room for what it names; of a very long one the beginning and the last line."""
+    lines = textwrap.wrap(name, NAME_WIDTH)
+    return lines if len(lines) <= NAME_LINES else [*lines[: NAME_LINES - 2], "...", lines[-1]]
 
 
 def dress(axes: Axes, title: str, horizontal: str) -> None:

@@ -15,7 +15,8 @@ from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import LayerSpec, QuantSpec, SpecError
 from diffquant.core.surgery import Unit
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling, TimestepWeights
-from diffquant.methods.scaling import Live, live_output, sample_errors
+from diffquant.methods.ranges import search_range
+from diffquant.methods.scaling import Live, live_output, sample_errors, searched_shrink
 
 W4 = QuantSpec(bits=4, symmetric=True, granularity="channel")
 A6 = QuantSpec(bits=6)
@@ -88,6 +89,36 @@ def test_ranges_of_each_sample(kind, splits):
     (target,) = data.outputs
     first = (live_output(module, torch.ones(6), x, Live(per_sample=True)) - target).norm() / target.norm()
     assert abs(fitted.error_before - float(first)) < 1e-5
+
+
+@pytest.mark.parametrize("splits", [(), (4, 2)])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_shrunk_ranges(kind, splits):
+    """Extremes times the factors, also per sample; the factors are the search's own on a batch that is everything."""
+    module, x = layer(kind, splits), inputs(kind, 64)
+    x[0] *= 6  # a range of extremes has hardly a code for the rest
+    low, high = searched_shrink(module, x, 64, per_sample=False)
+    sizes = splits or (6,)
+    for part, ends in zip(x.split(sizes, dim=1), zip(low, high, strict=True), strict=True):
+        row = part.reshape(1, -1)
+        searched = search_range(row, torch.ones_like(row), A6, (row.amin(dim=1), row.amax(dim=1)))
+        assert 0 < float(ends[0]) <= 1 and 0 < float(ends[1]) <= 1
+        torch.testing.assert_close(torch.cat(searched), torch.stack([row.amin() * ends[0], row.amax() * ends[1]]))
+    assert min(float(low.min()), float(high.min())) < 0.99
+    halved = Live(per_sample=True, shrink=(0.5 * torch.ones(len(sizes)), 0.5 * torch.ones(len(sizes))), weight_error=0.0)
+    found = live_output(module, torch.ones(6), x, halved)
+    parts = []
+    for part in x.split(sizes, dim=1):
+        shape = (-1, *[1] * (x.dim() - 1))
+        scale, zero_point = scale_from_range(part.flatten(1).amin(1) / 2, part.flatten(1).amax(1) / 2, A6)
+        parts.append(fake_quantize(part, scale.view(shape), zero_point.view(shape), A6))
+    clipped = torch.cat(parts, dim=1)
+    expected = (
+        functional.linear(clipped, module.weight, module.bias)
+        if kind == "linear"
+        else module._conv_forward(clipped, module.weight, module.bias)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("splits", [(), (4, 2)])

@@ -29,7 +29,7 @@ from diffquant.core.quantizer import Quantizer, StepClock, spread
 from diffquant.core.spec import MAX_BITS, SpecError
 from diffquant.core.surgery import Unit, quantized_layers, switched, units
 from diffquant.methods.passes import Figures, Pass, evaluating
-from diffquant.methods.scaling import Live, has_both, live_output, relative_error, sample_errors
+from diffquant.methods.scaling import Live, has_both, live_output, relative_error, sample_errors, searched_shrink
 from diffquant.methods.units import Fitted, UnitPass, in_order, thinned
 
 Weighting = Literal["adaptive", "uniform", "linear", "quadratic"]
@@ -41,7 +41,8 @@ class LearnEquivalentScaling(UnitPass):
 
     ``weighting`` of the samples by timestep: ``adaptive`` gives timesteps with small loss more weight, to the power ``alpha``, over
     ``bins`` bins of the timestep axis, whose losses are averages with ``momentum``. ``ranges`` of inputs are the extremes of a
-    mini-batch of all timesteps (paper), or those of each ``sample``, which parameter sets per timestep come nearer to.
+    mini-batch of all timesteps (paper), or those of each ``sample``, which parameter sets per timestep come nearer to; with
+    ``shrink`` times what the search of ``CalibrateRanges`` leaves of them, which is where the layer's ranges end up by ``mse``.
     ``weight_error``: the share of the weights' errors that is made meanwhile (paper: 1). Learned rounding and searched ranges
     leave only a part of it in the end.
     """
@@ -54,6 +55,7 @@ class LearnEquivalentScaling(UnitPass):
     weighting: Weighting = "adaptive"
     accumulate: Literal["mean", "sum"] = "mean"
     ranges: Literal["batch", "sample"] = "batch"
+    shrink: bool = False
     weight_error: float = Field(default=1.0, ge=0, le=1)
     alpha: float = Field(default=20, ge=0)
     momentum: float = Field(default=0.95, ge=0, lt=1)
@@ -86,7 +88,9 @@ class LearnEquivalentScaling(UnitPass):
         assert intervals is not None
         assert layer.smooth is not None
         smooth = layer.smooth.clone()
-        live = Live(per_sample=self.ranges == "sample", weight_error=self.weight_error)
+        per_sample = self.ranges == "sample"
+        shrink = searched_shrink(layer, x, self.batch_size, per_sample) if self.shrink else None
+        live = Live(per_sample=per_sample, shrink=shrink, weight_error=self.weight_error)
         before = relative_error(layer, smooth, x, target, self.batch_size, live)
 
         def loss(iteration: int, generator: torch.Generator) -> Tensor:

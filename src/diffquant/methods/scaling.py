@@ -20,11 +20,12 @@ from diffquant.methods.ranges import search_range
 class Live:
     """How operands are quantized whose ranges follow a vector.
 
-    Ranges of inputs are the extremes of all samples, or ``per_sample``; those of weights extremes, or ``searched`` as in ``mse``.
-    ``weight_error`` is the share of the weights' rounding errors that is made.
+    Ranges of inputs are the extremes of all samples, or ``per_sample``, times ``shrink`` where that is given; those of weights
+    extremes, or ``searched`` as in ``mse``. ``weight_error`` is the share of the weights' rounding errors that is made.
     """
 
     per_sample: bool = False
+    shrink: tuple[Float[Tensor, " splits"], Float[Tensor, " splits"]] | None = None
     searched: bool = False
     weight_error: float = 1.0
 
@@ -38,7 +39,7 @@ def live_output(
     layer: QuantizedLayer, smooth: Float[Tensor, " in"], x: Float[Tensor, "n ..."], live: Live = Live()
 ) -> Float[Tensor, "n ..."]:
     """The output of `layer` with both operands quantized over their present ranges, per split, differentiable in `smooth`."""
-    return _multiply(layer, _live_input(layer, smooth, x, live.per_sample), _live_weight(layer, smooth, live))
+    return _multiply(layer, _live_input(layer, smooth, x, live), _live_weight(layer, smooth, live))
 
 
 def relative_error(layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Tensor, batch_size: int, live: Live = Live()) -> float:
@@ -47,11 +48,30 @@ def relative_error(layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Ten
     with torch.no_grad():
         weight = _live_weight(layer, smooth, live)
         for picked in torch.arange(len(x)).split(batch_size):
-            output = _multiply(layer, _live_input(layer, smooth, x[picked].to(smooth.device), live.per_sample), weight)
+            output = _multiply(layer, _live_input(layer, smooth, x[picked].to(smooth.device), live), weight)
             wanted = target[picked].to(smooth.device)
             error += float((output - wanted).square().sum())
             signal += float(wanted.float().square().sum())
     return math.sqrt(error / max(signal, 1e-24))
+
+
+def searched_shrink(
+    layer: QuantizedLayer, x: Float[Tensor, "n ..."], batch_size: int, per_sample: bool, batches: int = 4, values: int = 1 << 16
+) -> tuple[Float[Tensor, " splits"], Float[Tensor, " splits"]]:
+    """What the search of ``mse`` leaves of the least and the largest input: the mean share over some batches, or samples."""
+    assert layer.input_quantizer is not None
+    axis, spec = 1 if isinstance(layer, QuantizedConv2d) else x.dim() - 1, layer.input_quantizer.spec
+    lows, highs = [], []
+    for batch in x[:: max(1, len(x) // (batches * batch_size))].split(batch_size)[:batches]:
+        for part in batch.float().split(_sizes(layer), dim=axis):
+            rows = part.flatten(1) if per_sample else part.reshape(1, -1)
+            widest = rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
+            some = rows[:, :: max(1, rows.numel() // values)]
+            low, high = search_range(some, torch.ones_like(some), spec, widest)
+            lows.append((low / widest[0].clamp(max=-1e-12)).mean())
+            highs.append((high / widest[1].clamp(min=1e-12)).mean())
+    splits = len(_sizes(layer))
+    return tuple(torch.stack(found).view(-1, splits).mean(dim=0) for found in (lows, highs))  # type: ignore[return-value]
 
 
 def sample_errors(output: Tensor, target: Tensor, layer: QuantizedLayer) -> Float[Tensor, " n"]:
@@ -67,21 +87,26 @@ def _multiply(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
     return functional.linear(x, weight, layer.bias)
 
 
-def _live_input(layer: QuantizedLayer, smooth: Tensor, x: Tensor, per_sample: bool) -> Tensor:
+def _live_input(layer: QuantizedLayer, smooth: Tensor, x: Tensor, live: Live) -> Tensor:
     quantizer, axis = layer.input_quantizer, 1 if isinstance(layer, QuantizedConv2d) else x.dim() - 1
     assert quantizer is not None
     sizes, spec = _sizes(layer), quantizer.spec
-    parts = zip(x.float().split(sizes, dim=axis), (1 / smooth).split(sizes), strict=True)
-    found = [_live_part(part, factors, axis, per_sample, spec) for part, factors in parts]
+    shrink = [(1.0, 1.0)] * len(sizes) if live.shrink is None else list(zip(*(ends.tolist() for ends in live.shrink), strict=True))
+    parts = zip(x.float().split(sizes, dim=axis), (1 / smooth).split(sizes), shrink, strict=True)
+    found = [_live_part(part, factors, axis, live.per_sample, ends, spec) for part, factors, ends in parts]
     return found[0] if len(found) == 1 else torch.cat(found, dim=axis)
 
 
-def _live_part(x: Tensor, factors: Tensor, axis: int, per_sample: bool, spec: QuantSpec) -> Tensor:
-    """`x` times positive `factors` of its channels on `axis`, quantized over its extremes, which are found before the product."""
+def _live_part(x: Tensor, factors: Tensor, axis: int, per_sample: bool, shrink: tuple[float, float], spec: QuantSpec) -> Tensor:
+    """`x` times positive `factors` of its channels on `axis`, quantized over its extremes times `shrink`.
+
+    The extremes are found before the product.
+    """
     reduced = [dim for dim in range(x.dim()) if dim != axis and not (per_sample and dim == 0)]
     channels = x.detach()
     low, high = (channels.amin(reduced), channels.amax(reduced)) if reduced else (channels, channels)
-    scale, zero_point = scale_from_range((low * factors).amin(dim=-1), (high * factors).amax(dim=-1), spec)
+    low, high = (low * factors).amin(dim=-1) * shrink[0], (high * factors).amax(dim=-1) * shrink[1]
+    scale, zero_point = scale_from_range(low, high, spec)
     shape = (-1, *[1] * (x.dim() - 1))
     scaled = x * factors.view([-1 if dim == axis else 1 for dim in range(x.dim())])
     return fake_quantize(scaled, scale.view(shape), zero_point.view(shape), spec)

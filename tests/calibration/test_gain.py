@@ -45,19 +45,27 @@ def agree_with_steps(pipe, data, size: float) -> None:
     """The gains times an error are what the error makes of the latent: up to one unit for all."""
     model = find_denoiser(pipe)[1]
     gain, rollout = StepGain(model, data), Rollout(model, data)
-    ratios = []
+    found, wanted = [], []
     for k in range(rollout.steps):
         chain = rollout.chain(torch.arange(2), range(k, k + 1))
         output = data.step(torch.arange(2), k).model_output
         error = size * torch.randn(output.shape, generator=torch.Generator().manual_seed(k))
         moved = chain.step(output + error, chain.recorded(0), 0, chain.state)[0]
         moved = moved - chain.step(output, chain.recorded(0), 0, chain.state)[0]
-        rows = torch.stack([((data.call_of() == k) & (data.trajectory_of() == j)).nonzero()[-1, 0] for j in range(2)])
-        guided = 1.0 if int(data.half_of().max()) < 0 else rollout.guidance[k]
-        ratios.append(moved * guided / (gain.of(rows) * error).masked_fill(gain.of(rows).abs() < 1e-4, torch.nan))
-    ratios = torch.stack(ratios).flatten()
-    ratios = ratios[ratios.isfinite()]
-    assert len(ratios) > 100 and float(((ratios - ratios.median()).abs() < 0.02 * ratios.median()).float().mean()) > 0.98
+        w = rollout.guidance[k]
+        for half, share in ((0, 1 - w), (1, w)) if int(data.half_of().max()) == 1 else ((-1, 1.0),):
+            at = (data.call_of() == k) & (data.half_of() == half)
+            rows = torch.stack([(at & (data.trajectory_of() == j)).nonzero()[0, 0] for j in range(2)])
+            found.append(gain.of(rows) * error)
+            wanted.append(moved * share)
+    predicted, moved = torch.stack(found), torch.stack(wanted)
+    rounding = 4 * float(data.step(torch.arange(2), 0).sample.abs().max()) * torch.finfo(torch.float32).eps
+    rounding *= max(1.0, *(abs(w) for w in rollout.guidance))
+    clear = predicted.abs() > 300 * rounding
+    assert int(clear.sum()) > 100
+    predicted *= (moved / predicted)[clear].median()
+    right = (moved - predicted).abs() < 0.01 * predicted.abs() + rounding
+    assert float(right.float().mean()) > 0.98  # a value whose error takes it to where clipping begins, or ends, moves otherwise
 
 
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
@@ -67,6 +75,8 @@ def test_other_schedulers(scheduler):
     agree_with_steps(pipe, record(pipe, SMALL, run=pipelines.own_loop, progress=False), 1.0)
 
 
-def test_the_conditional_half_of_a_guided_call(tmp_path):
-    pipe = pipelines.stable_diffusion(tmp_path)
-    agree_with_steps(pipe, record(pipe, SMALL, progress=False), 1.0)
+@pytest.mark.parametrize("name", ["ldm", "dit", "stable_diffusion", "pixart", "stable_diffusion_3", "flux", "cogvideox"])
+def test_stock_pipelines(name, tmp_path):
+    """Where calls are guided, each of their halves. Schedulers that clip are linear for small errors only."""
+    pipe = pipelines.build(name, tmp_path)
+    agree_with_steps(pipe, record(pipe, SMALL, progress=False), 1e-3 if name in ("ldm", "dit") else 1.0)

@@ -18,7 +18,7 @@ from diffquant.calibration.selection import normal_shares, pick
 from diffquant.core.affine import fake_quantize
 from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer, StepClock
-from diffquant.core.spec import LayerRule, QuantSpec, SpecError
+from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import prepare, quantizers, switched
 from diffquant.methods.adp_dm import SearchParameterSets, _Search
 from diffquant.methods.clusters import clustered
@@ -294,6 +294,15 @@ def test_intervals_without_a_latent_keep_the_nearest_set(pipe, data):
     for _, one in quantizers(model):
         rest = [int(row) for interval, row in enumerate(one.table) if interval != trained]
         assert len(set(rest)) == 3
+
+
+def test_a_recording_that_cannot_be_replayed_has_no_latent_error(pipe, data, monkeypatch):
+    def refused(*given):
+        raise CalibrationError("DDIMPipeline with DDIMScheduler: only such sums can be replayed")
+
+    monkeypatch.setattr("diffquant.methods.adp_dm.StepGain", refused)
+    with pytest.raises(SpecError, match="only such sums can be replayed; or set error: output"):
+        searched(prepared(pipe, data, 2), data, error="latent")
 
 
 def test_refused(pipe, data):

@@ -28,14 +28,13 @@ from compare import STEPS, add_arguments, compare, recording
 
 import diffquant as dq
 from diffquant import zoo
-from diffquant.calibration.fit import load_tensors
 from diffquant.calibration.rollout import Rollout
 from diffquant.core.planning import plan
 from diffquant.core.surgery import enable, prepare
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.gradients import gradient_of
-from diffquant.methods.passes import evaluating, restore_quantizers
-from diffquant.quantization import pass_names
+from diffquant.methods.passes import evaluating
+from diffquant.quantization import pass_names, restore_passes
 from diffquant.runtime.engines.int8_cpu import release_freed_memory
 
 STAGE_TWO = 2  # position of the last pass in both recipes
@@ -48,10 +47,10 @@ def stage_one(bits: str, arguments: argparse.Namespace, seed: int = 0) -> tuple[
     recipe = dq.load_recipe(f"accuquant-{bits}", arguments.overrides)
     short = recipe.model_copy(update={"passes": recipe.passes[:STAGE_TWO]})
     dq.quantize(copy.deepcopy(pipe), short, data, seed=seed, folder=arguments.work / f"passes-{seed}")
-    last = arguments.work / f"passes-{seed}" / f"{pass_names(short, short.steps(), seed, data)[-1]}.safetensors"
     model = pipe.unet
-    prepare(model, plan(model, recipe.layers), data.timesteps)
-    restore_quantizers(model, load_tensors(last)[0])
+    rows = plan(model, recipe.layers)
+    prepare(model, rows, data.timesteps)
+    restore_passes(model, arguments.work / f"passes-{seed}", pass_names(short, rows, seed, data))
     enable(model)
     return model, data
 

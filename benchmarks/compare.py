@@ -8,7 +8,8 @@
 
 An arm is a recipe and what is changed in it: an option of a pass (PASS.option=value), a path as of --set, drop=PASS, or
 insert=BEFORE:PASS,option=value. The first arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in
---work, so a killed run goes on where it stopped, and arms whose first passes are the same share them.
+--work, so a killed run goes on where it stopped, and arms whose first passes are the same share them; so do arms that differ in
+activations only with rounding learned without them.
 
 Beside the last samples, every arm without a correction while sampling has a `single_step` error: squared, from full-precision
 latents, on some of the trajectories that it was calibrated on, with the share of the mean (see coherence.py).

@@ -46,9 +46,8 @@ from diffquant.evaluation.distances import distances
 from diffquant.evaluation.metrics import bootstrap_mean, relative_l2
 from diffquant.evaluation.sampling import Sampled, StepResult, sample
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
-from diffquant.methods.passes import restore_quantizers
 from diffquant.methods.qncd import residual_blocks
-from diffquant.quantization import pass_names
+from diffquant.quantization import pass_names, restore_passes
 from diffquant.runtime.correction import attach, detach
 
 CALLS = 64  # recorded calls over which layers are compared
@@ -63,9 +62,9 @@ def quantized(arm: str, bits: str, seed: int, arguments: argparse.Namespace) -> 
     recipe = recipe_of(arm, bits, arguments)
     folder = arguments.work / f"passes-{seed}"
     dq.quantize(copy.deepcopy(pipe), recipe, data, seed=seed, folder=folder)
-    last = pass_names(recipe, recipe.steps(), seed, data)[-1]
-    prepare(model, plan(model, recipe.layers), data.timesteps)
-    restore_quantizers(model, fit.load_tensors(folder / f"{last}.safetensors")[0])
+    rows = plan(model, recipe.layers)
+    prepare(model, rows, data.timesteps)
+    restore_passes(model, folder, pass_names(recipe, rows, seed, data))
     enable(model)
     return pipe, data
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 import diffquant as dq
-from diffquant.core.spec import CalibrationError, RecipeError, SpecError
-from diffquant.core.surgery import is_frozen, quantized_layers
+from diffquant.calibration import fit
+from diffquant.core.planning import plan
+from diffquant.core.spec import RecipeError
+from diffquant.core.surgery import is_frozen, prepare, quantized_layers
+from diffquant.methods.passes import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.rounding import ReconstructRounding
-from diffquant.quantization import quantize
+from diffquant.quantization import pass_names, quantize, restore_passes
 from diffquant.recipe import load_recipe, shipped
 from tests import pipelines
 
@@ -149,58 +152,118 @@ def test_a_killed_run_goes_on_and_ends_equal(pipe, data, tmp_path, monkeypatch):
     assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]  # nothing unfinished is left
 
 
-def test_variants_share_the_passes_they_have_in_common(pipe, data, tmp_path, monkeypatch):
+@pytest.fixture
+def computed(pipe, data, tmp_path, monkeypatch):
+    """Quantizes by a recipe in one folder; the passes that were computed for it, and the model."""
+
     def run(name, *overrides, seed=0):
         made = []
-        real = {kind: kind.apply for kind in (CalibrateRanges, ReconstructRounding)}
         with monkeypatch.context() as patch:
-            for kind, apply in real.items():
-                patch.setattr(kind, "apply", lambda *arguments, apply=apply: made.append(1) or apply(*arguments))
+            for kind in (CalibrateRanges, ReconstructRounding):
+                patch.setattr(kind, "apply", lambda self, *rest, own=kind.apply: made.append(type(self)) or own(self, *rest))
             model = copy.deepcopy(pipe.unet)
-            quantize(
-                model,
-                load_recipe(name, [*pipelines.small_budget(name), *overrides]),
-                data,
-                folder=tmp_path,
-                seed=seed,
-                progress=False,
-            )
-        return len(made), model
+            recipe = load_recipe(name, [*pipelines.small_budget(name), *overrides])
+            quantize(model, recipe, data, folder=tmp_path, seed=seed, progress=False)
+        return made, model.state_dict()
 
-    assert run("brecq-w4a8")[0] == 2
-    count, shared = run("accuquant-w4a8")
-    assert count == 0
-    alone = copy.deepcopy(pipe.unet)
-    quantize(alone, load_recipe("accuquant-w4a8", pipelines.small_budget("accuquant-w4a8")), data, progress=False)
-    assert all(torch.equal(value, shared.state_dict()[key]) for key, value in alone.state_dict().items())
-    assert run("brecq-w4a8", "passes.1.rate=0.5")[0] == 1  # ranges are the same, rounding is not
-    assert run("mse-w4a8")[0] == 0
-    assert run("mse-w4a6")[0] == run("mse-w4a8", seed=1)[0] == 1
+    return run
 
 
-def test_refuses_other_data_bad_weights_and_a_second_time(pipe, data):
-    recipe = load_recipe("minmax-w8a8", pipelines.small_budget("minmax-w8a8"))
-    with pytest.raises(CalibrationError, match="model"):
-        quantize(pipelines.micro(seed=1).unet, recipe, data, progress=False)
-    broken = copy.deepcopy(pipe.unet)
-    with torch.no_grad():
-        broken.conv_in.weight[0, 0, 0, 0] = torch.nan
-    with pytest.raises(SpecError, match="conv_in.weight: the weight holds inf or nan"):
-        quantize(broken, recipe, data, progress=False)
+def quantized(pipe, data, name, *overrides):
     model = copy.deepcopy(pipe.unet)
-    quantize(model, recipe, data, progress=False)
-    with pytest.raises((SpecError, CalibrationError)):
-        quantize(model, recipe, data, progress=False)
+    quantize(model, load_recipe(name, [*pipelines.small_budget(name), *overrides]), data, progress=False)
+    return model.state_dict()
 
 
-def test_unmatched_pattern_is_refused_before_anything_runs(pipe, data, tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text(
-        "name: mine\nsummary: x\nlayers: [{match: '*.shortcut', weight_bits: 4}]\npasses: [{pass: CalibrateRanges, samples: 10}]\n"
+def test_variants_share_the_passes_they_have_in_common(pipe, data, computed):
+    assert computed("brecq-w4a8")[0] == [CalibrateRanges, ReconstructRounding]
+    made, shared = computed("accuquant-w4a8")
+    assert not made
+    alone = quantized(pipe, data, "accuquant-w4a8")
+    assert all(torch.equal(value, shared[key]) for key, value in alone.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("brecq-w4a6", "passes.2.iterations=2"),
+        ("brecq-w4a32", "passes.2.iterations=2"),
+        ("brecq-w4a8", "layers.0.sets=3"),
+        ("brecq-w4a8", "passes.0.timesteps=normal"),
+        ("brecq-w4a8", "passes.0.activations=minmax"),
+    ],
+)
+def test_learned_rounding_is_shared_by_recipes_that_differ_in_activations(name, override, pipe, data, computed):
+    computed("brecq-w4a8")
+    made, shared = computed(name, override)
+    assert made == [CalibrateRanges]
+    alone = quantized(pipe, data, name, override)
+    assert alone.keys() == shared.keys() and all(torch.equal(value, shared[key]) for key, value in alone.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "seed"),
+    [
+        ("brecq-w3a8", "layers.0.sets=1", 0),
+        ("brecq-w4a8", "layers.0.weight_symmetric=false", 0),
+        ("brecq-w4a8", "passes.0.power=2", 0),
+        ("brecq-w4a8", "passes.1.rate=0.1", 0),
+        ("brecq-w4a8", "passes.1.activations=true", 0),
+        ("brecq-w4a8", "layers.+={match: '@first', weight_bits: float}", 0),
+        ("brecq-w4a8", "layers.0.sets=1", 1),
+    ],
+)
+def test_learned_rounding_is_not_shared_where_it_would_differ(name, override, seed, computed):
+    computed("brecq-w4a8")
+    assert ReconstructRounding in computed(name, override, seed=seed)[0]
+
+
+def test_rounding_with_activation_quantizers_on_is_not_shared(computed):
+    computed("brecq-w4a8", "passes.1.activations=true")
+    assert ReconstructRounding in computed("brecq-w4a6", "passes.1.activations=true")[0]
+
+
+def test_rounding_after_scaling_that_looked_at_activations_is_not_shared(computed):
+    computed("dmq-w4a8")
+    assert ReconstructRounding in computed("dmq-w4a6")[0]
+
+
+def test_rounding_killed_in_a_recipe_goes_on_in_another_of_other_activations(pipe, data, computed, monkeypatch):
+    units, own = [], ReconstructRounding._fit_unit
+
+    def killed(self, unit, *rest):
+        units.append(unit.name)
+        if len(units) == 3:
+            raise KeyboardInterrupt
+        return own(self, unit, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ReconstructRounding, "_fit_unit", killed)
+        computed("brecq-w4a8")
+    fitted = []
+    monkeypatch.setattr(
+        ReconstructRounding, "_fit_unit", lambda self, unit, *rest: fitted.append(unit.name) or own(self, unit, *rest)
     )
-    model = copy.deepcopy(pipe.unet)
-    with pytest.raises(
-        SpecError, match=r'layers\[0\].match "\*.shortcut": matches no layer of UNet2DModel; nearest name ".*conv_shortcut"'
-    ):
-        quantize(model, str(path), data, progress=False)
-    assert not hasattr(model, "step_clock")
+    _, resumed = computed("brecq-w4a6", "layers.0.sets=3")
+    assert not set(units[:2]) & set(fitted)
+    alone = quantized(pipe, data, "brecq-w4a6", "layers.0.sets=3")
+    assert all(torch.equal(value, resumed[key]) for key, value in alone.items())
+
+
+def test_finished_passes_are_put_back_one_after_the_other(pipe, data, tmp_path):
+    recipe = load_recipe("brecq-w4a8", pipelines.small_budget("brecq-w4a8"))
+    short = recipe.model_copy(update={"passes": recipe.passes[:2]})
+    quantize(copy.deepcopy(pipe.unet), short, data, folder=tmp_path, progress=False)
+    states = []
+    for folder in (tmp_path, None):
+        model = copy.deepcopy(pipe.unet)
+        rows = plan(model, recipe.layers)
+        prepare(model, rows, data.timesteps)
+        if folder is not None:
+            restore_passes(model, folder, pass_names(short, rows, 0, data))
+        else:
+            with fit.run(show=False) as run:
+                for index, step in enumerate(short.steps()):
+                    step.apply(model, data, torch.Generator().manual_seed(index), run)
+        states.append(quantizer_state(model))
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])

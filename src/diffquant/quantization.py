@@ -22,9 +22,9 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.correction import Stored, give, warn_unless_attached
 from diffquant.core.layers import present_spec
 from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
-from diffquant.core.spec import SpecError
+from diffquant.core.spec import LayerSpec, SpecError
 from diffquant.core.surgery import enable, freeze, prepare, quantized_layers
-from diffquant.methods.passes import Pass, quantizer_state, restore_quantizers
+from diffquant.methods.passes import quantizer_state, restore_quantizers
 from diffquant.recipe import Recipe, load_recipe
 
 
@@ -59,7 +59,8 @@ def quantize(
     """Quantize the denoiser of `pipe` (or a denoiser itself) in place by `recipe`, calibrated on `data`; end with `freeze`.
 
     With `folder` every finished pass is kept there: a killed run goes on where it stopped, and a recipe that begins with the same
-    passes on the same layers, data and seed starts from them, so variants of a recipe share what they have in common.
+    passes on the same layers, data and seed starts from them, so variants of a recipe share what they have in common. Rounding
+    learned without activation quantizers is shared by recipes that differ in those alone: in their bits or parameter sets.
     ``memory_gib``: what the recorded inputs and outputs of a block that is being fitted may take in memory; more are kept in files
     while they are needed, in `folder` or where temporary files go. It changes no result.
 
@@ -72,7 +73,7 @@ def quantize(
     rows = plan(model, recipe.layers)
     data.verify(model)
     report = QuantizationReport(recipe.full_name, seed, data.manifest)
-    names = pass_names(recipe, steps, seed, data)
+    names = pass_names(recipe, rows, seed, data)
     conditional = None if first_with_guidance_sets(rows) is None else conditional_half(data)
     prepare(model, rows, data.timesteps, conditional)
     with fit.run(folder, progress, memory_gib * GIB) as run:
@@ -96,7 +97,7 @@ def quantize(
             }
             report.passes.append(row)
             if done is not None:
-                fit.save_tensors(done, quantizer_state(model), {"row": json.dumps(row)})
+                fit.save_tensors(done, quantizer_state(model, step.weights_only), {"row": json.dumps(row)})
                 shutil.rmtree(done.with_suffix(""), ignore_errors=True)  # what the pass kept while it was not finished
     enable(model)
     freeze(model)
@@ -113,8 +114,11 @@ def _row(row: PlannedLayer) -> dict[str, Any]:
     return {"name": row.name, "kind": row.kind, "shape": row.shape, "spec": spec, "reason": row.reason}
 
 
-def pass_names(recipe: Recipe, steps: Sequence[Pass], seed: int, data: Trajectory) -> list[str]:
-    """A name for each pass that holds a hash of everything its result depends on: the passes before it too."""
+def pass_names(recipe: Recipe, rows: Sequence[PlannedLayer], seed: int, data: Trajectory) -> list[str]:
+    """A name for each pass that holds a hash of everything its result depends on: the passes before it too.
+
+    Where it changes weights alone, that is what was done to weights before: `rows` say how those are quantized.
+    """
     recorded = {key: data.manifest[key] for key in ("model_hash", "scheduler", "calibration", "run")}
     unset = {"guidance_sets"}  # came later: left out where it is not set, so that passes finished before keep their names
     rules = [
@@ -122,12 +126,30 @@ def pass_names(recipe: Recipe, steps: Sequence[Pass], seed: int, data: Trajector
         for rule in recipe.layers
     ]
     digest = hashlib.sha256(json.dumps([seed, recorded, rules], sort_keys=True).encode())
+    of_weights = hashlib.sha256(json.dumps([seed, recorded, _weights_of(rows)], sort_keys=True).encode())
     names = []
-    for index, step in enumerate(steps):
+    for index, step in enumerate(recipe.steps()):
         kind = type(step).__name__
         digest.update(f"{kind} {step.model_dump_json()}".encode())
-        names.append(f"pass-{index:02d}-{kind}-{digest.hexdigest()[:12]}")
+        if step.weight_options is None:
+            of_weights.update(digest.digest())
+        elif step.weight_options:
+            of_weights.update(f"{index} {kind} {json.dumps(step.weight_options, sort_keys=True)}".encode())
+        name = of_weights if step.weights_only else digest
+        names.append(f"pass-{index:02d}-{kind}-{name.hexdigest()[:12]}")
     return names
+
+
+def _weights_of(rows: Sequence[PlannedLayer]) -> list[Any]:
+    """What a plan says about weights; layers of which only the input is quantized are there, since units hold them too."""
+    kept = {"weight", "splits", "smooth"}
+    return [[row.name, row.spec.model_dump(mode="json", include=kept)] for row in rows if isinstance(row.spec, LayerSpec)]
+
+
+def restore_passes(model: nn.Module, folder: Path, names: Sequence[str]) -> None:
+    """Put a prepared `model` into the state that the finished passes called `names` left, one after the other."""
+    for name in names:
+        restore_quantizers(model, fit.load_tensors(folder / f"{name}.safetensors")[0])
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -44,6 +44,11 @@ class AllocateBits(SensitivityPass):
     bits: int = Field(default=8, ge=2, le=8)
     products: float = Field(default=0.1, ge=0, le=1)
 
+    @property
+    def weight_options(self) -> dict[str, Any]:
+        """None: it changes bits of inputs."""
+        return {}
+
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Change the bits of the chosen quantizers. Raises `SpecError` where ranges were not calibrated."""
         inputs = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}

@@ -30,6 +30,16 @@ class Pass(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @property
+    def weight_options(self) -> dict[str, Any] | None:
+        """The options that decide what it does to weights ({}: nothing); None where that may depend on activation quantizers."""
+        return None
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether it changes quantizers of weights alone, and none of activations has a say in it."""
+        return False
+
+    @property
     def needs(self) -> Literal["smooth", "shift"] | None:
         """What a rule of the recipe has to give some layer, or the pass has nothing to work on."""
         return None
@@ -48,26 +58,26 @@ def draw_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (1,), generator=generator))
 
 
-def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every buffer of every quantizer, their bits, `smooth` and `offset` of the layers, by full name.
+def quantizer_state(model: nn.Module, weights_only: bool = False) -> dict[str, Tensor]:
+    """Every buffer of every quantizer (of weights, on demand), their bits, `smooth` and `offset` of the layers, by full name.
 
     It is all that passes change.
     """
+    named = [(name, quantizer) for name, quantizer in quantizers(model) if not weights_only or quantizer.clock is None]
     state = {
-        f"{name}.{buffer}": value
-        for name, quantizer in quantizers(model)
-        for buffer, value in quantizer._buffers.items()
-        if value is not None
+        f"{name}.{buffer}": value for name, quantizer in named for buffer, value in quantizer._buffers.items() if value is not None
     }
-    state |= {f"{name}.bits": torch.tensor(one.spec.bits) for name, one in quantizers(model)}
+    state |= {f"{name}.bits": torch.tensor(one.spec.bits) for name, one in named}
     for name, layer in quantized_layers(model):
         state |= {f"{name}.{buffer}": value for buffer in OF_LAYERS if (value := layer._buffers[buffer]) is not None}
     return state
 
 
 def restore_quantizers(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back a `quantizer_state`; buffers that it lacks become None again."""
+    """Put back a `quantizer_state`; buffers that it lacks become None again, quantizers that it does not name stay as they are."""
     for name, quantizer in quantizers(model):
+        if f"{name}.scale" not in state:
+            continue
         if f"{name}.bits" in state:
             quantizer.spec = quantizer.spec.model_copy(update={"bits": int(state[f"{name}.bits"])})
         for buffer in list(quantizer._buffers):

@@ -12,7 +12,7 @@ up and hardly down; measured by the same error, it can only be lower.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -64,6 +64,11 @@ class CalibrateRanges(Pass):
                     rows.append({"layer": name, "operand": "weight", "relative_error": error})
             rows += self.calibrate_activations(model, data, generator, run)
         return {"layers": rows, "samples": self.samples}
+
+    @property
+    def weight_options(self) -> dict[str, Any]:
+        """Those of the search."""
+        return self.model_dump(include={"weights", "power", "candidates", "percentile"})
 
     def sample_forwards(self, blocks: int) -> float:
         """Once over the samples for the extremes, once more for histograms."""

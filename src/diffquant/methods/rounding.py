@@ -9,7 +9,7 @@ move alike; the papers' rates are absolute.
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from pydantic import Field
@@ -43,6 +43,16 @@ class ReconstructRounding(UnitPass):
     power: float = 2.0
     activations: bool = False
     mix: float = Field(default=0.0, ge=0, le=1)
+
+    @property
+    def weight_options(self) -> dict[str, Any] | None:
+        """All, where activation quantizers are off."""
+        return None if self.activations else self.model_dump(mode="json")
+
+    @property
+    def weights_only(self) -> bool:
+        """It decides codes of weights, with activation quantizers off unless ``activations``."""
+        return not self.activations
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Decide the codes of every quantized weight. Raises `SpecError` where ranges were not calibrated."""

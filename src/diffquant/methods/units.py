@@ -85,7 +85,7 @@ class UnitPass(Pass):
                     fitted = fit_unit(unit, given, wanted, seed, here)
                     del given, wanted  # before those of the next unit are there
                     if done is not None:
-                        save_tensors(done, quantizer_state(unit.module), {"fitted": json.dumps(asdict(fitted))})
+                        save_tensors(done, quantizer_state(unit.module, self.weights_only), {"fitted": json.dumps(asdict(fitted))})
                         _leave_only(done)
                 rows.append({"layer": unit.name, "operand": "unit"} | asdict(fitted))
                 run.progress.advance(task)

@@ -300,7 +300,7 @@ def test_a_recording_that_cannot_be_replayed_has_no_latent_error(pipe, data, mon
     def refused(*given):
         raise CalibrationError("DDIMPipeline with DDIMScheduler: only such sums can be replayed")
 
-    monkeypatch.setattr("diffquant.methods.adp_dm.StepGain", refused)
+    monkeypatch.setattr("diffquant.calibration.gain.StepGain", refused)
     with pytest.raises(SpecError, match="only such sums can be replayed; or set error: output"):
         searched(prepared(pipe, data, 2), data, error="latent")
 

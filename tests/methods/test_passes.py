@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffquant.calibration import fit, replay
+from diffquant.calibration.gain import StepGain
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.calibration.trajectory import Trajectory
@@ -16,7 +17,7 @@ from diffquant.core.affine import fake_quantize
 from diffquant.core.planning import plan
 from diffquant.core.quantizer import Quantizer, StepClock
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
-from diffquant.core.surgery import enable, full_precision, prepare, quantized_layers, quantizers
+from diffquant.core.surgery import Unit, enable, full_precision, prepare, quantized_layers, quantizers
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm import SearchParameterSets
 from diffquant.methods.allocation import AllocateBits, AllocateWeightBits
@@ -29,6 +30,7 @@ from diffquant.methods.ranges import CalibrateRanges, search_range
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
 from diffquant.methods.smoothquant import SmoothQuant
 from diffquant.methods.steps import LearnedSteps
+from diffquant.methods.units import minibatch_error, unit_error
 from diffquant.recipe import PASSES
 from tests import pipelines
 
@@ -340,3 +342,57 @@ def test_sets_share_a_zero_point_where_a_rule_says_so(pipe, data):
     apply(LearnScales(iterations=3, samples=8, batch_size=4, rate=0.05), model, data)
     assert check() >= 10
     assert any(not torch.equal(old, new.zero_point) for old, (_, new) in zip(before, quantizers(model), strict=True))
+
+
+# ---- errors that count by what the sampler makes of them
+
+
+@pytest.mark.parametrize("power", [2.0, 2.4])
+def test_errors_of_samples_count(power):
+    given = replay.UnitInputs(arguments=[torch.randn(6, 3, 2)], intervals=torch.zeros(6, dtype=torch.int64))
+    wanted = replay.UnitInputs(outputs=[torch.randn(6, 3, 2)], counts=torch.tensor([0.0, 1.0, 2.0, 0.0, 0.5, 3.0]))
+    unit, generator = Unit("unit", nn.Identity(), ()), torch.Generator()
+    counts = wanted.counts.view(-1, 1, 1)
+    errors = (given.arguments[0] - wanted.outputs[0]).abs() * counts
+    found = minibatch_error(unit, given, wanted, 6, power, 0.0, generator)
+    torch.testing.assert_close(found, errors.pow(power).sum(dim=1).mean())
+    relative = errors.norm() / (wanted.outputs[0] * counts).norm()
+    assert unit_error(unit, given, wanted, 4) == pytest.approx(float(relative), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ReconstructRounding", "LearnScales", "LearnEquivalentScaling"])
+def test_errors_count_by_what_the_step_makes_of_them(name, pipe, data, monkeypatch):
+    seen, states = [], []
+
+    def walked(self, model, data, generator, run, label, prefix, fit_unit, *rest, **keywords):
+        def watched(unit, given, wanted, seed, run):
+            seen.append((wanted.counts, given.counts if prefix is None else wanted.counts))
+            return fit_unit(unit, given, wanted, seed, run)
+
+        return own(self, model, data, generator, run, label, prefix, watched, *rest, **keywords)
+
+    own = type(EXAMPLES[name]).walk
+    for error in ("output", "latent"):
+        model = quantizable(pipe, data)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(EXAMPLES[name]), "walk", walked)
+            apply(EXAMPLES[name].model_copy(update={"error": error, "samples": 1000, "batch_size": 16}), model, data)
+        states.append(quantizer_state(model))
+        counts = {None if one is None else tuple(one.tolist()) for pair in seen for one in pair}
+        if error == "output":
+            assert counts == {None}
+        else:
+            (values,) = counts
+            everything = StepGain(quantizable(pipe, data), data).sizes(torch.arange(len(data)))
+            assert sorted(values) == pytest.approx(sorted(everything.tolist()))
+        seen.clear()
+    assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_what_cannot_be_replayed_has_no_latent_error(pipe, data, monkeypatch):
+    def refused(*given):
+        raise CalibrationError("only such sums can be replayed")
+
+    monkeypatch.setattr("diffquant.calibration.gain.StepGain", refused)
+    with pytest.raises(SpecError, match="LearnScales: error: latent: only such sums can be replayed; or set error: output"):
+        apply(EXAMPLES["LearnScales"].model_copy(update={"error": "latent"}), quantizable(pipe, data), data)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.rollout import Rollout
 from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.spec import CalibrationError, SpecError
 from diffquant.core.surgery import device_of
 
 
@@ -43,6 +44,10 @@ class StepGain:
                 self._found[row] = self._one(row) / self._unit
         return torch.stack([self._found[row] for row in rows.tolist()])
 
+    def sizes(self, rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Root mean square over the values of each."""
+        return torch.cat([self.of(some).square().flatten(1).mean(dim=1).sqrt() for some in rows.split(64)])
+
     def _one(self, row: int) -> Tensor:
         k, half = int(self._call[row]), int(self._half[row])
         chain = self._rollout.chain(self._trajectory[row : row + 1], range(k, k + 1))
@@ -53,3 +58,11 @@ class StepGain:
             (gain,) = torch.autograd.grad(latent.float().sum(), output)
         weight = self._rollout.guidance[k]
         return gain[0].float() * {-1: 1.0, 0: 1.0 - weight, 1: weight}[half]
+
+
+def step_gain(kind: str, model: nn.Module, data: Trajectory) -> StepGain:
+    """For a pass called `kind` with ``error: latent``. Raises `SpecError` where the recording cannot be replayed."""
+    try:
+        return StepGain(model, data)
+    except CalibrationError as error:
+        raise SpecError(f"{kind}: error: latent: {error}; or set error: output") from None

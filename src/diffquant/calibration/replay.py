@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffquant.calibration.memory import Columns, Key
@@ -43,6 +43,7 @@ class _Stop(Exception):
 class UnitInputs:
     """The recorded calls of one unit: arguments with a leading axis of samples, constants, the interval of each sample.
 
+    ``counts``: what the errors of a sample's outputs are multiplied by where they are compared; None: 1.
     ``device``: where the unit computes; the tensors may be elsewhere, in files.
     """
 
@@ -50,6 +51,7 @@ class UnitInputs:
     keywords: dict[str, Any] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     intervals: Int[Tensor, " n"] | None = None
+    counts: Float[Tensor, " n"] | None = None
     device: torch.device | None = None
 
     def rows(self, picked: Int[Tensor, " k"]) -> tuple[list[Any], dict[str, Any]]:
@@ -63,6 +65,13 @@ class UnitInputs:
     def targets(self, picked: Int[Tensor, " k"]) -> list[Tensor]:
         """Outputs of the picked samples."""
         return [self.pick(tensor, picked) for tensor in self.outputs]
+
+    def counted(self, values: list[Tensor], picked: Int[Tensor, " k"]) -> list[Tensor]:
+        """Outputs of the picked samples, times what their errors count."""
+        if self.counts is None:
+            return values
+        factors = self.counts[picked]
+        return [value * factors.to(value.device).view(-1, *[1] * (value.dim() - 1)) for value in values]
 
     def pick(self, tensor: Tensor, picked: Int[Tensor, " k"]) -> Tensor:
         """The picked rows of one of its tensors, where the unit computes."""

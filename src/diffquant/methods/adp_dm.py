@@ -26,14 +26,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, fit, iteration_generator
-from diffquant.calibration.gain import StepGain
+from diffquant.calibration.gain import step_gain
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.replay import rows_of
 from diffquant.calibration.rollout import leading_channels
 from diffquant.calibration.scheduling import build_scheduler
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import Quantizer, StepClock
-from diffquant.core.spec import CalibrationError, SpecError
+from diffquant.core.spec import SpecError
 from diffquant.core.surgery import device_of, full_precision, quantizers, switched
 from diffquant.methods.clusters import clustered, interval_ranges
 from diffquant.methods.mixture import entropies, mixture
@@ -148,14 +148,6 @@ class SearchParameterSets(Pass):
         )
 
 
-def step_gain(model: nn.Module, data: Trajectory) -> StepGain:
-    """Raises `SpecError` where the recording cannot be replayed."""
-    try:
-        return StepGain(model, data)
-    except CalibrationError as error:
-        raise SpecError(f"SearchParameterSets: error: latent: {error}; or set error: output") from None
-
-
 class _Search:
     """The state of a search: logits, learned steps, the latents chosen so far and how often each interval was.
 
@@ -178,7 +170,7 @@ class _Search:
         self.decided = not self.searching
         lead = options.lead if self.searching else ONE_HOT
         self.logits = {name: lead * nn.functional.one_hot(nearest[name], one.rows).to(one.scale) for name, one in searched.items()}
-        self.gain = step_gain(model, data) if options.error == "latent" else None
+        self.gain = step_gain("SearchParameterSets", model, data) if options.error == "latent" else None
         self.errors = torch.full((2,), math.nan)
         self.steps = [LearnedSteps.of(one, options.range_rate, zero_points=True) for one in searched.values()]
         interval = torch.tensor([clock.timesteps.index(timestep) for timestep in data.timestep_of().tolist()])

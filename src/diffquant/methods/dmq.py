@@ -97,7 +97,8 @@ class LearnEquivalentScaling(UnitPass):
             picked = torch.randperm(len(x), generator=generator)[: self.batch_size]
             output = live_output(layer, smooth, data.pick(x, picked), live)
             errors = sample_errors(output, data.pick(target, picked), layer)
-            return (weights(errors.detach(), intervals[picked]) * errors).mean()
+            counts = 1.0 if data.counts is None else data.counts[picked].to(errors.device).square()
+            return (weights(errors.detach(), intervals[picked]) * counts * errors).mean()
 
         def keep_positive(iteration: int) -> None:
             smooth.clamp_(min=self.floor)

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, load_tensors, lp_loss, save_tensors
+from diffquant.calibration.gain import step_gain
 from diffquant.calibration.replay import UnitInputs, call_recorded, observe_outputs, observe_unit, output_tensors
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.quantizer import Quantizer
@@ -36,12 +37,17 @@ class Fitted:
 
 
 class UnitPass(Pass):
-    """What they share: walking over the units in the order the model runs them, resumable unit by unit."""
+    """What they share: walking over the units in the order the model runs them, resumable unit by unit.
+
+    ``error: latent`` lets the error of a sample count by what the sampler's step makes of an error of the model's output at its
+    timestep (`StepGain`); ``output``, as published, lets all count alike.
+    """
 
     units: Literal["block", "layer"] = "block"
     iterations: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=32, ge=1)
     samples: int = Field(default=512, ge=1)
+    error: Literal["output", "latent"] = "output"
 
     def sample_forwards(self, blocks: int) -> float:
         """Inputs of every unit, half the model each, targets of all, and three times the unit's own pass an iteration."""
@@ -71,6 +77,8 @@ class UnitPass(Pass):
                 quantizer.enabled = prefix is not None and prefix(quantizer)
             ordered = [unit for unit in in_order(model, units(model), data, self.units) if wanted_unit(unit)]
             targets = _Targets(model, ordered, data, indices, self.batch_size)
+            if self.error == "latent":
+                targets.counts = step_gain(type(self).__name__, model, data).sizes(indices).cpu()
             task = run.progress.add_task(label, total=len(ordered))
             for position, unit in enumerate(ordered):
                 seed = draw_seed(generator)
@@ -82,6 +90,7 @@ class UnitPass(Pass):
                     fitted = Fitted(**json.loads(metadata["fitted"]))
                 else:
                     given, wanted = self._observed(unit, targets, prefix is not None, mixed, here)
+                    wanted.counts = targets.counts
                     fitted = fit_unit(unit, given, wanted, seed, here)
                     del given, wanted  # before those of the next unit are there
                     if done is not None:
@@ -113,6 +122,7 @@ class _Targets:
         self.model, self.ordered, self.data, self.indices, self.batch_size = model, ordered, data, indices, batch_size
         self.sizes: list[int] = []  # bytes that a unit puts out for a sample
         self.ready: dict[str, UnitInputs] = {}
+        self.counts: Tensor | None = None  # what the error of each sample counts
 
     def of(self, unit: Unit, run: Run) -> UnitInputs:
         """The outputs of a unit over all samples; half of the run's memory is for them and those that are ready."""
@@ -193,7 +203,7 @@ def minibatch_error(
         shape = (len(picked), *given.arguments[0].shape[1:])
         keep = (torch.rand(shape, generator=generator) >= mix).to(given.device)
     output = call_unit(unit, given, picked, wanted if keep is not None else None, keep)
-    return lp_loss(output, wanted.targets(picked), power)
+    return lp_loss(wanted.counted(output, picked), wanted.counted(wanted.targets(picked), picked), power)
 
 
 def thinned(curve: list[float]) -> list[float]:
@@ -206,7 +216,8 @@ def unit_error(unit: Unit, given: UnitInputs, wanted: UnitInputs, batch_size: in
     error = signal = 0.0
     with torch.no_grad():
         for picked in torch.arange(len(wanted.outputs[0])).split(batch_size):
-            for value, target in zip(call_unit(unit, given, picked), wanted.targets(picked), strict=True):
+            output, targets = call_unit(unit, given, picked), wanted.targets(picked)
+            for value, target in zip(wanted.counted(output, picked), wanted.counted(targets, picked), strict=True):
                 error += float((value - target).square().sum())
                 signal += float(target.square().sum())
     return math.sqrt(error / max(signal, 1e-24))

@@ -1,4 +1,4 @@
-"""What each step of the sampler makes of an error of the denoiser's output, on the reference models: what `error: latent` counts by.
+"""What each step of the sampler makes of an error of the denoiser's output: what `error: latent` counts by.
 
     python benchmarks/step_gain.py
     python benchmarks/step_gain.py --steps 20 --trajectories 8

@@ -280,10 +280,29 @@ def test_a_lower_temperature_is_nearer_to_the_choice(pipe, data):
     assert abs(cold["hardening_gap"]) < 1e-4 < abs(warm["hardening_gap"])
 
 
+@pytest.mark.parametrize("inputs", ["noised", "noised_samples"])
 @pytest.mark.parametrize("target", ["full_precision", "noise"])
-def test_noised_inputs(pipe, data, target):
-    figures = searched(prepared(pipe, data, 2), data, inputs="noised", target=target, rounds=4)
+def test_noised_inputs(pipe, data, target, inputs):
+    figures = searched(prepared(pipe, data, 2), data, inputs=inputs, target=target, rounds=4)
     assert figures["images"] == 16
+
+
+@pytest.mark.parametrize("inputs", ["noised", "noised_samples"])
+def test_what_is_noised(pipe, data, inputs):
+    """The recorded latents, or the last samples of their trajectories, at the level of the timestep."""
+    model = prepared(pipe, data, 2)
+    options = SearchParameterSets(inputs=inputs, target="noise")
+    several = {name: one for name, one in quantizers(model) if one.rows > 1}
+    search = _Search(options, model, data, several, {name: one.table.long() for name, one in several.items()})
+    picked = torch.tensor([0, 5, 7])
+    images = data.batch(picked)[0]["sample"]
+    if inputs == "noised_samples":
+        size = data.manifest["calibration"]["batch_size"]
+        trajectories = data.trajectory_of()[picked].tolist()
+        images = torch.stack([data.steps(j // size)[-1]["prev_sample"][j % size] for j in trajectories])
+    arguments, noise = search.batch(picked, torch.Generator().manual_seed(1))
+    levels = pipe.scheduler.alphas_cumprod[arguments["timestep"].long()].view(-1, 1, 1, 1)
+    torch.testing.assert_close(arguments["sample"], levels.sqrt() * images + (1 - levels).sqrt() * noise)
 
 
 def test_intervals_without_a_latent_keep_the_nearest_set(pipe, data):

@@ -6,10 +6,10 @@ mixtures, network weights fixed. Then each timestep takes the set with the large
 where the search is undecided (entropy) or was seldom: ``score(t) = H_t + bonus / (N_t + 1)``.
 
 Source: Wang et al. 2024 (arXiv 2305.18723). The released code is another method (groups of channels, never hardened) and is not
-followed. *Differs*: the target is the full-precision output and the inputs are recorded latents (paper: the noise itself, on noised
-images; ``target`` and ``inputs`` give that); the entropy is a mean over layers, so that its weight does not depend on their number;
-rates of steps are relative; sets start from clusters of the timesteps' ranges, which the paper leaves open; ``lead``,
-``temperature``, ``settling`` and ``error: latent`` (off unless asked for) are not the paper's.
+followed. *Differs*: the target is the full-precision output and the inputs are recorded latents (paper: the noise itself, on states
+of the sampler noised to any timestep; ``target`` and ``inputs`` give that); the entropy is a mean over layers, so that its weight
+does not depend on their number; rates of steps are relative; sets start from clusters of the timesteps' ranges, which the paper
+leaves open; ``lead``, ``temperature``, ``settling`` and ``error: latent`` (off unless asked for) are not the paper's.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ class SearchParameterSets(Pass):
     """Learn the G parameter sets of every activation quantizer that a rule gave ``sets``, and the table of their intervals.
 
     ``images`` distinct latents are added over ``rounds``, each followed by ``updates`` steps on what there is so far; where only
-    ``inputs: noised`` latents are used they are noised to any timestep. An interval that no latent was taken at gets the set
-    whose range is nearest. Sets start from the clusters' mean ranges, or from a search as `CalibrateRanges` does it (``mse``) over
-    what falls into the clusters; ``learn_ranges: false`` leaves them there.
+    ``inputs: noised`` latents are used they are noised to any timestep, on top of the noise they have; ``noised_samples`` noises
+    the last samples of their trajectories, which have none. An interval that no latent was taken at gets the set whose range is
+    nearest. Sets start from the clusters' mean ranges, or from a search as `CalibrateRanges` does it (``mse``) over what falls into
+    the clusters; ``learn_ranges: false`` leaves them there.
 
     ``lead``, in nats: how far an interval's logit of its cluster's set starts ahead of the others. Where a layer hardly matters the
     gradients of logits are noise and the entropy makes final whatever comes of it; with a lead that is the cluster.
@@ -73,7 +74,7 @@ class SearchParameterSets(Pass):
     selection: Selection = "searched"
     bonus: float = Field(default=1.5, ge=0)
     entropy: float = Field(default=0.8, ge=0)
-    inputs: Literal["trajectory", "noised"] = "trajectory"
+    inputs: Literal["trajectory", "noised", "noised_samples"] = "trajectory"
     target: Literal["full_precision", "noise"] = "full_precision"
     rate: float = Field(default=0.05, gt=0)
     range_rate: float = Field(default=1e-3, gt=0)
@@ -87,7 +88,7 @@ class SearchParameterSets(Pass):
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Search with all quantizers on. Raises `SpecError` where ranges were not calibrated or no quantizer has several sets."""
-        if self.target == "noise" and self.inputs != "noised":
+        if self.target == "noise" and self.inputs == "trajectory":
             raise SpecError("SearchParameterSets: target: noise needs inputs: noised; recorded latents have no known noise")
         if self.error == "latent" and self.inputs != "trajectory":
             raise SpecError("SearchParameterSets: error: latent needs inputs: trajectory; noised latents have no step")
@@ -238,11 +239,22 @@ class _Search:
         levels = build_scheduler(self.data).alphas_cumprod[timesteps.long().cpu()].to(arguments[first])
         levels = levels.view(-1, *[1] * (arguments[first].dim() - 1))
         noise = torch.randn(arguments[first].shape, generator=generator).to(arguments[first])
-        arguments |= {first: levels.sqrt() * arguments[first] + (1 - levels).sqrt() * noise, name: timesteps}
+        arguments |= {first: levels.sqrt() * self.image(picked, arguments[first]) + (1 - levels).sqrt() * noise, name: timesteps}
         if self.options.target == "noise":
             return arguments, noise
         with torch.no_grad(), full_precision(self.model), rows_of(self.model, self.data, picked):
             return arguments, predicted(self.model, self.model(**arguments))
+
+    def image(self, picked: Int[Tensor, " n"], latent: Tensor) -> Tensor:
+        """What is noised: the recorded latents, or the last samples of their trajectories."""
+        if self.options.inputs == "noised":
+            return latent
+        last = self.data.step(self.data.trajectory_of()[picked], self.data.step_count - 1).prev_sample.to(latent)
+        if last.shape != latent.shape:
+            raise SpecError(
+                f"SearchParameterSets: inputs: noised_samples: samples of {tuple(last.shape[1:])}; the model reads others"
+            )
+        return last
 
     @contextmanager
     def mixed(self, temperature: float) -> Iterator[None]:
@@ -259,7 +271,7 @@ class _Search:
 
     def trained(self) -> Tensor:
         """Which intervals were learned on."""
-        return torch.ones(self.clock.intervals, dtype=torch.bool) if self.options.inputs == "noised" else self.pool.visited()
+        return torch.ones(self.clock.intervals, dtype=torch.bool) if self.options.inputs != "trajectory" else self.pool.visited()
 
     def decide(self) -> None:
         """Each interval takes the set with the largest logit; errors before and after, where they were not kept by a killed run."""

@@ -3,7 +3,7 @@
     python benchmarks/step_gain.py
     python benchmarks/step_gain.py --steps 20 --trajectories 8
 
-Squared, mean over values, and over steps 1; of guided calls the conditional half.
+Squared, mean over values, and over steps 1; of guided calls one half (the other differs by a factor).
 """
 
 import argparse

@@ -46,7 +46,7 @@ class AllocateBits(SensitivityPass):
 
     @property
     def weight_options(self) -> dict[str, Any]:
-        """None: it changes bits of inputs."""
+        """Nothing is done to weights: it changes bits of inputs."""
         return {}
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:

@@ -65,6 +65,18 @@ def test_inspect_names_every_layer_and_the_cost(capsys, monkeypatch):
             assert f" {name} " in printed  # whole: long names differ at their ends
 
 
+def test_inspect_measures_what_each_layer_adds(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=cli.WIDE))
+    pipelines.micro().save_pretrained(tmp_path / "model")
+    assert run("record", tmp_path / "model", "--out", tmp_path / "data", "--samples", 2, "--steps", 3) == 0
+    given = ("--data", tmp_path / "data", "--sensitivity", tmp_path / "map", "--trajectories", 2)
+    assert run("inspect", tmp_path / "model", "--recipe", "mse-w4a6", *given) == 0
+    printed = capsys.readouterr().out
+    assert "error of weight" in printed and "2 trajectories leave 100% of a share open" in printed
+    found = json.loads((tmp_path / "map" / "sensitivity.json").read_text())
+    assert len(found["timesteps"]) == 3 and (tmp_path / "map" / "sensitivity.png").stat().st_size > 0
+
+
 def test_zoo_list(capsys):
     assert run("zoo", "list") == 0
     assert "glyph-ddim" in capsys.readouterr().out

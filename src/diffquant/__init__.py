@@ -20,6 +20,7 @@ from diffquant.runtime.correction import attach, detach
 from diffquant.runtime.engines import engine, use_engine
 from diffquant.runtime.estimate import inspect
 from diffquant.runtime.export import export
+from diffquant.runtime.sensitivity import Sensitivity, sensitivity
 
 __version__ = version("diffquant")
 
@@ -34,6 +35,7 @@ __all__ = [
     "QuantizationReport",
     "Recipe",
     "SamplingProtocol",
+    "Sensitivity",
     "Trajectory",
     "attach",
     "detach",
@@ -47,6 +49,7 @@ __all__ = [
     "quantize",
     "record",
     "save",
+    "sensitivity",
     "use_engine",
     "verify",
 ]

@@ -21,7 +21,7 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.core.spec import AttentionSpec, DiffquantError, LayerSpec
 from diffquant.demo import progress_bars, run_demo
-from diffquant.evaluation.drawing import draw_grid
+from diffquant.evaluation.drawing import draw_grid, draw_sensitivity
 from diffquant.evaluation.inception import InceptionFeatures
 from diffquant.evaluation.pictures import check_place, statistics_of, write_pictures
 from diffquant.evaluation.protocols import load_protocol, record_under, shipped_protocols
@@ -30,6 +30,7 @@ from diffquant.recipe import shipped
 from diffquant.runtime.checkpoint import file_size, float32_size
 from diffquant.runtime.engines import ENGINES
 from diffquant.runtime.export import TARGETS
+from diffquant.runtime.sensitivity import TRAJECTORIES
 from diffquant.zoo import models
 from diffquant.zoo.data import render_letters
 
@@ -216,19 +217,47 @@ def evaluate(
 def inspect(
     model: Model,
     recipe: Annotated[str, typer.Option(help=RECIPE_HELP)] = "brecq-w4a8",
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="New folder: also measure what each layer adds to the last sample's error, and draw a map.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Recording to measure on; without it one of 20 steps is made.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder of finished passes, as of quantize: measure what these leave.")] = None,
+    trajectories: Annotated[int, typer.Option(min=1, help="Recorded trajectories to measure on.")] = TRAJECTORIES,
+    seed: Seed = 0,
     set_: Set = None,
 ) -> None:
     """Show what a recipe will do to every layer, and the file, memory and time it will take."""
     chosen = dq.load_recipe(recipe, set_ or ())
-    found = dq.inspect(_load(model), chosen)
-    others = (Column(name, overflow="fold") for name in ("shape", "weight", "input", "MACs", "decided by"))
+    pipe = _load(model)
+    found = dq.inspect(pipe, chosen)
+    names = ["shape", "weight", "input", "MACs", "decided by"]
+    measured = None
+    if sensitivity is not None:
+        recorded = (
+            dq.Trajectory.open(data)
+            if data
+            else dq.record(pipe, dq.Calibration(samples=trajectories, seed=seed), folder=sensitivity / "recording")
+        )
+        measured = dq.sensitivity(pipe, chosen, recorded, trajectories=trajectories, seed=seed, folder=work or sensitivity)
+        measured.write(sensitivity / "sensitivity.json")
+        draw_sensitivity(measured).save(sensitivity / "sensitivity.png")
+        names[4:4] = ["error of weight", "of input"]
+    others = (Column(name, overflow="fold") for name in names)
     # names whole, on several lines where it is narrow
     table = Table(Column("layer", overflow="fold", min_width=24), *others, box=SIMPLE_HEAD, padding=0)
     for row in found.layers:
-        weight, activation = _describe(row.spec)
-        share = f"{100 * found.shares[row.name]:.1f} %" if row.name in found.shares else ""
-        table.add_row(row.name, "x".join(map(str, row.shape)), weight, activation, share, row.reason)
+        share = _percent(found.shares.get(row.name))
+        errors = [] if measured is None else [_percent(measured.of_layer(row.name, weight)) for weight in (True, False)]
+        table.add_row(row.name, "x".join(map(str, row.shape)), *_describe(row.spec), share, *errors, row.reason)
     console.print(table)
+    if measured is not None:
+        learned = ", ".join(measured.passes) or "ranges alone, weights rounded to nearest"
+        console.print(
+            f"errors after {learned}: parts of the last sample's squared error, each quantizer alone; {measured.trajectories} "
+            f"trajectories leave {measured.uncertainty:.0%} of a share open",
+            soft_wrap=True,
+        )
+        console.print(f"by sampling step: sensitivity.json and sensitivity.png in {sensitivity}")
     console.print(f"file {found.file_bytes / 1e6:.2f} MB, {found.file_bytes / found.float32_bytes:.3f} of float32")
     console.print(f"peak memory about {found.memory_bytes / 1e9:.2f} GB, calibration about {found.seconds / 60:.1f} minutes here")
 
@@ -302,6 +331,10 @@ def _named(folders: list[str]) -> dict[str, str]:
 
 def _below(work: Path | None) -> Path | None:
     return None if work is None else work / "recording"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _describe(spec: LayerSpec | AttentionSpec | None) -> tuple[str, str]:

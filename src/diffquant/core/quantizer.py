@@ -268,8 +268,10 @@ class Quantizer(nn.Module):
         """`x` as the integer engine would see it: quantized and dequantized in float32, in the dtype of `x`."""
         if self.observer is not None:
             self.observer(x)
-        if not self.enabled:
-            return x
+        return self.simulated(x) if self.enabled else x
+
+    def simulated(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """`x` quantized and dequantized, whether the quantizer is on or not."""
         scale, zero_point = self.operands(x)
         if self.codes is not None or self.rounding is not None:
             return dequantize(self.quantize(x), scale, zero_point).to(x.dtype)

@@ -10,16 +10,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from diffquant.evaluation.accumulation import Accumulation
+from diffquant.runtime.sensitivity import Sensitivity
 
 CELL = 96  # pixels: smaller pictures are enlarged by a whole factor up to this side
 GAP = 2  # pixels between pictures
 LABEL_GAP = 25.0  # pixels between the names of lines: their height at 150 dots an inch
 NAME_WIDTH, NAME_LINES = 34, 4  # letters in a line of a name, and lines
+MAP_LINES, MAP_RANGE = 36, 1e4  # of a sensitivity map: quantizers shown, and largest value over the least that is told apart
 INK, GREY, RULE = "#1a1a1a", "#6b6b6b", "#dddddd"
 LINES = ("#0b62a4", "#d1495b", "#2e8540", "#b8860b", "#7b4fa3", "#007c89", "#8c564b", "#555555")
 
@@ -142,6 +145,40 @@ def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
     dress(by_stretch, "Final error, only one stretch quantized", "middle of the stretch, sampling steps")
     for axes in (over_steps, by_stretch):
         axes.legend(frameon=False, fontsize=9)
+    return rendered(figure)
+
+
+def draw_sensitivity(found: Sensitivity) -> Image.Image:
+    """The most sensitive quantizers in the model's order: their part in the last sample's error by step, and at all steps."""
+    chosen = set(sorted(range(len(found.rows)), key=lambda index: -found.rows[index].share)[:MAP_LINES])
+    lines = [row for index, row in enumerate(found.rows) if index in chosen]
+    names = [f"{row.layer}  {row.operand} {row.bits}" for row in lines]
+    largest = max((value for row in lines for value in row.by_step), default=0.0) or 1.0
+    title = f"{found.recipe} after {found.passes[-1]}" if found.passes else f"{found.recipe}, ranges alone"
+    figure = Figure(figsize=(12, 1.6 + 0.21 * len(lines)), dpi=150, layout="constrained")
+    by_step, total = figure.subplots(1, 2, width_ratios=(5, 1), sharey=True)
+    cells = np.maximum(np.array([row.by_step for row in lines]), largest / MAP_RANGE)
+    image = by_step.imshow(cells, aspect="auto", cmap="Blues", norm=LogNorm(largest / MAP_RANGE, largest), interpolation="nearest")
+    by_step.set_yticks(range(len(lines)), names, fontsize=8)
+    places = np.unique(np.linspace(0, len(found.timesteps) - 1, min(9, len(found.timesteps))).round().astype(int))
+    by_step.set_xticks(places, [f"{found.timesteps[place]:g}" for place in places])
+    by_step.set_xlabel("timestep, in the order of sampling", color=GREY)
+    by_step.set_title(f"{title}: what each quantizer adds to the last sample, by step", loc="left", fontsize=11, color=INK)
+    by_step.tick_params(colors=GREY, length=0)
+    by_step.tick_params(axis="y", labelcolor=INK)
+    by_step.spines[:].set_visible(False)
+    figure.colorbar(image, ax=by_step, location="bottom", shrink=0.5, aspect=40, label="share of the last sample's squared error")
+    weights = sum(row.share for row in found.rows if row.operand == "weight")
+    colors = [LINES[0] if row.operand == "weight" else LINES[1] for row in lines]
+    total.barh(range(len(lines)), [row.share for row in lines], color=colors, height=0.7)
+    for place, row in enumerate(lines):
+        total.annotate(f" {row.share:.1%}", (row.share, place), va="center", fontsize=8, color=GREY)
+    for height, text, color in ((16, f"weights: {weights:.0%}", LINES[0]), (3, f"inputs: {1 - weights:.0%}", LINES[1])):
+        total.annotate(text, (0, 1), (0, height), "axes fraction", "offset points", fontsize=10, color=color)
+    total.set_axis_off()
+    rest = [row.share for index, row in enumerate(found.rows) if index not in chosen]
+    if rest:
+        figure.supxlabel(f"{len(rest)} more quantizers together: {sum(rest):.1%}", x=0.99, ha="right", fontsize=9, color=GREY)
     return rendered(figure)
 
 

@@ -50,19 +50,26 @@ def segment_gradient(
     return (_accumulate if gradient == "accumulate" else _unrolled)(chain, start, targets, scaled)
 
 
-def carried_back(chain: Chain, cotangent: Float[Tensor, "n ..."]) -> list[Float[Tensor, "n ..."]]:
+def carried_back(
+    chain: Chain, cotangent: Float[Tensor, "n ..."], after_step: Callable[[], None] = lambda: None
+) -> list[Float[Tensor, "n ..."]]:
     """What `cotangent` at the chain's end is at each of its recorded latents, the start first, through the model as it is switched.
 
-    What a multistep solver remembers is taken along from step to step, and left out of what is returned.
+    What a multistep solver remembers is taken along from step to step, and left out of what is returned. `after_step` is called
+    when a step's gradients are there, the last step first.
     """
     found: list[Tensor] = []
     end = chain.recorded(len(chain.steps))
+
+    def keep(reached: Tensor) -> None:
+        found.append(reached)
+        after_step()
 
     def along(reached: Tensor, target: Tensor) -> Tensor:
         return (reached * cotangent.to(reached)).sum()
 
     with torch.enable_grad():
-        _backwards(chain, chain.recorded(0), lambda i: end, along, True, found.append)
+        _backwards(chain, chain.recorded(0), lambda i: end, along, True, keep)
     return [*reversed(found), cotangent]
 
 

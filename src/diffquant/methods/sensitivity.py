@@ -26,7 +26,6 @@ from diffquant.calibration.observe import predicted
 from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.affine import fake_quantize
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.surgery import full_precision, switched
 from diffquant.methods.gradients import carried_back
@@ -92,33 +91,62 @@ class SensitivityPass(Pass):
         self, model: nn.Module, quantizers: Mapping[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run
     ) -> dict[str, float]:
         """Shares of the change, a row for each trajectory; rows that a killed run has finished are taken over."""
-        rollout = Rollout(model, data, checkpointing=self.checkpointing)
-        rollout.verify()
-        picked = torch.randperm(rollout.trajectories, generator=generator)[: self.trajectories]
-        seed = draw_seed(generator)
-        path = None if run.folder is None else run.folder / "sensitivity.safetensors"
-        rows = [] if path is None or not path.exists() else list(load_tensors(path)[0]["rows"])
-        task = run.progress.add_task("sensitivity", total=len(picked), completed=len(rows))
-        with evaluating(model), switched(model, True), full_precision(model), gated(quantizers) as gates:
-            for i in range(len(rows), len(picked)):
-                chain = rollout.chain(picked[i : i + 1], range(rollout.steps))
-                direction = torch.randn(chain.recorded(rollout.steps).shape, generator=iteration_generator(seed, i))
-                squares = torch.tensor(list(changes_along(direction, chain, gates).values()), dtype=torch.float64).square()
-                rows.append(squares / squares.sum().clamp(min=1e-30))
-                run.progress.advance(task)
-                if path is not None:
-                    save_tensors(path, {"rows": torch.stack(rows)}, {})
-        run.progress.remove_task(task)
-        return dict(zip(quantizers, torch.stack(rows).mean(dim=0).tolist(), strict=True))
+        changes = changes_of_last_samples(model, quantizers, data, self.trajectories, generator, run, self.checkpointing)
+        return dict(zip(quantizers, relative(changes).sum(dim=2).square().mean(dim=0).tolist(), strict=True))
 
 
-def changes_along(direction: Float[Tensor, "n ..."], chain: Chain, gates: Mapping[str, Tensor]) -> dict[str, float]:
-    """By quantizer: how far its errors move the end of `chain` in a direction, to first order."""
-    carried_back(chain, direction)
-    found = {name: 0.0 if gate.grad is None else float(gate.grad) for name, gate in gates.items()}
-    for gate in gates.values():
-        gate.grad = None
-    return found
+def changes_of_last_samples(
+    model: nn.Module,
+    quantizers: Mapping[str, Quantizer],
+    data: Trajectory,
+    trajectories: int,
+    generator: torch.Generator,
+    run: Run,
+    checkpointing: bool = False,
+) -> Float[Tensor, "trajectories quantizers steps"]:
+    """How far the errors of each quantizer at each step move the last sample in a random direction, one for each trajectory.
+
+    To first order, so what a quantizer does at several steps is their sum. Trajectories that a killed run has finished are taken
+    over. Raises `SpecError` where ranges were not calibrated, `CalibrationError` where a trajectory cannot be replayed.
+    """
+    rollout = Rollout(model, data, checkpointing=checkpointing)
+    rollout.verify()
+    picked = torch.randperm(rollout.trajectories, generator=generator)[:trajectories]
+    seed = draw_seed(generator)
+    path = None if run.folder is None else run.folder / "changes.safetensors"
+    found = [] if path is None or not path.exists() else list(load_tensors(path)[0]["changes"])
+    task = run.progress.add_task("sensitivity", total=len(picked), completed=len(found))
+    with evaluating(model), switched(model, True), full_precision(model), gated(quantizers) as gates:
+        for i in range(len(found), len(picked)):
+            chain = rollout.chain(picked[i : i + 1], range(rollout.steps))
+            direction = torch.randn(chain.recorded(rollout.steps).shape, generator=iteration_generator(seed, i))
+            found.append(changes_along(direction, chain, gates))
+            run.progress.advance(task)
+            if path is not None:
+                save_tensors(path, {"changes": torch.stack(found)}, {})
+    run.progress.remove_task(task)
+    return torch.stack(found)
+
+
+def changes_along(
+    direction: Float[Tensor, "n ..."], chain: Chain, gates: Mapping[str, Tensor]
+) -> Float[Tensor, "quantizers steps"]:
+    """How far the errors of each quantizer at each step move the end of `chain` in a direction, to first order; float64."""
+    steps: list[list[float]] = []  # the last first
+
+    def take() -> None:
+        steps.append([0.0 if gate.grad is None else float(gate.grad) for gate in gates.values()])
+        for gate in gates.values():
+            gate.grad = None
+
+    carried_back(chain, direction, after_step=take)
+    return torch.tensor(steps[::-1], dtype=torch.float64).T
+
+
+def relative(changes: Float[Tensor, "trajectories quantizers steps"]) -> Float[Tensor, "trajectories quantizers steps"]:
+    """Changes whose squares, of each quantizer's sum over the steps, sum to 1 over the quantizers in every trajectory."""
+    whole: Tensor = torch.linalg.vector_norm(changes.sum(dim=2), dim=1).clamp(min=1e-15)
+    return changes / whole[:, None, None]
 
 
 @contextmanager
@@ -146,7 +174,7 @@ def _added_error(gate: Tensor) -> Callable[[Quantizer, Any, Tensor], Tensor]:
     def hook(quantizer: Quantizer, arguments: Any, output: Tensor) -> Tensor:
         with torch.no_grad():
             x = output.float()
-            error = fake_quantize(x, *quantizer.operands(x), quantizer.spec) - x
+            error = quantizer.simulated(x) - x
         return output + (gate * error).to(output.dtype)
 
     return hook

@@ -13,17 +13,16 @@ from typing import Annotated, Any
 import typer
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Column, Table
 
 import diffquant as dq
 from diffquant import zoo
-from diffquant.core.spec import AttentionSpec, DiffquantError, LayerSpec
+from diffquant.core.spec import DiffquantError
 from diffquant.demo import progress_bars, run_demo
 from diffquant.evaluation.drawing import draw_grid, draw_sensitivity
 from diffquant.evaluation.inception import InceptionFeatures
 from diffquant.evaluation.pictures import check_place, statistics_of, write_pictures
+from diffquant.evaluation.plan import plan_table
 from diffquant.evaluation.protocols import load_protocol, record_under, shipped_protocols
 from diffquant.evaluation.sampling import sample
 from diffquant.recipe import shipped
@@ -230,7 +229,6 @@ def inspect(
     chosen = dq.load_recipe(recipe, set_ or ())
     pipe = _load(model)
     found = dq.inspect(pipe, chosen)
-    names = ["shape", "weight", "input", "MACs", "decided by"]
     measured = None
     if sensitivity is not None:
         recorded = (
@@ -241,15 +239,7 @@ def inspect(
         measured = dq.sensitivity(pipe, chosen, recorded, trajectories=trajectories, seed=seed, folder=work or sensitivity)
         measured.write(sensitivity / "sensitivity.json")
         draw_sensitivity(measured).save(sensitivity / "sensitivity.png")
-        names[4:4] = ["error of weight", "of input"]
-    others = (Column(name, overflow="fold") for name in names)
-    # names whole, on several lines where it is narrow
-    table = Table(Column("layer", overflow="fold", min_width=24), *others, box=SIMPLE_HEAD, padding=0)
-    for row in found.layers:
-        share = _percent(found.shares.get(row.name))
-        errors = [] if measured is None else [_percent(measured.of_layer(row.name, weight)) for weight in (True, False)]
-        table.add_row(row.name, "x".join(map(str, row.shape)), *_describe(row.spec), share, *errors, row.reason)
-    console.print(table)
+    console.print(plan_table(found, measured))
     if measured is not None:
         learned = ", ".join(measured.passes) or "ranges alone, weights rounded to nearest"
         console.print(
@@ -331,17 +321,3 @@ def _named(folders: list[str]) -> dict[str, str]:
 
 def _below(work: Path | None) -> Path | None:
     return None if work is None else work / "recording"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
-
-
-def _describe(spec: LayerSpec | AttentionSpec | None) -> tuple[str, str]:
-    if spec is None:
-        return "float", "float"
-    halves = " per branch" if spec.guidance_sets else ""
-    if isinstance(spec, AttentionSpec):
-        return f"softmax {spec.softmax or 'float'}{halves}", f"q, k, v {spec.query or 'float'}{halves}"
-    splits = f" split {'+'.join(map(str, spec.splits))}" if spec.splits else ""
-    return str(spec.weight or "float"), f"{spec.input or 'float'}{splits}{halves}"

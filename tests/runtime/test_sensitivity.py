@@ -138,6 +138,6 @@ def test_its_file_and_its_picture(tmp_path):
     found = dq.Sensitivity("mse-w4a4", ("CalibrateRanges",), 8, (900.0, 100.0), rows)
     found.write(tmp_path / "sensitivity.json")
     written = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert written["rows"][3] == {"layer": "block.3", "operand": "weight", "bits": 4, "share": 3 / 780, "by_step": [0.0015, 0.003]}
+    assert written["rows"][3] == {"layer": "block.3", "operand": "weight", "bits": 4, "share": 0.003846, "by_step": [0.0015, 0.003]}
     tall, low = (draw_sensitivity(dataclasses.replace(found, passes=(), rows=some)) for some in (rows, rows[:4]))
     assert tall.width == low.width and tall.height > low.height

@@ -73,10 +73,13 @@ class Sensitivity:
         return sum(found) if found else None
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON, shares to four digits."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1))
+        rows = [
+            asdict(row) | {"share": _rounded(row.share), "by_step": [_rounded(one) for one in row.by_step]} for row in self.rows
+        ]
+        temporary.write_text(json.dumps(asdict(self) | {"rows": rows}))
         temporary.replace(path)
 
 
@@ -131,6 +134,10 @@ def sensitivity(
         timesteps=tuple(float(data.step(first, k).timestep) for k in range(changes.shape[2])),
         rows=_rows(found, changes),
     )
+
+
+def _rounded(share: float) -> float:
+    return float(f"{share:.4g}")
 
 
 def _decide(model: nn.Module) -> None:

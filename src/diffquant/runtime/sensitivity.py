@@ -123,7 +123,7 @@ def sensitivity(
         if not any(isinstance(step, CalibrateRanges) for step in steps[: len(done)]):
             ranges = next((step for step in steps if isinstance(step, CalibrateRanges)), CalibrateRanges())
             ranges.apply(model, data, generator, run)
-        given = [names[0], done, trajectories, *(repr(quantizer.spec) for quantizer in found.values())]
+        given = [names[:1], done, trajectories, *(repr(quantizer.spec) for quantizer in found.values())]
         below = run.below(f"sensitivity-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:12]}")
         changes = changes_of_last_samples(model, found, data, trajectories, generator, below, checkpointing)
     first = torch.zeros(1, dtype=torch.long)

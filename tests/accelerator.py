@@ -185,6 +185,20 @@ def case(name: str, pipeline: str = "micro", overrides: Sequence[str] = (), last
     return run
 
 
+def sensitivity() -> None:
+    """Of every quantizer, on the device; the pipeline stays there."""
+    import diffquant as dq
+    from tests import pipelines
+
+    pipe = pipelines.micro().to(FAR)
+    pipe.set_progress_bar_config(disable=True)
+    data = dq.record(pipe, dq.Calibration(samples=2, steps=2, batch_size=2), progress=False)
+    recipe = dq.load_recipe("mse-w4a8", pipelines.small_budget("mse-w4a8"))
+    found = dq.sensitivity(pipe, recipe, data, trajectories=1, progress=False)
+    assert abs(sum(row.share for row in found.rows) - 1) < 1e-9
+    assert {value.device for value in pipe.unet.parameters()} == {FAR}
+
+
 def _drawn(pipe: Any, calibration: Mapping[str, Any]) -> Tensor:
     import diffquant as dq
     from diffquant.evaluation.sampling import sample
@@ -200,6 +214,7 @@ CASES: dict[str, Callable[[], None]] = {
     "adp-dm": case("adp-dm-w6a6"),
     "noise estimate": case("mse-w4a8", last="RuntimeNoiseEstimate"),
     "proportional": case("mse-w4a8", last="FitProportional"),
+    "sensitivity": sensitivity,
     "accuquant with guidance": case("accuquant-w4a8", "dit", ["layers.0.guidance_sets=true"], guidance_scale=3.0),
 }
 

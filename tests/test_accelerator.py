@@ -13,5 +13,6 @@ def test_everything_stays_on_the_device_of_the_pipeline():
         "adp-dm",
         "noise estimate",
         "proportional",
+        "sensitivity",
         "accuquant with guidance",
     ]

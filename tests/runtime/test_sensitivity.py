@@ -112,6 +112,19 @@ def test_what_finished_passes_leave(pipe, data, tmp_path):
     assert ranged.passes == ("CalibrateRanges",)
 
 
+def test_the_error_of_a_weight_is_that_of_its_decided_codes(pipe, data):
+    model = copy.deepcopy(pipe.unet)
+    prepare(model, plan(model, dq.load_recipe("mse-w4a8").layers), data.timesteps)
+    with fit.run(show=False) as run:
+        CalibrateRanges(samples=8, candidates=8).apply(model, data, torch.Generator(), run)
+    quantizer, weight = model.conv_in.weight_quantizer, model.conv_in.weight.detach()
+    quantizer.decide(weight)
+    quantizer.codes = (quantizer.codes - 1).clamp(min=quantizer.spec.code_min)  # not the nearest
+    with method.gated({"weight": quantizer}) as gates, torch.no_grad():
+        gates["weight"].fill_(1.0)
+        assert torch.allclose(quantizer(weight), quantizer.dequantized_codes(), atol=1e-6)
+
+
 def test_shares_counted_by_hand(pipe, data, monkeypatch):
     """Two trajectories; the first quantizer adds up over steps, the second undoes part of it, the others do nothing."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffquant.calibration import fit
 from diffquant.calibration.observe import Pipeline, find_denoiser
@@ -23,8 +23,7 @@ from diffquant.calibration.rollout import conditional_half
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.planning import first_with_guidance_sets, plan
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.surgery import prepare, quantized_layers, quantizers
-from diffquant.methods.learned import float_weight
+from diffquant.core.surgery import prepare, quantizers
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.sensitivity import changes_of_last_samples, relative
 from diffquant.quantization import pass_names, restore_passes
@@ -119,7 +118,6 @@ def sensitivity(
     with fit.run(folder, progress) as run:
         if folder is not None:
             restore_passes(model, folder, done)
-            _decide(model)
         if not any(isinstance(step, CalibrateRanges) for step in steps[: len(done)]):
             ranges = next((step for step in steps if isinstance(step, CalibrateRanges)), CalibrateRanges())
             ranges.apply(model, data, generator, run)
@@ -138,14 +136,6 @@ def sensitivity(
 
 def _rounded(share: float) -> float:
     return float(f"{share:.4g}")
-
-
-def _decide(model: nn.Module) -> None:
-    """Fix the codes of weights whose rounding was learned."""
-    for _, layer in quantized_layers(model):
-        quantizer = layer.weight_quantizer
-        if quantizer is not None and quantizer.rounding is not None and quantizer.codes is None:
-            quantizer.decide(float_weight(layer))
 
 
 def _rows(found: dict[str, Quantizer], changes: Float[Tensor, "trajectories quantizers steps"]) -> tuple[QuantizerSensitivity, ...]:

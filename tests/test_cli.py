@@ -75,6 +75,10 @@ def test_inspect_measures_what_each_layer_adds(tmp_path, capsys, monkeypatch):
     assert "error of weight" in printed and "2 trajectories leave 100% of a share open" in printed
     found = json.loads((tmp_path / "map" / "sensitivity.json").read_text())
     assert len(found["timesteps"]) == 3 and (tmp_path / "map" / "sensitivity.png").stat().st_size > 0
+    (tmp_path / "data").rename(tmp_path / "recording")  # where quantize --work keeps its own
+    given = ("--work", tmp_path, "--sensitivity", tmp_path / "again", "--trajectories", 2)
+    assert run("inspect", tmp_path / "model", "--recipe", "mse-w4a6", *given) == 0
+    assert json.loads((tmp_path / "again" / "sensitivity.json").read_text()) == found
 
 
 def test_zoo_list(capsys):

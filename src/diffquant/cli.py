@@ -219,7 +219,9 @@ def inspect(
     sensitivity: Annotated[
         Path | None, typer.Option(help="New folder: also measure what each layer adds to the last sample's error, and draw a map.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Recording to measure on; without it one of 20 steps is made.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Recording to measure on (default: --work's, or a new one of 20 steps).")
+    ] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of finished passes, as of quantize: measure what these leave.")] = None,
     trajectories: Annotated[int, typer.Option(min=1, help="Recorded trajectories to measure on.")] = TRAJECTORIES,
     seed: Seed = 0,
@@ -231,11 +233,9 @@ def inspect(
     found = dq.inspect(pipe, chosen)
     measured = None
     if sensitivity is not None:
-        recorded = (
-            dq.Trajectory.open(data)
-            if data
-            else dq.record(pipe, dq.Calibration(samples=trajectories, seed=seed), folder=sensitivity / "recording")
-        )
+        place = data or _below(work)
+        own = dq.Calibration(samples=trajectories, seed=seed)
+        recorded = dq.Trajectory.open(place) if place else dq.record(pipe, own, folder=sensitivity / "recording")
         measured = dq.sensitivity(pipe, chosen, recorded, trajectories=trajectories, seed=seed, folder=work or sensitivity)
         measured.write(sensitivity / "sensitivity.json")
         draw_sensitivity(measured).save(sensitivity / "sensitivity.png")

@@ -45,6 +45,13 @@ def test_quantize_sample_and_evaluate(recording, tmp_path, capsys):
     few = ("--samples", 70, "--steps", 2, "--protocol", "accumulation_samples=2", "--protocol", "trajectory_samples=2")
     assert run("evaluate", out, "--reference", "glyph-ddim", "--out", report, *few) == 0
     assert {path.name for path in report.iterdir()} == {"report.json", "report.md", "pairs.png", "drift.png", "accumulation.png"}
+    capsys.readouterr()
+    few = ("--samples", 4, "--vary", "steps=2,3", "--vary", "eta=0,1", "--protocol", "trajectory_samples=2")
+    assert run("robustness", out, "--reference", "glyph-ddim", "--out", report / "matrix", *few, "--vary", "sampler=ddpm") == 0
+    printed = capsys.readouterr().out
+    assert "left out: steps=2,eta=1.0,sampler=ddpm, steps=3,eta=1.0,sampler=ddpm: protocol.eta: is 1.0" in printed
+    cells = json.loads((report / "matrix" / "robustness.json").read_text())["cells"]
+    assert [cell["refused"] is None for cell in cells] == [True, False, True, False]
 
 
 def test_evaluate_without_checkpoints_shows_full_precision(tmp_path, capsys):
@@ -112,7 +119,7 @@ def test_usage_errors_exit_with_two(capsys):
     assert "Missing option" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["record", "quantize", "sample", "evaluate", "inspect", "export", "demo", "zoo"])
+@pytest.mark.parametrize("verb", ["record", "quantize", "sample", "evaluate", "inspect", "export", "robustness", "demo", "zoo"])
 def test_help(verb, capsys):
     assert run(verb, "--help") == 0
     assert len(capsys.readouterr().out) > 200

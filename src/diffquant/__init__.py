@@ -11,6 +11,7 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import DiffquantError, LayerRule, LayerSpec, QuantSpec
 from diffquant.core.surgery import full_precision
 from diffquant.evaluation.evaluate import evaluate
+from diffquant.evaluation.robustness import Robustness, robustness
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.quantization import QuantizationReport, quantize
 from diffquant.recipe import Recipe, load_recipe
@@ -34,6 +35,7 @@ __all__ = [
     "QuantSpec",
     "QuantizationReport",
     "Recipe",
+    "Robustness",
     "SamplingProtocol",
     "Sensitivity",
     "Trajectory",
@@ -48,6 +50,7 @@ __all__ = [
     "load_recipe",
     "quantize",
     "record",
+    "robustness",
     "save",
     "sensitivity",
     "use_engine",

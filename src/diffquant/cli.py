@@ -20,10 +20,12 @@ from diffquant import zoo
 from diffquant.core.spec import DiffquantError
 from diffquant.demo import progress_bars, run_demo
 from diffquant.evaluation.drawing import draw_grid, draw_sensitivity
+from diffquant.evaluation.features import FeatureExtractor
 from diffquant.evaluation.inception import InceptionFeatures
 from diffquant.evaluation.pictures import check_place, statistics_of, write_pictures
 from diffquant.evaluation.plan import plan_table
-from diffquant.evaluation.protocols import load_protocol, record_under, shipped_protocols
+from diffquant.evaluation.protocols import load_protocol, record_under, shipped_protocols, varied_fields
+from diffquant.evaluation.robustness import SAMPLES, VARIED
 from diffquant.evaluation.sampling import sample
 from diffquant.recipe import shipped
 from diffquant.runtime.checkpoint import file_size, float32_size
@@ -54,7 +56,12 @@ PROTOCOL_HELP = (
 )
 Protocol = Annotated[list[str] | None, typer.Option(help=PROTOCOL_HELP)]
 Prompts = Annotated[Path | None, typer.Option(help="Text file, a prompt a line (default: the protocol's, or a built-in list).")]
+Inception = Annotated[Path | None, typer.Option(help="Inception weights for FID and KID, see docs/evaluation.md.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale (default: the protocol's, or the pipeline's).")]
+VARY_HELP = (
+    f"A field of the protocol and its values, such as steps=10,20,50, of {', '.join(VARIED)}; repeat for all combinations "
+    "(default: four samplers at 10, 20 and 50 steps)."
+)
 RECIPE_HELP = "Recipe with bits, e.g. brecq-w4a8 (weights 4, activations 8; a32 is weight-only), or a .yaml file."
 
 
@@ -179,7 +186,7 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(help="Samples to draw from each model (default: the protocol's, or 1000).")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps (default: the protocol's, or 50).")] = None,
     prompts: Prompts = None,
-    inception: Annotated[Path | None, typer.Option(help="Inception weights for FID and KID, see docs/evaluation.md.")] = None,
+    inception: Inception = None,
     clip: Annotated[Path | None, typer.Option(help="Directory of a CLIP model for the CLIP score of text pipelines.")] = None,
     protocol: Protocol = None,
 ) -> None:
@@ -190,9 +197,8 @@ def evaluate(
         from diffquant.evaluation.clip import ClipScore  # takes transformers' CLIP along, which nothing else needs
 
         scorer = ClipScore.from_directory(clip)
-    known = reference in models.PIPELINES and inception is None
-    features = zoo.load("glyph-classifier") if known else InceptionFeatures.from_file(inception) if inception else None
-    data = zoo.load_statistics() if known else None
+    features = _features(reference, inception)
+    data = zoo.load_statistics() if reference in models.PIPELINES and inception is None else None
     if chosen.data is not None:
         if features is None:
             raise DiffquantError("protocol.data: FID to pictures needs an extractor; give --inception FILE (docs/evaluation.md)")
@@ -210,6 +216,36 @@ def evaluate(
         )
     console.print(report.table())
     console.print(f"report.md, report.json and pictures in {out}")
+
+
+@app.command()
+def robustness(
+    model: Annotated[list[str], typer.Argument(help="Quantized checkpoints to compare.")],
+    reference: Annotated[str, typer.Option(help="The full-precision model.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result; a killed run goes on, and other values can be added.")],
+    vary: Annotated[list[str] | None, typer.Option(help=VARY_HELP)] = None,
+    samples: Annotated[int, typer.Option(help="Samples of each model for every combination.")] = SAMPLES,
+    prompts: Prompts = None,
+    inception: Inception = None,
+    protocol: Protocol = None,
+) -> None:
+    """Evaluate under other samplers, step counts, guidance or picture sizes than the model was calibrated with."""
+    chosen = load_protocol(protocol or (), samples=samples, prompts=prompts)
+    with progress_bars(console) as progress:
+        found = dq.robustness(
+            _named(model),
+            _load(reference),
+            vary=varied_fields(vary) if vary else None,
+            protocol=chosen.sampling,
+            features=_features(reference, inception),
+            out=out,
+            progress=progress,
+        )
+    if found.models:
+        console.print(found.table())
+    for reason, names in found.refusals().items():
+        console.print(f"left out: {', '.join(names)}: {reason}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"robustness.md, robustness.json, robustness.png and a report of each combination in {out}")
 
 
 @app.command()
@@ -311,6 +347,13 @@ def _load(model: str) -> Any:
         raise DiffquantError(
             f"model {model!r}: no directory, no reference model ({known}), and not loaded as a hub id: {reason}"
         ) from error
+
+
+def _features(reference: str, inception: Path | None) -> FeatureExtractor | None:
+    """The extractor of a file, or that of the reference models."""
+    if inception is not None:
+        return InceptionFeatures.from_file(inception)
+    return zoo.load("glyph-classifier") if reference in models.PIPELINES else None
 
 
 def _named(folders: list[str]) -> dict[str, str]:

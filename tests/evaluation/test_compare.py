@@ -230,6 +230,14 @@ def test_a_reference_that_cannot_be_replayed_says_why(monkeypatch):
     assert compare_to(reference, pipe).accumulation is None
 
 
+def test_trajectories_of_another_size(tmp_path):
+    protocol = SamplingProtocol(samples=2, steps=2, trajectory_samples=2, accumulation_samples=2, height=16, width=8)
+    pixels = run_reference(pipelines.micro(), protocol)
+    assert pixels.traced is not None and pixels.traced.data.step(torch.zeros(1, dtype=torch.long), 0).sample.shape[2:] == (16, 8)
+    latents = run_reference(pipelines.stable_diffusion(tmp_path), protocol)
+    assert latents.traced is None and "recorded at the pipeline's own size only" in str(latents.untraced)
+
+
 def test_what_was_asked_for_is_the_same_on_both_sides_and_counted():
     """A pipeline's default labels go into the protocol, whatever the other pipeline's defaults are."""
     pipe = pipelines.dit()

@@ -130,6 +130,27 @@ def test_other_pipelines_run_their_own_call(name, tmp_path):
     assert torch.equal(steps[-1][1].sample_after, drawn.last_samples[2:])
 
 
+def test_other_sizes_are_asked_for(ddim, tmp_path):
+    protocol = SamplingProtocol(samples=1, steps=2, height=16, width=8)
+    assert sample(ddim, protocol).last_samples.shape == (1, 3, 16, 8)
+    latent = pipelines.stable_diffusion(tmp_path)
+    own = sample(latent, SamplingProtocol(samples=1, steps=2))
+    height, width = (2 * side for side in own.pictures.shape[2:])
+    drawn = sample(latent, SamplingProtocol(samples=1, steps=2, height=height, width=width // 2))
+    assert drawn.pictures.shape[2:] == (height, width // 2)
+    assert drawn.last_samples.shape[2:] == (2 * own.last_samples.shape[2], own.last_samples.shape[3])
+    with pytest.raises(EvaluationError, match="protocol.width: is 15; UNet2DModel takes multiples of 2"):
+        sample(ddim, SamplingProtocol(samples=1, steps=2, height=8, width=15))
+    with pytest.raises(EvaluationError, match="StableDiffusionPipeline: `height` and `width` have to be divisible by 8"):
+        sample(latent, SamplingProtocol(samples=1, steps=2, height=15, width=16))
+    with pytest.raises(EvaluationError, match="DiTPipeline: does not take height"):
+        sample(pipelines.dit(), SamplingProtocol(samples=1, steps=2, height=16, width=16))
+    with pytest.raises(EvaluationError, match=r"protocol.width: is 0; at least 1 is allowed"):
+        SamplingProtocol(height=8, width=0)
+    with pytest.raises(EvaluationError, match=r"protocol.height, width: are 8 and None; give both, or neither"):
+        SamplingProtocol(height=8)
+
+
 def test_injected_noise_of_a_pipeline_without_generator_repeats():
     pipe = pipelines.ldm()
     protocol = SamplingProtocol(samples=2, steps=3, batch_size=2, eta=1.0)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from diffquant.calibration.observe import Calibration, Pipeline, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout
+from diffquant.core.spec import CalibrationError
 from diffquant.evaluation.metrics import Interval, bootstrap_mean, relative_l2
 from diffquant.evaluation.sampling import OnProgress, initial_noise, sample_shape, sample_unconditional
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, is_unconditional, scheduler_of
@@ -59,8 +60,11 @@ class Accumulation:
 def trace(pipe: Pipeline, protocol: SamplingProtocol) -> Rollout:
     """Record the first `accumulation_samples` samples' worth of full-precision trajectories under the protocol, ready for replay.
 
-    Raises `CalibrationError` where the pipeline's steps cannot be replayed.
+    Raises `CalibrationError` where the pipeline's steps cannot be replayed, and for pictures of another size than its own, which
+    a recording does not take.
     """
+    if (protocol.height or protocol.width) and not is_unconditional(pipe):
+        raise CalibrationError("protocol.height, width: trajectories are recorded at the pipeline's own size only")
     count = min(protocol.accumulation_samples, protocol.samples)
     calibration = Calibration(
         samples=count,
@@ -86,7 +90,7 @@ def _unconditional(protocol: SamplingProtocol) -> Callable[[Pipeline, torch.Gene
     def run(pipe: Pipeline, generator: torch.Generator, batch: int) -> None:
         denoiser = pipe.unet
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        noise = initial_noise(sample_shape(denoiser), seed, range(batch)).to(denoiser.device, denoiser.dtype)
+        noise = initial_noise(sample_shape(denoiser, protocol), seed, range(batch)).to(denoiser.device, denoiser.dtype)
         for _ in sample_unconditional(denoiser, pipe.scheduler, noise, protocol.steps, protocol.eta, generator):
             pass
 

@@ -148,6 +148,34 @@ def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
     return rendered(figure)
 
 
+def draw_matrix(
+    panels: Mapping[str, Sequence[Sequence[float | None]]], rows: tuple[str, Sequence[str]], columns: tuple[str, Sequence[str]]
+) -> Image.Image:
+    """Final errors by settings, a panel for each model on one scale of colours; None is left blank.
+
+    `rows` and `columns` are what varies along them, and its values.
+    """
+    cells = [np.array([[math.nan if value is None else value for value in row] for row in panel]) for panel in panels.values()]
+    largest = max((float(np.nanmax(panel)) for panel in cells if not np.isnan(panel).all()), default=0.0) or 1.0
+    width, height = 1.6 + len(panels) * (0.5 + 0.8 * len(columns[1])), 1.6 + 0.36 * len(rows[1])
+    figure = Figure(figsize=(max(width, 5), height), dpi=150, layout="constrained")
+    for axes, name, panel in zip(figure.subplots(1, len(cells), sharey=True, squeeze=False)[0], panels, cells, strict=True):
+        axes.imshow(panel, aspect="auto", cmap="Blues", vmin=0, vmax=largest, interpolation="nearest")
+        for (row, column), value in np.ndenumerate(panel):
+            if not math.isnan(value):
+                color = "white" if value > 0.6 * largest else INK
+                axes.annotate(f"{value:.3f}", (column, row), ha="center", va="center", fontsize=9, color=color)
+        axes.set_xticks(range(len(columns[1])), columns[1], fontsize=9)
+        axes.set_yticks(range(len(rows[1])), rows[1], fontsize=9)
+        axes.set_xlabel(columns[0], color=GREY)
+        axes.set_title("\n".join(_folded(name)), loc="left", fontsize=11, color=INK)
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.spines[:].set_visible(False)
+    figure.supylabel(rows[0], fontsize=10, color=GREY)
+    figure.supxlabel("final error: relative L2 distance of the last sample from full precision's", fontsize=9, color=GREY)
+    return rendered(figure)
+
+
 def draw_sensitivity(found: Sensitivity) -> Image.Image:
     """The most sensitive quantizers in the model's order: their part in the last sample's error by step, and at all steps."""
     chosen = set(sorted(range(len(found.rows)), key=lambda index: -found.rows[index].share)[:MAP_LINES])

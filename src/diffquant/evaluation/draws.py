@@ -76,22 +76,27 @@ def draw(
 
 
 def _key(pipe: Pipeline, protocol: SamplingProtocol, seed: int, trajectory: bool, snapshots: Sequence[int]) -> str:
-    _, denoiser = find_denoiser(pipe)
-    attached = attachment_of(pipe)
-    values: dict[str, Any] = {
+    values: dict[str, Any] = identity(pipe) | {
         "format": FORMAT,
-        "versions": {name: metadata.version(name) for name in ("diffquant", "torch", "diffusers")},
-        "pipeline": type(pipe).__name__,
-        "components": {name: _component(part) for name, part in pipe.components.items() if name != "scheduler"},
         "scheduler": scheduler_config(pipe, protocol),
         "protocol": asdict(protocol) | {"seed": seed},
         "kept": {"trajectory": trajectory, "snapshots": list(snapshots)},
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype),
-        "engine": engine_of(denoiser),
-        "correction": attached.correction.model_dump(mode="json") if attached is not None else None,
     }
     return json.dumps(values, sort_keys=True, default=str)
+
+
+def identity(pipe: Pipeline) -> dict[str, Any]:
+    """What decides what a pipeline draws, but for its scheduler: components, correction, versions, where and how it computes."""
+    attached = attachment_of(pipe)
+    return {
+        "versions": {name: metadata.version(name) for name in ("diffquant", "torch", "diffusers")},
+        "pipeline": type(pipe).__name__,
+        "components": {name: _component(part) for name, part in pipe.components.items() if name != "scheduler"},
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype),
+        "engine": engine_of(find_denoiser(pipe)[1]),
+        "correction": attached.correction.model_dump(mode="json") if attached is not None else None,
+    }
 
 
 def _component(part: Any) -> Any:

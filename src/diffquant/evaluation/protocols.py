@@ -14,11 +14,11 @@ import inspect
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from diffusers import DDIMPipeline
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from diffquant.calibration.observe import Calibration, Pipeline
 from diffquant.calibration.record import record
@@ -68,6 +68,28 @@ def load_protocol(given: Sequence[str] = (), **options: Any) -> ProtocolFile:
         if value is not None:
             _assign(raw, name.replace("__", "."), value, where)
     return _checked(raw, where)
+
+
+def varied_fields(given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """Values by field of `SamplingProtocol`, of texts such as ``steps=10,20,50``.
+
+    Raises `EvaluationError` for texts of another form, unknown fields, fields given twice, and values of another type.
+    """
+    kinds = get_type_hints(SamplingProtocol)
+    found: dict[str, tuple[Any, ...]] = {}
+    for text in given:
+        name, equals, values = (part.strip() for part in text.partition("="))
+        if not equals or not values:
+            raise EvaluationError(f"--vary {text!r}: a field and its values are allowed, such as steps=10,20,50")
+        if name in found:
+            raise EvaluationError(f"--vary {name}: is given twice; give all its values at once")
+        if name not in kinds:
+            raise EvaluationError(f"--vary {name}: is no field of a protocol; allowed are {', '.join(kinds)}")
+        try:
+            found[name] = tuple(TypeAdapter(kinds[name]).validate_python(yaml.safe_load(value)) for value in values.split(","))
+        except ValidationError as error:
+            raise EvaluationError(f"--vary {name}: is {values}: {error.errors()[0]['msg']}") from error
+    return found
 
 
 def record_under(pipe: Pipeline, protocol: ProtocolFile, folder: Path | None = None) -> Trajectory:

@@ -46,7 +46,7 @@ def markdown(protocol: Protocol, rows: Sequence[Row], pictures: bool) -> str:
     parts = [
         "# Evaluation",
         _title(protocol),
-        _markdown_table(columns, lines),
+        markdown_table(columns, lines),
         _legend(protocol),
     ]
     if pictures:
@@ -69,7 +69,7 @@ def _change_section(rows: Sequence[Row]) -> list[str]:
     if not columns:
         return []
     lines = [
-        [row.name, *(_interval(changes[name][row.name], "{:+.3g}", " ") for name in columns)]
+        [row.name, *(interval(changes[name][row.name], "{:+.3g}", " ") for name in columns)]
         for row in rows
         if any(changes[name][row.name] for name in columns)
     ]
@@ -77,7 +77,7 @@ def _change_section(rows: Sequence[Row]) -> list[str]:
         "## Change from full precision",
         "Paired by noise; FID without the bias of n. A model is as good as full precision to within a margin where its whole "
         "interval is.",
-        _markdown_table(["model", *columns], lines),
+        markdown_table(["model", *columns], lines),
     ]
 
 
@@ -89,7 +89,7 @@ def _accumulation_sections(rows: Sequence[Row]) -> list[str]:
         header = ["after steps", *(str(at.steps) for at in stepped[0].by_step)]
         lines = [[row.name, *(_number(at.to_reference.fid.value) for at in row.by_step)] for row in stepped]
         lines.append(["floor", *(_number(at.floor.fid.value) for at in stepped[0].by_step)])
-        sections += ["## FID to full precision on the way", _markdown_table(header, lines)]
+        sections += ["## FID to full precision on the way", markdown_table(header, lines)]
     traced = [(row.name, row.accumulation) for row in rows if row.accumulation is not None]
     if traced:
         header = ["steps quantized", *(name for name, _ in traced)]
@@ -103,14 +103,26 @@ def _accumulation_sections(rows: Sequence[Row]) -> list[str]:
             "## How errors add up",
             f"Final error (relative L2, mean of {traced[0][1].samples} trajectories) when only some steps are quantized. "
             "Predicted: the error of each single step, carried on by full precision's Jacobian.",
-            _markdown_table(header, lines),
+            markdown_table(header, lines),
             "![Local, accumulated and predicted error over sampling steps, and the final error of each tenth](accumulation.png)",
         ]
     return sections
 
 
-def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(_markdown_row(cells) for cells in (header, ["---"] + ["---:"] * (len(header) - 1), *lines))
+def plain_table(header: Sequence[str], lines: Sequence[Sequence[str]], legend: str) -> Table:
+    """A table for a terminal, with a legend below."""
+    shown = Table(caption=legend, caption_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in header:
+        shown.add_column(escape(column))
+    for line in lines:
+        shown.add_row(*(escape(text) for text in line))
+    return shown
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table in Markdown, the first `left` columns set to the left."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join(_markdown_row(cells) for cells in (header, rule, *lines))
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -145,16 +157,16 @@ def _cells(rows: Sequence[Row], newline: str) -> tuple[list[str], list[list[str]
     columns: dict[str, Callable[[Row], str]] = {
         "model": lambda row: row.name,
         "file": lambda row: _file(row, newline),
-        "final error": lambda row: _interval(row.final_error, "{:.3g}", newline),
-        "PSNR dB": lambda row: _interval(row.psnr, "{:.2f}", newline),
-        "SSIM": lambda row: _interval(row.ssim, "{:.3f}", newline),
+        "final error": lambda row: interval(row.final_error, "{:.3g}", newline),
+        "PSNR dB": lambda row: interval(row.psnr, "{:.2f}", newline),
+        "SSIM": lambda row: interval(row.ssim, "{:.3f}", newline),
         "FID to full precision": lambda row: _fid(row.to_reference, row.floor, newline),
         "FID to data": lambda row: _fid(row.to_data, row.floor_to_data, newline),
         "KID to full precision": lambda row: _kid(row.to_reference, row.floor, newline),
         "KID to data": lambda row: _kid(row.to_data, row.floor_to_data, newline),
-        "legibility": lambda row: _interval(row.legibility, "{:.3f}", newline),
-        "accuracy": lambda row: _interval(row.accuracy, "{:.3f}", newline),
-        "CLIP": lambda row: _interval(row.clip, "{:.2f}", newline),
+        "legibility": lambda row: interval(row.legibility, "{:.3f}", newline),
+        "accuracy": lambda row: interval(row.accuracy, "{:.3f}", newline),
+        "CLIP": lambda row: interval(row.clip, "{:.2f}", newline),
         "seconds": lambda row: _seconds(row, newline),
     }
     texts = {name: [cell(row) for row in rows] for name, cell in columns.items()}
@@ -173,10 +185,21 @@ def _file(row: Row, newline: str) -> str:
     return size if row.ratio is None else f"{size}{newline}{row.ratio:.3f}x"
 
 
-def _interval(interval: Interval | None, form: str, newline: str) -> str:
-    if interval is None:
+def interval(found: Interval | None, form: str, newline: str) -> str:
+    """A value and its interval, or a dash."""
+    if found is None:
         return "-"
-    return f"{form.format(interval.value)}{newline}[{form.format(interval.low)}, {form.format(interval.high)}]"
+    return f"{form.format(found.value)}{newline}[{form.format(found.low)}, {form.format(found.high)}]"
+
+
+def beside(found: Interval | None, full: Interval | None) -> str:
+    """A value, and full precision's in brackets."""
+    return "-" if found is None or full is None else f"{found.value:.3f} ({full.value:.3f})"
+
+
+def fid_beside_floor(measured: Distances | None, floor: Distances | None) -> str:
+    """An FID, and its floor in brackets."""
+    return "-" if measured is None or floor is None else f"{_number(measured.fid.value)} ({_number(floor.fid.value)})"
 
 
 def _fid(measured: Distances | None, floor: Distances | None, newline: str) -> str:

@@ -60,15 +60,15 @@ class Report(BaseModel):
         folder.mkdir(parents=True, exist_ok=True)
         if self.pictures:
             captions = {row.name: rendering.caption(row) for row in self.rows}
-            _write(folder / "pairs.png", _save_image(draw_pairs(self.pictures, captions)))
+            write_whole(folder / "pairs.png", save_image(draw_pairs(self.pictures, captions)))
         lines = {row.name: row.drift for row in self.rows if row.drift}
         if lines:
-            _write(folder / "drift.png", _save_image(draw_drift(lines)))
+            write_whole(folder / "drift.png", save_image(draw_drift(lines)))
         traced = {row.name: row.accumulation for row in self.rows if row.accumulation is not None}
         if traced:
-            _write(folder / "accumulation.png", _save_image(draw_accumulation(traced)))
-        _write(folder / "report.md", lambda path: path.write_text(self.markdown(), encoding="utf-8"))
-        _write(folder / "report.json", lambda path: path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8"))
+            write_whole(folder / "accumulation.png", save_image(draw_accumulation(traced)))
+        write_whole(folder / "report.md", lambda path: path.write_text(self.markdown(), encoding="utf-8"))
+        write_whole(folder / "report.json", lambda path: path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8"))
 
 
 def make_report(reference: ReferenceRun, comparisons: Sequence[Comparison], file_bytes: Mapping[str, int] | None = None) -> Report:
@@ -181,11 +181,12 @@ def _check_names(names: list[str]) -> None:
         raise EvaluationError(f"report: {', '.join(repeated)} names more than one model; give every comparison its own name")
 
 
-def _save_image(image: Image.Image) -> Callable[[Path], object]:
+def save_image(image: Image.Image) -> Callable[[Path], object]:
+    """What writes the picture to a path whatever its suffix."""
     return lambda path: image.save(path, format="PNG")
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write to a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

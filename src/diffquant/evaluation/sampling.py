@@ -146,10 +146,15 @@ def sample(
     return Sampled(torch.cat(pictures), torch.cat(last_samples), seconds)
 
 
-def sample_shape(denoiser: Any) -> tuple[int, ...]:
-    """Channels, height and width of what an unconditional pixel model denoises."""
+def sample_shape(denoiser: Any, protocol: SamplingProtocol) -> tuple[int, int, int]:
+    """Channels, height and width of what an unconditional pixel model denoises: the protocol's, or its own."""
     size = denoiser.config.sample_size
-    return (denoiser.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    own = (size, size) if isinstance(size, int) else size
+    multiple = 2 ** (len(denoiser.config.block_out_channels) - 1)
+    for name in ("height", "width"):
+        if (side := getattr(protocol, name) or 0) % multiple:
+            raise EvaluationError(f"protocol.{name}: is {side}; {type(denoiser).__name__} takes multiples of {multiple}")
+    return denoiser.config.in_channels, protocol.height or own[0], protocol.width or own[1]
 
 
 def sample_denoiser(
@@ -164,7 +169,7 @@ def sample_denoiser(
             raise EvaluationError(f"protocol.{name}: is given, but {type(pipe).__name__} is unconditional; leave it out")
     denoiser: Any = find_denoiser(pipe)[1]
     generators = sample_generators(seed, indices)
-    noise = _draw(sample_shape(denoiser), generators).to(denoiser.device, denoiser.dtype)
+    noise = _draw(sample_shape(denoiser, protocol), generators).to(denoiser.device, denoiser.dtype)
     with evaluation_mode(pipe), scheduler_of(pipe, protocol) as scheduler:
         for result in sample_unconditional(denoiser, scheduler, noise, protocol.steps, protocol.eta, generators):
             on_step(indices, result)
@@ -197,7 +202,10 @@ def sample_pipeline(
         arguments = _call_arguments(pipe, scheduler, protocol, seed, indices)
         with torch.random.fork_rng(devices), observe(pipe, on_step=observed):
             torch.manual_seed(int(np.random.SeedSequence([seed, indices.start]).generate_state(1)[0]))
-            output = pipe(**arguments)
+            try:
+                output = pipe(**arguments)
+            except (ValueError, RuntimeError) as error:  # such as a height that is no multiple of 8, or too large for the memory
+                raise EvaluationError(f"{type(pipe).__name__}: {error}") from error
     if latest is None or not isinstance(getattr(output, "images", None), np.ndarray):
         raise EvaluationError(f"{type(pipe).__name__}: took no scheduler step or returned no images; it cannot be compared")
     pictures = torch.from_numpy(output.images).float().permute(0, 3, 1, 2)  # [n, h, w, c] in [0, 1] -> [n, c, h, w]
@@ -222,8 +230,8 @@ def _call_arguments(pipe: Pipeline, scheduler: Any, protocol: SamplingProtocol, 
         "output_type": "np",
         **conditions(pipe, asked(protocol), indices),
     }
-    if protocol.guidance_scale is not None:
-        arguments["guidance_scale"] = protocol.guidance_scale
+    given = {name: getattr(protocol, name) for name in ("guidance_scale", "height", "width")}
+    arguments |= {name: value for name, value in given.items() if value is not None}
     arguments |= {key: value for key, value in _step_arguments(scheduler, protocol.eta, None).items() if key == "eta"}
     unknown = [name for name in arguments if name not in accepted]
     if unknown:

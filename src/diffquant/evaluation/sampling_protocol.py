@@ -41,10 +41,11 @@ class SamplingProtocol:
 
     `sampler` "pipeline" is the pipeline's own scheduler; the others are built from its configuration, unless it is of that class
     already; a correction that is attached to the pipeline goes with it. `eta` scales the noise that DDIM injects. `clip_sample`
-    says whether the scheduler clips the sample it predicts; None leaves that as it is configured. None for `guidance_scale` is the
-    pipeline's default. Prompts and class labels are cycled over the samples; None means those that calibration uses. The steps of
-    the first `trajectory_samples` samples are compared, and the ends of all. How errors accumulate is measured on
-    `accumulation_samples` trajectories, at about ten times their sampling; 0 leaves it out.
+    says whether the scheduler clips the sample it predicts; None leaves that as it is configured. None for `guidance_scale`,
+    `height` and `width` (of the pictures, in pixels) is the pipeline's default. Prompts and class labels are cycled over the
+    samples; None means those that calibration uses. The steps of the first `trajectory_samples` samples are compared, and the ends
+    of all. How errors accumulate is measured on `accumulation_samples` trajectories, at about ten times their sampling; 0 leaves
+    it out.
     """
 
     samples: int = 1000
@@ -59,6 +60,8 @@ class SamplingProtocol:
     class_labels: tuple[int, ...] | None = None
     trajectory_samples: int = 256
     accumulation_samples: int = 32
+    height: int | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -68,9 +71,13 @@ class SamplingProtocol:
             ("batch_size", 1),
             ("trajectory_samples", 1),
             ("accumulation_samples", 0),
+            ("height", 1),
+            ("width", 1),
         ):
-            if getattr(self, name) < least:
-                raise EvaluationError(f"protocol.{name}: is {getattr(self, name)}; at least {least} is allowed")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise EvaluationError(f"protocol.{name}: is {value}; at least {least} is allowed")
+        if (self.height is None) != (self.width is None):  # pipelines take one alone for none
+            raise EvaluationError(f"protocol.height, width: are {self.height} and {self.width}; give both, or neither")
         if self.sampler not in SAMPLERS:
             raise EvaluationError(f'protocol.sampler: is "{self.sampler}"; allowed: {", ".join(SAMPLERS)}')
         if not 0.0 <= self.eta <= 1.0:

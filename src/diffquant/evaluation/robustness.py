@@ -1,0 +1,241 @@
+"""`robustness`: what quantized models lose under other samplers, step counts, guidance or picture sizes.
+
+Calibration sees one way of sampling, and users choose others. Every combination of settings is an evaluation of its own: full
+precision and quantized models on the same noise with the same settings, so it says what quantization costs there, not what the
+sampler does. Combinations that the pipeline cannot be sampled with are listed with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.table import Table
+
+from diffquant.calibration.observe import Pipeline
+from diffquant.core.spec import EvaluationError
+from diffquant.evaluation import rendering
+from diffquant.evaluation.drawing import draw_matrix
+from diffquant.evaluation.draws import identity
+from diffquant.evaluation.evaluate import evaluate
+from diffquant.evaluation.features import FeatureExtractor
+from diffquant.evaluation.report import Report, save_image, write_whole
+from diffquant.evaluation.rows import Row
+from diffquant.evaluation.sampling import OnProgress
+from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.runtime.checkpoint import load
+
+FORMAT = 1  # of robustness.json
+FILE = "robustness.json"
+VARIED = ("sampler", "steps", "eta", "clip_sample", "guidance_scale", "height", "width", "seed")  # what can be varied
+DEFAULT: dict[str, tuple[Any, ...]] = {"sampler": ("pipeline", "dpm-solver++", "euler", "unipc"), "steps": (10, 20, 50)}
+SAMPLES = 64
+
+Figure = Callable[[Row, Row], str]  # of a quantized model's row and full precision's
+FIGURES: dict[str, Figure] = {
+    "Final error": lambda row, _: rendering.interval(row.final_error, "{:.3f}", " "),
+    "FID to full precision (floor)": lambda row, _: rendering.fid_beside_floor(row.to_reference, row.floor),
+    "Legibility (full precision's)": lambda row, full: rendering.beside(row.legibility, full.legibility),
+    "Accuracy (full precision's)": lambda row, full: rendering.beside(row.accuracy, full.accuracy),
+}
+
+
+class Cell(BaseModel):
+    """One combination of settings: its report, or why the pipeline cannot be sampled so."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: dict[str, Any]
+    report: Report | None = None
+    refused: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as ``sampler=euler,steps=10``, which is also the folder of its report."""
+        return ",".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+class Robustness(BaseModel):
+    """The cells of all combinations of `varied` settings, the last one changing fastest; an unfinished run has fewer.
+
+    `key` is a hash of all else that decides the figures: models, protocol, extractor, versions.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    key: str
+    varied: dict[str, tuple[Any, ...]]
+    cells: tuple[Cell, ...]
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the quantized models, in order."""
+        return list(dict.fromkeys(row.name for cell in self.cells if cell.report for row in cell.report.rows[1:]))
+
+    def refusals(self) -> dict[str, list[str]]:
+        """Why combinations were left out, and which."""
+        found: dict[str, list[str]] = {}
+        for cell in self.cells:
+            if cell.refused is not None:
+                found.setdefault(cell.refused, []).append(cell.name)
+        return found
+
+    def table(self) -> Table:
+        """Final errors for a terminal."""
+        legend = "Final error: mean relative L2 of the last sample to full precision's, same noise and settings. Brackets: 95 %."
+        return rendering.plain_table(*self._lines(FIGURES["Final error"]), legend)
+
+    def markdown(self) -> str:
+        """What robustness.md holds: a table for every figure that was measured."""
+        parts = ["# Robustness", "Full precision and quantized models on the same noise, sampled with the same settings."]
+        for title, figure in FIGURES.items():
+            header, lines = self._lines(figure)
+            if any(text != "-" for line in lines for text in line[len(self.varied) :]):
+                parts += [f"## {title}", rendering.markdown_table(header, lines, left=len(self.varied))]
+        if self.models:
+            parts.append("![Final error for every combination](robustness.png)")
+        if refused := self.refusals():
+            parts += ["## Left out", "\n".join(f"- {', '.join(names)}: {reason}" for reason, names in refused.items())]
+        return "\n\n".join(parts) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write robustness.json, robustness.md and, where anything was measured, robustness.png; each whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.models:
+            *fixed, last = self.varied
+            rows = [", ".join(str(value) for value in values) for values in self._combinations(fixed)]
+            columns = [str(value) for value in self.varied[last]]
+            picture = draw_matrix(self._final_errors(), (", ".join(fixed), rows), (last, columns))
+            write_whole(folder / "robustness.png", save_image(picture))
+        write_whole(folder / "robustness.md", lambda path: path.write_text(self.markdown(), encoding="utf-8"))
+        write_whole(folder / FILE, lambda path: path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8"))
+
+    def _lines(self, figure: Figure) -> tuple[list[str], list[list[str]]]:
+        """A table: a line for each combination of all settings but the last and each model, a column for each value of the last."""
+        *fixed, last = self.varied
+        header = [*fixed, "model", *(f"{last}={value}" for value in self.varied[last])]
+        lines = []
+        for values in self._combinations(fixed):
+            before = [str(value) for value in values]
+            for model in self.models:
+                found = [self._rows(model, (*values, value)) for value in self.varied[last]]
+                lines.append([*before, model, *("-" if rows is None else figure(*rows) for rows in found)])
+                before = [""] * len(before)
+        return header, lines
+
+    def _final_errors(self) -> dict[str, list[list[float | None]]]:
+        """By model and in the order of its lines and columns."""
+        *fixed, last = self.varied
+
+        def of(model: str, values: tuple[Any, ...]) -> float | None:
+            rows = self._rows(model, values)
+            return None if rows is None or rows[0].final_error is None else rows[0].final_error.value
+
+        return {
+            model: [[of(model, (*values, value)) for value in self.varied[last]] for values in self._combinations(fixed)]
+            for model in self.models
+        }
+
+    def _combinations(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        return list(itertools.product(*(self.varied[name] for name in names)))
+
+    def _rows(self, model: str, values: tuple[Any, ...]) -> tuple[Row, Row] | None:
+        """The row of a model and that of full precision, where the combination was measured."""
+        settings = dict(zip(self.varied, values, strict=True))
+        report = next((cell.report for cell in self.cells if cell.settings == settings), None)
+        if report is None:
+            return None
+        return next((row, report.rows[0]) for row in report.rows if row.name == model)
+
+
+def robustness(
+    quantized: Pipeline | str | Path | Mapping[str, Pipeline | str | Path],
+    reference: Pipeline | str | Path,
+    *,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    protocol: SamplingProtocol | None = None,
+    features: FeatureExtractor | None = None,
+    out: str | Path | None = None,
+    progress: OnProgress | None = None,
+) -> Robustness:
+    """Evaluate under all combinations of the values in `vary`, by field of the protocol; the rest is as `protocol` says.
+
+    Models are given as for `evaluate`. `vary` is by default four samplers at 10, 20 and 50 steps, `protocol` 64 samples; how errors
+    accumulate is not measured. With `out` the result is written there after every combination, its report in a folder of its own,
+    and what an earlier run has finished with the same models and protocol is not measured again.
+
+    Raises `EvaluationError` for fields that cannot be varied and for values that no protocol has. Combinations with which the
+    pipeline cannot be sampled are part of the result.
+    """
+    varied = {name: tuple(values) for name, values in (vary or DEFAULT).items()}
+    base = dataclasses.replace(protocol or SamplingProtocol(samples=SAMPLES), accumulation_samples=0)
+    protocols = {values: dataclasses.replace(base, **settings) for values, settings in _checked(varied)}
+    named = dict(quantized) if isinstance(quantized, Mapping) else {"quantized": quantized}
+    full = load(reference) if isinstance(reference, str | Path) else reference
+    key = _key(named, full, base, features)
+    folder = None if out is None else Path(out)
+    done = {} if folder is None else {cell.name: cell for cell in _finished(folder / FILE, key)}
+    cells: list[Cell] = []
+    for values, chosen in protocols.items():
+        cell = Cell(settings=dict(zip(varied, values, strict=True)))
+        place = None if folder is None else folder / cell.name
+        cells.append(done.get(cell.name) or _measured(cell, named, full, chosen, features, place, progress))
+        found = Robustness(key=key, varied=varied, cells=tuple(cells))
+        if folder is not None:
+            found.write(folder)
+        if progress is not None:
+            progress("combinations", len(cells), len(protocols))
+    return found
+
+
+def _measured(
+    cell: Cell,
+    named: Mapping[str, Pipeline | str | Path],
+    full: Pipeline,
+    protocol: SamplingProtocol,
+    features: FeatureExtractor | None,
+    folder: Path | None,
+    progress: OnProgress | None,
+) -> Cell:
+    try:
+        report = evaluate(named, full, protocol=protocol, features=features, out=folder, progress=progress)
+    except EvaluationError as error:
+        return cell.model_copy(update={"refused": str(error)})
+    return cell.model_copy(update={"report": report})
+
+
+def _checked(varied: Mapping[str, Sequence[Any]]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Every combination, as values and by field."""
+    for name, values in varied.items():
+        if name not in VARIED:
+            raise EvaluationError(f"vary.{name}: cannot be varied; allowed are {', '.join(VARIED)}")
+        if not values or len(set(values)) < len(values):
+            raise EvaluationError(f"vary.{name}: is {', '.join(map(str, values)) or 'empty'}; give values that differ")
+    return [(values, dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())]
+
+
+def _key(
+    named: Mapping[str, Pipeline | str | Path],
+    full: Pipeline,
+    protocol: SamplingProtocol,
+    features: FeatureExtractor | None,
+) -> str:
+    pipes = {name: identity(load(model) if isinstance(model, str | Path) else model) for name, model in named.items()}
+    about = [pipes, identity(full), dataclasses.asdict(protocol), features and features.sha256]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _finished(path: Path, key: str) -> tuple[Cell, ...]:
+    """The cells of an earlier run of the same models under the same protocol; none where there was none."""
+    try:
+        found = Robustness.model_validate_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValidationError):
+        return ()
+    return found.cells if found.key == key else ()

@@ -1,5 +1,6 @@
 """record -> quantize -> save -> from_pretrained -> sample, on small stock pipelines of every supported kind."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,12 +10,13 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, FluxPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, FirstBlockCacheConfig, FluxPipeline
 from torch import nn
 
 import diffquant as dq
 from diffquant.calibration.observe import find_denoiser, run_pipeline
 from diffquant.core.layers import QUANTIZABLE, QuantizedConv2d, QuantizedLinear
+from diffquant.core.spec import CalibrationError
 from diffquant.runtime.engines.int8_cpu import unsupported
 from tests import pipelines
 
@@ -111,6 +113,32 @@ def test_a_loaded_pipeline_is_offloaded(tmp_path):
         before = _sample(pipe, calibration)
         offload(pipe)
         assert np.array_equal(_sample(pipe, calibration), before)
+
+
+def test_a_step_cache_is_for_the_quantized_model_only(tmp_path):
+    """diffusers' caches answer a call with what earlier calls left: replayed calls, in any order, would be of no model."""
+    pipe = pipelines.build("flux", tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    full = copy.deepcopy(pipe)
+    calibration = dq.Calibration(samples=2, steps=4)
+    data = dq.record(pipe, calibration, progress=False)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    message = r"FluxTransformer2DModel: its step cache is on, .* disable_cache\(\) first, enable_cache\(\) on the quantized model"
+    with pytest.raises(CalibrationError, match=message):
+        dq.record(pipe, calibration, progress=False)
+    with pytest.raises(CalibrationError, match=message):
+        dq.quantize(pipe, "minmax-w8a8", data, progress=False)
+    pipe.transformer.disable_cache()
+    dq.quantize(pipe, "minmax-w8a8", data, progress=False)
+    before = _sample(pipe, calibration)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    assert not np.array_equal(_sample(pipe, calibration), before)
+    protocol = dq.SamplingProtocol(samples=2, steps=4, accumulation_samples=2)
+    row = dq.evaluate(pipe, full, protocol=protocol).rows[1]
+    assert row.final_error.value > 0 and row.accumulation is None
+    pipe.transformer.disable_cache()
+    assert np.array_equal(_sample(pipe, calibration), before)
+    assert dq.evaluate(pipe, full, protocol=protocol).rows[1].accumulation is not None
 
 
 COMPILED = """

@@ -96,6 +96,15 @@ def find_denoiser(pipe: Pipeline) -> tuple[str, nn.Module]:
     )
 
 
+def check_step_cache(denoiser: nn.Module) -> None:
+    """Refuse a denoiser whose calls answer with what earlier ones left, by one of diffusers' step caches."""
+    if getattr(denoiser, "is_cache_enabled", False):
+        raise CalibrationError(
+            f"{type(denoiser).__name__}: its step cache is on, which answers calls with what earlier ones left; "
+            "disable_cache() first, enable_cache() on the quantized model"
+        )
+
+
 def timestep_name(denoiser: nn.Module) -> str:
     """Return the name of the forward argument that carries the timestep.
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffquant.calibration.observe import (
     Calibration,
     Pipeline,
+    check_step_cache,
     evaluation_mode,
     find_denoiser,
     observe,
@@ -112,6 +113,7 @@ def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | N
 def _describe(pipe: Pipeline, calibration: Calibration, run: Run | None) -> dict[str, Any]:
     """The manifest of a recording that is about to be made."""
     name, denoiser = find_denoiser(pipe)
+    check_step_cache(denoiser)
     if getattr(pipe, "scheduler", None) is None:
         raise CalibrationError(f"{type(pipe).__name__}: has no scheduler; only pipelines that hold one can be recorded")
     config = json.loads(pipe.scheduler.to_json_string())

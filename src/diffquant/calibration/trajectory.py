@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from diffquant.calibration.observe import check_step_cache
 from diffquant.core.spec import CalibrationError
 
 FORMAT_VERSION = 3
@@ -114,7 +115,8 @@ class Trajectory:
         return len(self._row)
 
     def verify(self, model: nn.Module) -> None:
-        """Raise CalibrationError unless `model` has the weights that were recorded."""
+        """Raise CalibrationError unless `model` has the weights that were recorded, and no step cache on."""
+        check_step_cache(model)
         found = model_hash(model)
         if found != self.manifest["model_hash"]:
             raise CalibrationError(

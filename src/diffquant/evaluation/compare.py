@@ -179,10 +179,11 @@ def final_error_ratio(numerator: Comparison, denominator: Comparison) -> Interva
 
 
 def _accumulation(reference: ReferenceRun, pipe: Pipeline, name: str, progress: OnProgress | None) -> Accumulation | None:
-    if reference.traced is None:
+    denoiser = find_denoiser(pipe)[1]
+    if reference.traced is None or getattr(denoiser, "is_cache_enabled", False):  # with a step cache calls are not on their own
         return None
     with evaluation_mode(pipe):
-        return accumulation(reference.traced, find_denoiser(pipe)[1], name=name, progress=progress)
+        return accumulation(reference.traced, denoiser, name=name, progress=progress)
 
 
 def _check_schedulers(reference: ReferenceRun, config: dict[str, Any], name: str) -> None:

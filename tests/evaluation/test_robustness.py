@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 import diffquant as dq
-from diffquant.core.spec import EvaluationError
+from diffquant.core.spec import EvaluationError, SpecError
 from diffquant.evaluation import robustness as module
 from diffquant.evaluation.drawing import draw_matrix
 from diffquant.evaluation.protocols import varied_fields
@@ -123,6 +123,16 @@ def test_one_setting_alone(full, worse):
     result = dq.robustness(worse, full, vary={"seed": (1, 2)}, protocol=PROTOCOL)
     assert result.markdown().splitlines()[6].startswith("| model | seed=1 | seed=2 |")
     assert result.cells[0].report.rows[1].final_error != result.cells[1].report.rows[1].final_error
+
+
+def test_a_correction_that_was_fitted_elsewhere_is_part_of_the_result(full, worse, monkeypatch):
+    def refuse(*arguments, **options):
+        raise SpecError("correction: it was fitted on DDIMScheduler, 4 steps")
+
+    monkeypatch.setattr(module, "evaluate", refuse)
+    result = dq.robustness(worse, full, vary={"steps": (2, 3)}, protocol=PROTOCOL)
+    assert result.refusals() == {"correction: it was fitted on DDIMScheduler, 4 steps": ["steps=2", "steps=3"]}
+    assert result.models == []
 
 
 def test_sizes(full, worse):

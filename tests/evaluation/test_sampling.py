@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LDMPipeline
 
-from diffquant.core.spec import EvaluationError
+from diffquant.core.spec import EvaluationError, SpecError
 from diffquant.evaluation.metrics import to_uint8
 from diffquant.evaluation.sampling import initial_noise, sample, sample_generators, sample_unconditional
 from diffquant.evaluation.sampling_protocol import SCHEDULERS, SamplingProtocol, scheduler_of
@@ -149,6 +149,18 @@ def test_other_sizes_are_asked_for(ddim, tmp_path):
         SamplingProtocol(height=8, width=0)
     with pytest.raises(EvaluationError, match=r"protocol.height, width: are 8 and None; give both, or neither"):
         SamplingProtocol(height=8)
+
+
+@pytest.mark.parametrize(("raised", "wanted"), [(SpecError("x: no"), SpecError), (RuntimeError("no"), EvaluationError)])
+def test_what_a_call_refuses_is_one_line(raised, wanted, tmp_path):
+    pipe = pipelines.stable_diffusion(tmp_path)
+
+    def refuse(*arguments):
+        raise raised
+
+    pipe.unet.register_forward_pre_hook(refuse)
+    with pytest.raises(wanted, match="^x: no$" if wanted is SpecError else "^StableDiffusionPipeline: no$"):
+        sample(pipe, SamplingProtocol(samples=1, steps=2))
 
 
 def test_injected_noise_of_a_pipeline_without_generator_repeats():

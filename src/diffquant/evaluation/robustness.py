@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from diffquant.calibration.observe import Pipeline
-from diffquant.core.spec import EvaluationError
+from diffquant.core.spec import DiffquantError, EvaluationError
 from diffquant.evaluation import rendering
 from diffquant.evaluation.drawing import draw_matrix
 from diffquant.evaluation.draws import identity
@@ -206,7 +206,7 @@ def _measured(
 ) -> Cell:
     try:
         report = evaluate(named, full, protocol=protocol, features=features, out=folder, progress=progress)
-    except EvaluationError as error:
+    except DiffquantError as error:  # a protocol that the pipeline cannot follow, or a correction that was fitted for another
         return cell.model_copy(update={"refused": str(error)})
     return cell.model_copy(update={"report": report})
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from diffquant.calibration.observe import Pipeline, conditions, evaluation_mode, find_denoiser, observe
-from diffquant.core.spec import EvaluationError
+from diffquant.core.spec import DiffquantError, EvaluationError
 from diffquant.evaluation.metrics import to_uint8
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, asked, is_unconditional, scheduler_of
 
@@ -204,6 +204,8 @@ def sample_pipeline(
             torch.manual_seed(int(np.random.SeedSequence([seed, indices.start]).generate_state(1)[0]))
             try:
                 output = pipe(**arguments)
+            except DiffquantError:
+                raise
             except (ValueError, RuntimeError) as error:  # such as a height that is no multiple of 8, or too large for the memory
                 raise EvaluationError(f"{type(pipe).__name__}: {error}") from error
     if latest is None or not isinstance(getattr(output, "images", None), np.ndarray):

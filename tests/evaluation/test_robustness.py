@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 
@@ -114,9 +115,17 @@ def test_a_killed_run_goes_on(full, worse, tmp_path, monkeypatch):
     stop = None
     whole = dq.robustness(worse, full, vary={"steps": (2, 3, 4)}, protocol=PROTOCOL, out=tmp_path)
     assert calls == [2, 3, 3, 4] and whole.cells[0] == kept.cells[0]
-    dq.robustness(full, full, vary={"steps": (2,)}, protocol=PROTOCOL, out=tmp_path)  # another model
-    dq.robustness(full, full, vary={"steps": (2,)}, protocol=dq.SamplingProtocol(samples=3), out=tmp_path)
-    assert calls == [2, 3, 3, 4, 2, 2]
+    fewer = dq.robustness(worse, full, vary={"steps": (4,)}, protocol=PROTOCOL, out=tmp_path)
+    assert calls == [2, 3, 3, 4] and "steps=3" not in fewer.markdown() + str(fewer.refusals())
+    assert {cell.name for cell in fewer.cells} == {"steps=2", "steps=3", "steps=4"}  # for the next run
+    written = (tmp_path / "robustness.json").read_text()
+    for model, protocol in ((full, PROTOCOL), (worse, dataclasses.replace(PROTOCOL, samples=3))):
+        with pytest.raises(EvaluationError, match="robustness.json: is of other models or another protocol; choose a new folder"):
+            dq.robustness(model, full, vary={"steps": (2,)}, protocol=protocol, out=tmp_path)
+    assert calls == [2, 3, 3, 4] and (tmp_path / "robustness.json").read_text() == written
+    (tmp_path / "robustness.json").write_text("{}")
+    with pytest.raises(EvaluationError, match="robustness.json: is damaged or of another version; choose a new folder"):
+        dq.robustness(worse, full, vary={"steps": (2,)}, protocol=PROTOCOL, out=tmp_path)
 
 
 def test_one_setting_alone(full, worse):

@@ -64,6 +64,7 @@ class Cell(BaseModel):
 class Robustness(BaseModel):
     """The cells of all combinations of `varied` settings, the last one changing fastest; an unfinished run has fewer.
 
+    Behind them, shown nowhere, are those of earlier runs in the same folder that were asked for otherwise.
     `key` is a hash of all else that decides the figures: models, protocol, extractor, versions.
     """
 
@@ -77,12 +78,12 @@ class Robustness(BaseModel):
     @property
     def models(self) -> list[str]:
         """Names of the quantized models, in order."""
-        return list(dict.fromkeys(row.name for cell in self.cells if cell.report for row in cell.report.rows[1:]))
+        return list(dict.fromkeys(row.name for cell in self._asked() if cell.report for row in cell.report.rows[1:]))
 
     def refusals(self) -> dict[str, list[str]]:
         """Why combinations were left out, and which."""
         found: dict[str, list[str]] = {}
-        for cell in self.cells:
+        for cell in self._asked():
             if cell.refused is not None:
                 found.setdefault(cell.refused, []).append(cell.name)
         return found
@@ -116,6 +117,10 @@ class Robustness(BaseModel):
             write_whole(folder / "robustness.png", save_image(picture))
         write_whole(folder / "robustness.md", lambda path: path.write_text(self.markdown(), encoding="utf-8"))
         write_whole(folder / FILE, lambda path: path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8"))
+
+    def _asked(self) -> list[Cell]:
+        wanted = [dict(zip(self.varied, values, strict=True)) for values in self._combinations(tuple(self.varied))]
+        return [cell for cell in self.cells if cell.settings in wanted]
 
     def _lines(self, figure: Figure) -> tuple[list[str], list[list[str]]]:
         """A table: a line for each combination of all settings but the last and each model, a column for each value of the last."""
@@ -169,29 +174,30 @@ def robustness(
 
     Models are given as for `evaluate`. `vary` is by default four samplers at 10, 20 and 50 steps, `protocol` 64 samples; how errors
     accumulate is not measured. With `out` the result is written there after every combination, its report in a folder of its own,
-    and what an earlier run has finished with the same models and protocol is not measured again.
+    and what an earlier run has finished there is not measured again.
 
-    Raises `EvaluationError` for fields that cannot be varied and for values that no protocol has. Combinations with which the
-    pipeline cannot be sampled are part of the result.
+    Raises `EvaluationError` for fields that cannot be varied, for values that no protocol has, and where `out` holds the result of
+    other models or another protocol. Combinations with which the pipeline cannot be sampled are part of the result.
     """
     varied = {name: tuple(values) for name, values in (vary or DEFAULT).items()}
     base = dataclasses.replace(protocol or SamplingProtocol(samples=SAMPLES), accumulation_samples=0)
-    protocols = {values: dataclasses.replace(base, **settings) for values, settings in _checked(varied)}
+    asked = [Cell(settings=settings) for settings in _checked(varied)]
+    protocols = [dataclasses.replace(base, **cell.settings) for cell in asked]
     named = dict(quantized) if isinstance(quantized, Mapping) else {"quantized": quantized}
     full = load(reference) if isinstance(reference, str | Path) else reference
     key = _key(named, full, base, features)
     folder = None if out is None else Path(out)
     done = {} if folder is None else {cell.name: cell for cell in _finished(folder / FILE, key)}
+    others = [done[name] for name in done.keys() - {cell.name for cell in asked}]
     cells: list[Cell] = []
-    for values, chosen in protocols.items():
-        cell = Cell(settings=dict(zip(varied, values, strict=True)))
+    for cell, chosen in zip(asked, protocols, strict=True):
         place = None if folder is None else folder / cell.name
         cells.append(done.get(cell.name) or _measured(cell, named, full, chosen, features, place, progress))
-        found = Robustness(key=key, varied=varied, cells=tuple(cells))
+        found = Robustness(key=key, varied=varied, cells=(*cells, *others))
         if folder is not None:
             found.write(folder)
         if progress is not None:
-            progress("combinations", len(cells), len(protocols))
+            progress("combinations", len(cells), len(asked))
     return found
 
 
@@ -211,14 +217,14 @@ def _measured(
     return cell.model_copy(update={"report": report})
 
 
-def _checked(varied: Mapping[str, Sequence[Any]]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Every combination, as values and by field."""
+def _checked(varied: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination, by field."""
     for name, values in varied.items():
         if name not in VARIED:
             raise EvaluationError(f"vary.{name}: cannot be varied; allowed are {', '.join(VARIED)}")
         if not values or len(set(values)) < len(values):
             raise EvaluationError(f"vary.{name}: is {', '.join(map(str, values)) or 'empty'}; give values that differ")
-    return [(values, dict(zip(varied, values, strict=True))) for values in itertools.product(*varied.values())]
+    return [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
 
 
 def _key(
@@ -233,9 +239,13 @@ def _key(
 
 
 def _finished(path: Path, key: str) -> tuple[Cell, ...]:
-    """The cells of an earlier run of the same models under the same protocol; none where there was none."""
+    """The cells of an earlier run. Raises `EvaluationError` where the file holds something else."""
+    if not path.exists():
+        return ()
     try:
         found = Robustness.model_validate_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValidationError):
-        return ()
-    return found.cells if found.key == key else ()
+    except ValidationError as error:
+        raise EvaluationError(f"{path}: is damaged or of another version; choose a new folder") from error
+    if found.key != key:
+        raise EvaluationError(f"{path}: is of other models or another protocol; choose a new folder")
+    return found.cells

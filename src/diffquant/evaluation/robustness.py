@@ -188,7 +188,7 @@ def robustness(
     key = _key(named, full, base, features)
     folder = None if out is None else Path(out)
     done = {} if folder is None else {cell.name: cell for cell in _finished(folder / FILE, key)}
-    others = [done[name] for name in done.keys() - {cell.name for cell in asked}]
+    others = [cell for cell in done.values() if cell.settings not in [one.settings for one in asked]]
     cells: list[Cell] = []
     for cell, chosen in zip(asked, protocols, strict=True):
         place = None if folder is None else folder / cell.name

@@ -72,6 +72,7 @@ def test_what_the_pipeline_cannot_do_is_part_of_the_result(found):
 def test_tables_have_a_column_for_each_value_of_the_last_setting(found):
     result, _ = found
     lines = result.markdown().splitlines()
+    assert lines[2].startswith("4 samples. Final error: mean relative L2") and lines[4] == "## Final error"
     assert "| sampler | eta | model | steps=2 | steps=3 |" in lines
     assert "| --- | --- | --- | ---: | ---: |" in lines
     error = result.cells[1].report.rows[2].final_error

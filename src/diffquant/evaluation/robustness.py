@@ -37,6 +37,7 @@ VARIED = ("sampler", "steps", "eta", "clip_sample", "guidance_scale", "height", 
 DEFAULT: dict[str, tuple[Any, ...]] = {"sampler": ("pipeline", "dpm-solver++", "euler", "unipc"), "steps": (10, 20, 50)}
 SAMPLES = 64
 
+LEGEND = "Final error: mean relative L2 of the last sample to full precision's, same noise and settings. Brackets: 95 % intervals."
 Figure = Callable[[Row, Row], str]  # of a quantized model's row and full precision's
 FIGURES: dict[str, Figure] = {
     "Final error": lambda row, _: rendering.interval(row.final_error, "{:.3f}", " "),
@@ -90,12 +91,12 @@ class Robustness(BaseModel):
 
     def table(self) -> Table:
         """Final errors for a terminal."""
-        legend = "Final error: mean relative L2 of the last sample to full precision's, same noise and settings. Brackets: 95 %."
-        return rendering.plain_table(*self._lines(FIGURES["Final error"]), legend)
+        return rendering.plain_table(*self._lines(FIGURES["Final error"]), LEGEND)
 
     def markdown(self) -> str:
         """What robustness.md holds: a table for every figure that was measured."""
-        parts = ["# Robustness", "Full precision and quantized models on the same noise, sampled with the same settings."]
+        samples = next((f"{cell.report.protocol.sampling.samples} samples. " for cell in self._asked() if cell.report), "")
+        parts = ["# Robustness", f"{samples}{LEGEND} The whole protocol is in the report of each combination."]
         for title, figure in FIGURES.items():
             header, lines = self._lines(figure)
             if any(text != "-" for line in lines for text in line[len(self.varied) :]):

@@ -96,9 +96,14 @@ def find_denoiser(pipe: Pipeline) -> tuple[str, nn.Module]:
     )
 
 
+def has_step_cache(denoiser: nn.Module) -> bool:
+    """Whether one of diffusers' step caches is on, so that calls answer with what earlier ones left."""
+    return bool(getattr(denoiser, "is_cache_enabled", False))
+
+
 def check_step_cache(denoiser: nn.Module) -> None:
-    """Refuse a denoiser whose calls answer with what earlier ones left, by one of diffusers' step caches."""
-    if getattr(denoiser, "is_cache_enabled", False):
+    """Raise CalibrationError for a denoiser with a step cache on."""
+    if has_step_cache(denoiser):
         raise CalibrationError(
             f"{type(denoiser).__name__}: its step cache is on, which answers calls with what earlier ones left; "
             "disable_cache() first, enable_cache() on the quantized model"

@@ -14,7 +14,7 @@ from typing import Any
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diffquant.calibration.observe import Pipeline, evaluation_mode, find_denoiser
+from diffquant.calibration.observe import Pipeline, evaluation_mode, find_denoiser, has_step_cache
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.accumulation import Accumulation, accumulation
 from diffquant.evaluation.distances import Distances, distances
@@ -180,7 +180,7 @@ def final_error_ratio(numerator: Comparison, denominator: Comparison) -> Interva
 
 def _accumulation(reference: ReferenceRun, pipe: Pipeline, name: str, progress: OnProgress | None) -> Accumulation | None:
     denoiser = find_denoiser(pipe)[1]
-    if reference.traced is None or getattr(denoiser, "is_cache_enabled", False):  # with a step cache calls are not on their own
+    if reference.traced is None or has_step_cache(denoiser):
         return None
     with evaluation_mode(pipe):
         return accumulation(reference.traced, denoiser, name=name, progress=progress)

@@ -62,6 +62,10 @@ VARY_HELP = (
     f"A field of the protocol and its values, such as steps=10,20,50, of {', '.join(VARIED)}; repeat for all combinations "
     "(default: four samplers at 10, 20 and 50 steps)."
 )
+FORM_HELP = (
+    "exact: right on every processor, also on those that add products of 8-bit operands in 16 bits. single: one product for each "
+    "8-bit weight, as TensorRT reads it; wrong on such processors, and refused where this one is one of them."
+)
 RECIPE_HELP = "Recipe with bits, e.g. brecq-w4a8 (weights 4, activations 8; a32 is weight-only), or a .yaml file."
 
 
@@ -132,17 +136,22 @@ def export(
     model: Annotated[str, typer.Argument(help="Directory of a quantized checkpoint.")],
     out: Annotated[Path, typer.Option(help="New folder for the file and for export.json.")],
     to: Annotated[str, typer.Option(help=f"Runtime to write for: {', '.join(TARGETS)} (and TensorRT).")] = "openvino",
+    form: Annotated[str, typer.Option(help=FORM_HELP)] = "exact",
 ) -> None:
     """Write a quantized denoiser for another runtime, and check the file by running it."""
-    report = dq.export(model, out, to)
-    console.print(f"{out / report.file}: differs from the simulation by {report.error:.2g} (relative, one call)")
+    report = dq.export(model, out, to, form)
+    console.print(
+        f"{out / report.file}: differs from the simulation by {report.error:.2g} (relative, one call); rounding explains "
+        f"{report.allowed:.2g}",
+        soft_wrap=True,
+    )
     console.print(f"{report.integer} products of integers, {report.floating} in floating point")
     if report.floating_layers:
         console.print(f"quantized, but computed in floating point there: {', '.join(report.floating_layers)}")
     if to == "onnx" and not report.symmetric:
         console.print(
             "not for TensorRT, which reads symmetric quantizers only: quantize with --set layers.N.input_symmetric=true for every "
-            "rule N that has input_bits, and softmax_bits of 7 or fewer (or float)",
+            "rule N that has input_bits, and softmax_bits of 7 or fewer (or float); export with --form single",
             soft_wrap=True,
         )
 

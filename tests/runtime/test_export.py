@@ -32,9 +32,12 @@ def test_an_export_is_run_and_described(pipe: DDIMPipeline, tmp_path: Path, to: 
     report = dq.export(tmp_path / "packed", tmp_path / "ir", to)
     assert {path.name for path in (tmp_path / "ir").iterdir()} == FILES[to] | {"export.json"}
     assert json.loads((tmp_path / "ir" / "export.json").read_text()) == report.model_dump()
-    assert report.target == to and report.error < 0.05 and report.integer >= 13 and not report.symmetric
+    assert report.target == to and report.form == "exact" and report.error <= report.allowed < 0.1
+    assert report.integer >= 11 and report.pair <= 32767 and not report.symmetric
     in_float = {name for name, layer in quantized_layers(pipe.unet) if to == "onnx" and isinstance(layer, nn.Conv2d)}
-    assert set(report.floating_layers) == in_float and report.floating == len(in_float)
+    if to == "openvino":  # softmax and values of 8 bits, whose products may saturate
+        in_float.add("down_blocks.0.attentions.0")
+    assert set(report.floating_layers) == in_float and report.floating == len(in_float) + (to == "openvino")
     assert {path.name for path in tmp_path.iterdir()} == {"packed", "ir"}
     with pytest.raises(CheckpointError, match="ir: exists; an export makes a new folder"):
         dq.export(pipe, tmp_path / "ir")
@@ -47,7 +50,9 @@ def test_a_file_that_computes_something_else_is_not_kept(
     engine = exports.TARGETS[to].engine
     run = engine.run
     monkeypatch.setattr(engine, "run", lambda *given: tuple(-output for output in run(*given)))
-    with pytest.raises(CheckpointError, match="differs from the simulation's by 2; nothing was written"):
+    with pytest.raises(
+        CheckpointError, match="differs from the simulation's by 2, where rounding explains 0.*; nothing was written"
+    ):
         dq.export(pipe, tmp_path / "ir", to)
     assert list(tmp_path.iterdir()) == []
 
@@ -64,7 +69,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
 def test_other_denoisers(kind: str, tmp_path: Path, to: str) -> None:
     pipe = pipelines.dit() if kind == "dit" else pipelines.stable_diffusion(tmp_path / "tokenizer")
     pipelines.freeze_by_hand(pipe.transformer if kind == "dit" else pipe.unet)
-    assert dq.export(pipe, tmp_path / "ir", to).error < 0.1
+    report = dq.export(pipe, tmp_path / "ir", to)
+    assert report.error <= report.allowed < 0.2 and report.pair <= 32767
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -72,7 +78,7 @@ def test_the_command_says_what_tensorrt_asks_for(symmetric: bool, tmp_path: Path
     rules = [LayerRule(match="@all", input_symmetric=True), LayerRule(match="@attention", input_symmetric=True, softmax_bits=7)]
     pipe = DDIMPipeline(pipelines.freeze_by_hand(pipelines.micro().unet, rules=rules if symmetric else ()), DDIMScheduler())
     dq.save(pipe, tmp_path / "packed")
-    cli.export(str(tmp_path / "packed"), tmp_path / "onnx", "onnx")
+    cli.export(str(tmp_path / "packed"), tmp_path / "onnx", "onnx", "single" if symmetric else "exact")
     assert json.loads((tmp_path / "onnx" / "export.json").read_text())["symmetric"] is symmetric
     assert ("--set layers.N.input_symmetric=true" in capsys.readouterr().out) is not symmetric
 

@@ -3,22 +3,23 @@
     y[o] = bias[o] + sum over parts p of the input channels and digits d of the integer weight of
            factor[p] * sum_c Q(x[c] / (factor[p] * smooth[c] * 2^shift[c])) * (scale[p, d, o] * weight[p, d, o, c])
 
-``Q`` quantizes to 256 codes and dequantizes, ``weight`` is int8; how both are written is a runtime's `Form`. Codes of fewer than
-8 bits are clamped before they are quantized. Integer weights that do not fit int8 (shifted ones, or asymmetric ones of 8 bits) are
-written as two digits. An input quantizer with several parameter sets divides by its present scale (``factor``), quantizes with a
-step of one and multiplies the product; the graph then has one more input, ``interval``. The zero point is part of the kernel, so
-all sets must share it.
+``Q`` quantizes to 256 codes and dequantizes, ``weight`` is int8; how both are written is a runtime's `Form`. Codes of fewer than 8
+bits are clamped before they are quantized. Integer weights larger than the form allows (`Form.largest`; on any machine shifted
+ones, or asymmetric ones of 8 bits) are written as two digits. Two activations whose products may saturate are multiplied in
+floating point, on the quantized values. An input quantizer with several parameter sets divides by its present scale (``factor``),
+quantizes with a step of one and multiplies the product; the graph then has one more input, ``interval``. The zero point is part of
+the kernel, so all sets must share it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, final
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Integer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
@@ -28,8 +29,9 @@ from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedL
 from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import CheckpointError, SpecError
 from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
+from diffquant.runtime.engines.exactness import ALL, CODES, PAIR
 from diffquant.runtime.engines.graph_call import Call
-from diffquant.runtime.engines.graph_operands import Part, Step, operands_of, parts_of, splits_of, steps_of
+from diffquant.runtime.engines.graph_operands import Largest, Part, Step, operands_of, parts_of, splits_of, steps_of
 from diffquant.runtime.engines.integer_layers import INTEGER
 
 MakeOutput = Callable[[tuple[Tensor, ...]], Any]
@@ -41,16 +43,30 @@ SUMMED_KEYS = 512  # of an attention; up to here the sums of the softmax rows co
 class Form(NamedTuple):
     """How a runtime reads integers.
 
-    ``quantize(x, scale, zero_point, signed)``: `x` through 256 codes, from -128 where `signed`, else from 0.
-    ``dequantize(weight, scale)``: an int8 weight times a scale for each output. ``add(product, bias)``: of a linear layer.
-    ``centres``: two activations are multiplied as integers only where both have int8 codes with a zero point of 0.
+    ``quantize(x, scale, zero_point, signed)``: `x` through 256 codes, from -128 where `signed`, else from 0. ``dequantize(weight,
+    scale)``: a stored weight times a scale for each output. ``largest``: integer beside codes up to a last one, in a layer;
+    ``attention``: the same for two activations. ``stored(weight)``: an int8 weight as the file holds it. ``add(product, bias)``: of
+    a linear layer. ``centres``: two activations are multiplied as integers only where both have int8 codes with a zero point of 0.
     """
 
     runtime: str
     quantize: Callable[[Tensor, float, int, bool], Tensor]
-    dequantize: Callable[[Int8[Tensor, "out ..."], Float[Tensor, " out"]], Tensor]
+    dequantize: Callable[[Integer[Tensor, "out ..."], Float[Tensor, " out"]], Tensor]
+    largest: Largest
+    attention: Largest
+    stored: Callable[[Int8[Tensor, "out ..."]], Integer[Tensor, "out ..."]] = lambda weight: weight
     add: Callable[[Tensor, Tensor], Tensor] = torch.add
     centres: bool = False
+
+
+def portable(last: int) -> int:
+    """The largest integer beside codes up to `last` whose products, added in pairs, fit 16 bits: exact on every machine."""
+    return min(ALL, PAIR // (2 * last))
+
+
+def whole(last: int) -> int:
+    """Every integer of 8 bits, whatever the codes: exact only where the machine does not add products in 16 bits."""
+    return ALL
 
 
 def signed(model: nn.Module) -> bool:
@@ -107,6 +123,7 @@ class Trace(nn.Module):
         self.denoiser, self._call, self.form = denoiser, call, form
         self.make_output: MakeOutput = tuple
         self.interval: Tensor | None = None
+        self.pair = 0  # the largest sum of two products of an unsigned code and a signed integer in the graph
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The outputs for tensors like those of the call; the last is the interval where the model has parameter sets."""
@@ -127,7 +144,8 @@ class Trace(nn.Module):
         try:
             self.eval()
             for name, layer in quantized_layers(self.denoiser):
-                parts = parts_of(layer)
+                parts = [self._stored(part) for part in parts_of(layer, self.form.largest)]
+                self._note(parts)
                 for index, (integers, _) in enumerate(digit for part in parts for digit in part.digits):
                     self.register_buffer(f"{name}.{index}".replace(".", "/"), integers)  # a constant would be part of the code
                 layer.forward = functools.partial(_layer, self, layer, parts)  # type: ignore[method-assign]
@@ -141,6 +159,24 @@ class Trace(nn.Module):
             for module in changed:
                 del module.forward
             self.denoiser.train(training)
+
+    def _stored(self, part: Part) -> Part:
+        """`part` with its integers as the file holds them."""
+        if part.step is None:
+            return part
+        return part._replace(digits=[(self.form.stored(integers), scale) for integers, scale in part.digits])
+
+    def _note(self, parts: Sequence[Part]) -> None:
+        """Keep the largest pair of products in `parts`; of two unsigned operands none is added in 16 bits."""
+        for part in parts:
+            for integers, scale in part.digits:
+                if part.step is not None and scale is not None and integers.dtype == torch.int8:
+                    self.pair = max(self.pair, 2 * part.step.last * int(integers.int().abs().max()))
+
+    def rounded(self, step: Step, x: Tensor) -> tuple[Tensor, float | Tensor]:
+        """As `quantized`, in plain operations that no runtime takes for a quantizer: the product stays in floating point."""
+        x, factor = self._scaled(step, x)
+        return torch.round(x / step.scale).clamp(step.low, step.high) * step.scale, factor
 
     def quantized(self, step: Step | None, x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
         """`x` times `inverse` quantized, and the factor that its product has to be multiplied by.
@@ -184,7 +220,12 @@ def _layer(trace: Trace, layer: QuantizedLayer, parts: list[Part], x: Tensor) ->
         for integers, scale in part.digits:
             # quantized for each: ONNX Runtime 1.31 leaves two products of one int8 operand in floating point
             codes, factor = trace.quantized(part.step, values, part.inverse)
-            weight = integers if scale is None else trace.form.dequantize(integers, scale)
+            if scale is None:
+                weight = integers
+            elif part.step is None:  # ONNX Runtime would round the input of a DequantizeLinear's product to 8 bits
+                weight = integers.float() * scale.view(-1, *[1] * (integers.dim() - 1))
+            else:
+                weight = trace.form.dequantize(integers, scale)
             if isinstance(layer, QuantizedConv2d):
                 product: Tensor = layer._conv_forward(codes, weight, None)
             else:
@@ -213,7 +254,7 @@ def _attention(
     if dropout_p or is_causal or enable_gqa:
         raise SpecError("attention products: dropout, causal masks and grouped heads are not quantized; set them to float")
     query, query_factor, query_offset = trace.centred(steps["query"], query)
-    key, key_factor, _ = trace.centred(steps["key"], key)  # its offset adds the same to all scores of a query: softmax drops it
+    key, key_factor, _ = _second(trace, _last(trace, steps["query"]), steps["key"], key)  # softmax drops what its offset would add
     factor = query_factor * key_factor * (int(query.shape[-1]) ** -0.5 if scale is None else scale)
     scores = query @ key.transpose(-2, -1)
     if query_offset:
@@ -222,14 +263,33 @@ def _attention(
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     softmax, softmax_factor = trace.quantized(steps["softmax"], scores.softmax(dim=-1))
-    if int(key.shape[-2]) <= SUMMED_KEYS:
-        value, value_factor, value_offset = trace.centred(steps["value"], value)
+    weighted, last = steps["value"], None if steps["softmax"] is None else steps["softmax"].last
+    if weighted is None or weighted.signed or int(key.shape[-2]) <= SUMMED_KEYS:
+        value, value_factor, value_offset = _second(trace, last, weighted, value)
     else:
-        (value, value_factor), value_offset = trace.quantized(steps["value"], value), 0.0
+        (value, value_factor), value_offset = trace.quantized(weighted, value), 0.0
     product = softmax @ value
     if value_offset:
         product = product + value_offset * softmax.sum(dim=-1, keepdim=True)
     return product * (softmax_factor * value_factor)
+
+
+def _last(trace: Trace, step: Step | None) -> int | None:
+    """The largest unsigned code that a kernel sees of an operand that `Trace.centred` quantizes; None in floating point."""
+    return None if step is None else CODES[0] if trace.form.centres and not step.signed else step.last
+
+
+def _second(trace: Trace, last: int | None, step: Step | None, x: Tensor) -> tuple[Tensor, float | Tensor, float]:
+    """The second operand of a product of two activations as `Trace.centred` gives it; rounded where products may saturate.
+
+    ``last``: the largest code of the first one.
+    """
+    if last is None or step is None:
+        return trace.centred(step, x)
+    if trace.form.attention(last) >= step.magnitude:
+        trace.pair = max(trace.pair, 2 * last * step.magnitude if trace.form.centres else 0)
+        return trace.centred(step, x)
+    return *trace.rounded(step, x), 0.0
 
 
 def _original(model: nn.Module) -> type[Any]:

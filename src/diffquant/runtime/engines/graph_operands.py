@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, smoothed_weight
 from diffquant.core.quantizer import Quantizer
-from diffquant.runtime.engines.kernels import LIMB, digits
+from diffquant.runtime.engines.exactness import CODES
+from diffquant.runtime.engines.kernels import digits
 
 Digit = tuple[Tensor, Tensor | None]  # int8 [out, in, ...] and its scale for each output
+Largest = Callable[[int], int]  # the largest integer that a kernel multiplies exactly with codes from 0 to a last one
 
 
 class Step(NamedTuple):
@@ -29,6 +31,16 @@ class Step(NamedTuple):
     def signed(self) -> bool:
         """Whether the codes minus the zero point fit int8: the zero point is then written as 0."""
         return self.low >= -128 and self.high <= 127
+
+    @property
+    def last(self) -> int:
+        """The largest unsigned code that a kernel may see; it may add 128 to signed ones."""
+        return min(self.high + 128, CODES[0]) if self.signed else self.high - self.low
+
+    @property
+    def magnitude(self) -> int:
+        """The largest magnitude of a signed code, of one that is not signed after 128 was subtracted."""
+        return max(-self.low, self.high) if self.signed else 128
 
 
 class Part(NamedTuple):
@@ -53,10 +65,11 @@ def steps_of(quantizer: Quantizer | None) -> list[Step]:
     return steps
 
 
-def parts_of(layer: QuantizedLayer) -> list[Part]:
-    """The parts of the input channels of a layer, which quantize and multiply apart."""
-    weights = _weights(layer)
-    steps: Sequence[Step | None] = steps_of(layer.input_quantizer) or [None] * len(weights)
+def parts_of(layer: QuantizedLayer, largest: Largest) -> list[Part]:
+    """The parts of the input channels of a layer, which quantize and multiply apart; no digit of a weight exceeds `largest`."""
+    given = steps_of(layer.input_quantizer)
+    weights = _weights(layer, [largest(step.last) for step in given])
+    steps: Sequence[Step | None] = given or [None] * len(weights)
     inverses: Sequence[Tensor | None] = _inverses(layer) or [None] * len(weights)
     return [Part(*given) for given in zip(steps, inverses, weights, strict=True)]
 
@@ -77,10 +90,11 @@ def _inverses(layer: QuantizedLayer) -> list[Tensor] | None:
     return None if inverse is None else [each.view(_view(layer)) for each in inverse.split(splits_of(layer) or [len(inverse)])]
 
 
-def _weights(layer: QuantizedLayer) -> list[list[Digit]]:
+def _weights(layer: QuantizedLayer, largest: Sequence[int]) -> list[list[Digit]]:
     """By part of the input channels, the digits of the shifted integer weight and their scales for each output.
 
-    A weight that is not quantized is one digit without scale.
+    A weight that is not quantized is one digit without scale. ``largest``: of the digits of each part; none where the input is not
+    quantized, so that no integers are multiplied.
     """
     quantizer, given = layer.weight_quantizer, layer.input_quantizer
     whole = smoothed_weight(layer).detach().float() if quantizer is None else quantizer.codes
@@ -105,7 +119,8 @@ def _weights(layer: QuantizedLayer) -> list[list[Digit]]:
             each[:, part].expand(outputs).reshape(-1, 1, *beside) for each in (quantizer.scale, quantizer.zero_point)
         )
         integers = (values.int() - zero_point.int()) << shifts
-        found.append([(digit, scale.flatten() * float(LIMB**index)) for index, digit in enumerate(digits(integers))])
+        bound = largest[part] if largest else 128
+        found.append([(digit, scale.flatten() * float(factor)) for digit, factor in digits(integers, bound)])
     return found
 
 

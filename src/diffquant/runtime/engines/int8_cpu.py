@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
@@ -24,6 +23,7 @@ from torch import nn
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from diffquant.core.surgery import quantized_layers
 from diffquant.runtime.engines.attention import BlockedProducts
+from diffquant.runtime.engines.exactness import answer_of
 from diffquant.runtime.engines.integer_blocks import (
     IntegerFeedForward,
     IntegerResnetBlock2D,
@@ -39,8 +39,9 @@ from diffquant.runtime.engines.integer_layers import (
     PackedCodes,
     steps_of,
 )
-from diffquant.runtime.engines.kernels import Product
+from diffquant.runtime.engines.kernels import Product, kernel_of
 
+KERNELS = ("torch linear", "torch convolution")  # as `exactness` names them
 SIMULATED: dict[type[nn.Module], type[nn.Module]] = {
     IntegerFeedForward: FeedForward,
     IntegerResnetBlock2D: ResnetBlock2D,
@@ -58,16 +59,11 @@ class Lowered(NamedTuple):
 
 
 def unsupported() -> str:
-    """Why this machine has no fast and exact integer kernels; empty where it has.
-
-    Without the instructions named, products of 8-bit codes saturate at 16 bits or run slower than floating point.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return "this torch has no oneDNN"
-    capabilities: dict[str, Any] = dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
-    if capabilities.get("avx_vnni") or capabilities.get("amx_int8") or torch.cpu._is_vnni_supported():
+    """Why PyTorch multiplies no 8-bit integers exactly on this machine; empty where it does."""
+    answers = [answer_of(kernel) for kernel in KERNELS]
+    if any(answer.usable for answer in answers):
         return ""
-    return "this CPU has neither AVX-512 VNNI, AVX-VNNI nor AMX"
+    return answers[0].reason or "PyTorch's integer products are not exact on this machine"
 
 
 def lower(model: nn.Module) -> list[Lowered]:
@@ -123,9 +119,11 @@ def lower_layer(layer: QuantizedLayer) -> str:
         return f"it is on {weight.codes.device}"
     if isinstance(layer, QuantizedConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         return f"padding {layer.padding!r}, mode {layer.padding_mode!r}"
+    if not (answer := answer_of(kernel_of(layer))).usable:
+        return f"this machine's {answer.kernel} is not exact"
     weight.__class__ = PackedCodes
     assert isinstance(weight, PackedCodes)
-    weight.pack(layer, given.shift)
+    weight.pack(layer, given)
     layer.__class__ = IntegerConv2d if isinstance(layer, QuantizedConv2d) else IntegerLinear
     layer.product = Product(layer, steps_of(layer, given, weight), given.splits)  # type: ignore[assignment]
     return ""

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.core.layers import QuantizedConv2d
-from diffquant.runtime.engines.integer_layers import INTEGER, IntegerLinear, bias_of, computes_integers, multiply
+from diffquant.runtime.engines.integer_layers import (
+    INTEGER,
+    IntegerLinear,
+    bias_of,
+    computes_integers,
+    differentiated,
+    multiply,
+)
 from diffquant.runtime.engines.kernels import compiled_feed_forward, feed_forward
 
 LARGEST = 1 << 31  # values that torch upsamples in the memory format of convolutions
@@ -34,6 +41,7 @@ class IntegerFeedForward(FeedForward):
         first, second = self.net[0].proj, self.net[2]  # looked up at every call: an adapter may have taken a layer's place
         rows = [_row_of_one(layer) for layer in (first, second)]
         unusual = self.training or _watched(first, second, *self.net) or hidden_states.dtype != torch.float32
+        unusual = unusual or differentiated(hidden_states)
         if unusual or rows[0] is None or rows[1] is None or not one_product(first):
             output: Tensor = super().forward(hidden_states, *args, **kwargs)
             return output
@@ -59,7 +67,8 @@ class IntegerUpsample(Upsample2D):
         layer = self.conv
         row = _row_of_one(layer) if self.interpolate and self.norm is None and self.name == "conv" else None
         large = 4 * hidden_states.numel() >= LARGEST
-        if row is None or self.training or _watched(layer) or large or hidden_states.dtype != torch.float32:
+        unusual = self.training or _watched(layer) or differentiated(hidden_states) or hidden_states.dtype != torch.float32
+        if row is None or large or unusual:
             output: Tensor = super().forward(hidden_states, output_size, *args, **kwargs)
             return output
         wanted: dict[str, Any] = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
@@ -97,7 +106,7 @@ class IntegerResnetBlock2D(ResnetBlock2D):
         embedded = self.time_emb_proj is not None and self.time_embedding_norm in ("default", "scale_shift")
         return (
             self.training
-            or (torch.is_grad_enabled() and x.requires_grad)
+            or differentiated(x)
             or not all(isinstance(layer, QuantizedConv2d) for layer in (self.conv1, self.conv2))  # but an adapter
             or _watched(self.norm1, self.nonlinearity, self.conv1, self.norm2, self.dropout, self.conv2)
             or self.upsample is not None

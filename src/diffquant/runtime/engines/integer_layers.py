@@ -3,10 +3,10 @@
     q[c] = clamp(round(x[c] / (step * smooth[c] * 2^shift[c])) + zero_point)
     y[o] = step * weight_step[o] * sum_c (q[c] - zero_point) * ((code[o, c] - weight_zero_point[o]) * 2^shift[c]) + bias[o]
 
-A weight is laid out once for each distinct row of `shift`. Integer weights that do not fit 8 bits (shifted ones, or asymmetric ones
-of 8 bits) are written as two digits, the second 256 times as heavy, and cost two products. Half a step, which
-the simulation rounds to even, may go to either side, and division by the step is multiplication: codes on an edge may differ by
-one.
+A weight is laid out once for each distinct row of `shift`. Integer weights that the kernels do not multiply exactly beside the
+input's codes (`exactness`: on any machine shifted ones and asymmetric ones of 8 bits, on some all beyond 64) are written as two
+digits and cost two products. Half a step, which the simulation rounds to even, may go to either side, and division by the step is
+multiplication: codes on an edge may differ by one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from diffquant.core.quantizer import Quantizer
-from diffquant.runtime.engines.kernels import OUTPUTS, Packed, Product, Step, compiled_product, digits
+from diffquant.runtime.engines.exactness import answer_of
+from diffquant.runtime.engines.kernels import OUTPUTS, Packed, Product, Step, compiled_product, digits, kernel_of
 
 
 class PackedCodes(Quantizer):
@@ -33,9 +34,13 @@ class PackedCodes(Quantizer):
     rows_of_shift: Int[Tensor, "rows channels"] | None
     groups: int
 
-    def pack(self, layer: QuantizedLayer, shift: Int[Tensor, "sets channels"] | None) -> None:
-        """Lay the codes out for the kernel of `layer`: one matrix for each distinct row of `shift`, split and digit."""
-        codes = self._buffers.pop("codes")
+    def pack(self, layer: QuantizedLayer, given: Quantizer) -> None:
+        """Lay the codes out for the kernel of `layer` and the codes of its input quantizer `given`.
+
+        One matrix for each distinct row of the input's shift, split and digit.
+        """
+        codes, shift = self._buffers.pop("codes"), given.shift
+        largest = answer_of(kernel_of(layer)).largest(given.spec.code_max - given.spec.code_min)
         assert codes is not None
         self.rows_of_shift, self.groups = None if shift is None else shift.unique(dim=0), getattr(layer, "groups", 1)
         zero_point, scale = self.zero_point.expand(len(codes), -1), self.scale.expand(len(codes), -1)  # [out, splits]
@@ -45,7 +50,7 @@ class PackedCodes(Quantizer):
             weights = [_integers(values, zero_point[:, part], shifts) for part, (values, shifts) in enumerate(beside)]
             self.packed.append(
                 [
-                    [Packed(digit, scale[:, part], index, layer) for index, digit in enumerate(digits(weight))]
+                    [Packed(digit, factor, scale[:, part], layer) for digit, factor in digits(weight, largest)]
                     for part, weight in enumerate(weights)
                 ]
             )
@@ -137,7 +142,7 @@ class IntegerLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        return _forward(self, x) if computes_integers(self) else super().forward(x)
+        return _forward(self, x) if computes_integers(self) and not differentiated(x) else super().forward(x)
 
 
 class IntegerConv2d(QuantizedConv2d):
@@ -147,7 +152,7 @@ class IntegerConv2d(QuantizedConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``, channels last in memory."""
-        if not computes_integers(self):
+        if not computes_integers(self) or differentiated(x):
             return super().forward(x)
         return _forward(self, x.contiguous(memory_format=torch.channels_last))
 
@@ -171,6 +176,11 @@ def computes_integers(layer: IntegerLayer) -> bool:
     weight, given = layer.weight_quantizer, layer.input_quantizer
     plain = all(each is not None and each.enabled and each.observer is None for each in (weight, given))
     return plain and isinstance(weight, PackedCodes)
+
+
+def differentiated(x: Tensor) -> bool:
+    """Whether gradients have to flow through what is made of `x`; integer kernels have none, the simulation does."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _forward(layer: IntegerLayer, x: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ The kernels multiply unsigned 8-bit codes of the input with signed 8-bit weights
 
     y[o] = scale * weight_scale[o] * sum_c (code[c] - zero_point) * weight[o, c] + bias[o]
 
-`scale` and `zero_point` are arguments of a call, so switching them costs nothing. Inside `torch.compile` the products are opaque
+Weights larger than the kernel multiplies exactly on this machine (`exactness`) are written as `digits`, a product each. `scale` and
+`zero_point` are arguments of a call, so switching them costs nothing. Inside `torch.compile` the products are opaque
 operators, ``diffquant::product`` and ``diffquant::feed_forward``, and what lies between them is fused; an operator finds its
 `Product` by number, because the compiler cannot carry weights in oneDNN's layout.
 """
@@ -18,13 +19,12 @@ from typing import Any, final
 from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 from torch.nn import functional
 
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
 
-LIMB = 256  # an integer weight is written in digits of this base, each in -128..127
 OUTPUTS = (torch.float32, torch.bfloat16)  # what the kernels put out
 MAX_CODE = 255  # of 8 bits
 PADDED = 4  # an input with fewer codes for each weight of a convolution than this is given its edges here, not by the kernel
@@ -63,8 +63,8 @@ class Packed:
     weights of each output, float64; ``count`` of all weights.
     """
 
-    def __init__(self, digits: Int[Tensor, "out ..."], scale: Float[Tensor, " out"], digit: int, layer: QuantizedLayer) -> None:
-        self.digit, self.scale = digit, scale * float(LIMB**digit)
+    def __init__(self, digits: Int[Tensor, "out ..."], factor: int, scale: Float[Tensor, " out"], layer: QuantizedLayer) -> None:
+        self.factor, self.scale = factor, scale * float(factor)
         self.zero_point = torch.zeros(len(digits), dtype=torch.int32)
         self.sums, self.count = digits.flatten(1).sum(1, dtype=torch.int64) * self.scale.double(), digits.numel()
         ops = torch.ops.onednn
@@ -85,7 +85,7 @@ class Packed:
     def integers(self) -> Int[Tensor, "out ..."]:
         """What was laid out, times the weight of its digit, int32."""
         digits = torch.cat([_dense(weight) for weight in self.weights]).view(self.shape)
-        return digits.int().mul_(LIMB**self.digit)
+        return digits.int().mul_(self.factor)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         return self
@@ -103,17 +103,26 @@ def pointwise(layer: QuantizedConv2d) -> bool:
     return layer.kernel_size == layer.stride == (1, 1) and not any(map(int, layer.padding)) and layer.groups == 1
 
 
-def digits(integers: Int[Tensor, "..."]) -> Iterator[Int[Tensor, "..."]]:
-    """int8 tensors whose sum, each times a power of `LIMB`, is `integers`; the least first, at least one."""
-    if integers.dtype == torch.int8:
-        yield integers
-        return
+def kernel_of(layer: QuantizedLayer) -> str:
+    """The kernel, as `exactness` names it, that multiplies the codes of `layer`."""
+    return "torch convolution" if isinstance(layer, QuantizedConv2d) and not pointwise(layer) else "torch linear"
+
+
+def digits(integers: Int[Tensor, "..."], largest: int) -> Iterator[tuple[Int8[Tensor, "..."], int]]:
+    """int8 tensors and factors whose products add up to `integers`; the least first, at least one.
+
+    No value is larger than `largest` (2 to 128), the largest weight that a kernel multiplies exactly: from 128 on integers of 8
+    bits are one digit, beyond these digits have base 256; with 64, base 128.
+    """
+    base, factor = 1 << largest.bit_length(), 1
     while True:
-        digit = ((integers + LIMB // 2) & (LIMB - 1)) - LIMB // 2
-        yield digit.to(torch.int8)
-        integers = (integers - digit) >> 8
-        if not integers.any():
+        low, high = (int(value) for value in integers.aminmax())
+        if -largest <= low and high <= min(largest, 127):
+            yield integers.to(torch.int8), factor
             return
+        digit = torch.remainder(integers.int() + base // 2, base) - base // 2
+        yield digit.to(torch.int8), factor
+        integers, factor = (integers.int() - digit) // base, factor * base
 
 
 @final

@@ -3,11 +3,12 @@
 `onnx_graph` says what the graph is made of. What ONNX Runtime 1.31 makes of a product with a float output (times:
 ``benchmarks/onnx_products.py``):
 
-- MatMul: MatMulIntegerToFloat, exact. With weights of ONNX's INT4 in floating point.
+- MatMul: MatMulIntegerToFloat, exact in the form `onnx_graph.EXACT`. With weights of ONNX's INT4 in floating point.
 - Gemm, and what it makes a Gemm of: in floating point on the quantized values.
 - Conv: in floating point on the quantized values: QLinearConv needs a quantized output, which no layer of a UNet has, because a
   normalization follows. ConvInteger is exact, but gains little or loses; and TensorRT does not read it.
-- A weight without a quantized input: MatMulNBits, which rounds the input to 8 bits by its own choice.
+- A dequantized weight without a quantized input: MatMulNBits, which rounds the input to 8 bits by its own choice. Such weights are
+  therefore written as a Cast and a Mul, which it computes once, in floating point.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from diffquant.core.spec import CheckpointError
 from diffquant.runtime.engines.graph_call import INTERVAL, Call, feed
-from diffquant.runtime.engines.onnx_graph import convert, package, runtime
+from diffquant.runtime.engines.onnx_graph import EXACT, SINGLE, convert, package, runtime
 
 FILE = "model.onnx"  # as optimum names it
 EXTERNAL = 1 << 30  # bytes: beyond these the weights get a file of their own; protobuf ends at 2 GiB
@@ -40,12 +41,26 @@ class Compiled(NamedTuple):
     optimized: Any
 
 
-def build(model: nn.Module, example: Mapping[str, Any]) -> Any:
-    """An `onnx.ModelProto` of a frozen `model`; `example` and the inputs are as for `openvino.build`, without those it never reads.
+FORMS = {"exact": EXACT, "single": SINGLE}
+
+
+def build(model: nn.Module, example: Mapping[str, Any], form: str = "exact") -> Any:
+    """An `onnx.ModelProto` of a frozen `model`, for `example` in `form` as `openvino.build` takes them; unread inputs are left out.
 
     Raises `SpecError` where the model cannot be put so, `CheckpointError` where onnx is missing.
     """
-    return convert(model, Call(model, (), dict(example)))
+    return convert(model, Call(model, (), dict(example)), FORMS[form])
+
+
+def pair_of(graph: Any) -> int:
+    """The largest sum of two products of an unsigned code and a signed integer in a graph of `build`."""
+    return int(next(each.value for each in graph.metadata_props if each.key == "diffquant/pair"))
+
+
+def signed_weights(graph: Any) -> bool:
+    """Whether every quantized weight of a graph of `build` is int8."""
+    onnx = package()
+    return not any(each.data_type == onnx.TensorProto.UINT8 and len(each.dims) > 1 for each in graph.graph.initializer)
 
 
 def save_onnx(graph: Any, folder: Path) -> None:

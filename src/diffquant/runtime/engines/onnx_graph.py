@@ -3,6 +3,10 @@
 The layers write themselves in the form of `graph`; activations as uint8 with a zero point, or as int8 without one where codes minus
 the zero point fit; weights as constants of int8 (4-bit ones too) and a DequantizeLinear with a scale for each output.
 
+ONNX Runtime makes unsigned codes of signed ones on x86, and its product of unsigned codes and signed weights adds in 16 bits on
+some processors. That of two unsigned operands does not. Form `EXACT` therefore writes weights beyond what 16 bits hold as uint8
+with a zero point of 128; `SINGLE` all as int8, as TensorRT reads them.
+
 Made by PyTorch's TorchScript exporter: `torch.export` took 40 s of CPU time for a UNet of 14 convolutions where this takes 1.3 s.
 Opset 17, because from opset 21 on ONNX Runtime 1.31 moves int8 quantizers past a Transpose with zero points of the wrong type, and
 then refuses the file.
@@ -21,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.spec import CheckpointError
-from diffquant.runtime.engines.graph import Form, Trace, check, status
+from diffquant.runtime.engines.exactness import PORTABLE
+from diffquant.runtime.engines.graph import Form, Trace, check, status, whole
 from diffquant.runtime.engines.graph_call import Call, inputs, timesteps
 
 OPSET = 17
@@ -49,12 +54,21 @@ class _Dequantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
-        return weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
+        integers = weight.float() - 128 if weight.dtype == torch.uint8 else weight.float()  # the tracer fails where 0 is subtracted
+        return integers * scale.view(-1, *[1] * (weight.dim() - 1))
 
     @staticmethod
     def symbolic(graph: Any, weight: Any, scale: Any) -> Any:
-        zeros = graph.op("Constant", value_t=torch.zeros(scale.type().sizes(), dtype=torch.int8))
+        kind = weight.type().dtype()
+        zero_point = 128 if kind == torch.uint8 else 0
+        zeros = graph.op("Constant", value_t=torch.full(scale.type().sizes(), zero_point, dtype=kind))
         return graph.op("DequantizeLinear", weight, scale, zeros, axis_i=0).setType(weight.type().with_dtype(torch.float32))
+
+
+def _stored(weight: Tensor) -> Tensor:
+    """An int8 weight as it is, or as uint8 where two of its products with 8-bit codes may not fit 16 bits."""
+    low, high = (int(value) for value in weight.aminmax())
+    return weight if max(-low, high) <= PORTABLE else (weight.int() + 128).to(torch.uint8)
 
 
 def _quantize(x: Tensor, scale: float, zero_point: int, signed: bool) -> Tensor:
@@ -74,14 +88,15 @@ def _add(product: Tensor, bias: Tensor) -> Tensor:
     return total.squeeze(0) if product.dim() == 2 else total
 
 
-FORM = Form("ONNX Runtime", _quantize, _dequantize, _add)
+SINGLE = Form("ONNX Runtime", _quantize, _dequantize, whole, whole, add=_add)
+EXACT = SINGLE._replace(stored=_stored)
 
 
-def convert(model: nn.Module, call: Call) -> Any:
+def convert(model: nn.Module, call: Call, form: Form) -> Any:
     """The graph of `model` for calls like `call`, an `onnx.ModelProto`."""
     onnx, kind = package(), type(model).__name__
-    check(model, FORM.runtime)
-    trace = Trace(model, call, FORM)
+    check(model, form.runtime)
+    trace = Trace(model, call, form)
     tensors, names, shapes = inputs(model, call)
     axes = {name: {0: "batch"} for name, shape in zip(names, shapes, strict=True) if shape[:1] == [-1]}
     if len(names) > len(call.names):
@@ -101,7 +116,7 @@ def convert(model: nn.Module, call: Call) -> Any:
                 do_constant_folding=False,
             )
         graph = _with_initializers(onnx.load(file))
-    onnx.helper.set_model_props(graph, {"diffquant/timesteps": timesteps(model)})
+    onnx.helper.set_model_props(graph, {"diffquant/timesteps": timesteps(model), "diffquant/pair": str(trace.pair)})
     return graph
 
 

@@ -8,15 +8,18 @@ when it is needed.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from diffquant.core.layers import AttentionProducts, QuantizedLayer
 from diffquant.core.quantizer import Quantizer
@@ -24,27 +27,43 @@ from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import quantized_layers, quantizers
 from diffquant.runtime.engines import graph as graphs
 from diffquant.runtime.engines import int8_cpu
+from diffquant.runtime.engines.changes import Picture, hooked
 from diffquant.runtime.engines.graph import MakeOutput, check, status
 from diffquant.runtime.engines.graph_call import Call, feed
 from diffquant.runtime.engines.int8_cpu import Lowered
-from diffquant.runtime.engines.openvino_graph import FORM, convert, package
+from diffquant.runtime.engines.openvino_graph import EXACT, SINGLE, convert, here, package
 
 Precision = Literal["f32", "bf16"]  # with "f16" OpenVINO 2026.4 computes another picture, slowly, on a CPU
 
 PRECISIONS: dict[str, Precision] = {"openvino": "f32", "openvino-bf16": "bf16"}  # of what is not quantized, by the engine's name
 FILE = "openvino_model.xml"  # as optimum names it
+CHANGES = 3  # of a model that make its graphs anew; after more it computes with another engine
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")  # layer types of the CPU plugin that multiply two operands
 
 
-def build(model: nn.Module, example: Mapping[str, Any]) -> Any:
-    """An `openvino.Model` of a frozen `model`; `example` holds arguments of its forward by name.
+_log = logging.getLogger(__name__)
+FORMS = {"exact": EXACT, "single": SINGLE}
+
+
+def build(model: nn.Module, example: Mapping[str, Any], form: str = "exact") -> Any:
+    """An `openvino.Model` of a frozen `model`; `example` holds arguments of its forward by name, `form` is one of `FORMS`.
 
     The batch is left open, other sizes are those of the example. Inputs have the names of the arguments, of nested ones joined by
     dots, in the order of the forward's signature; the timestep is one per sample; `interval` comes last where the model has
     parameter sets (one per sample, or one for all). Raises `SpecError` where the model cannot be put so, `CheckpointError` where
     OpenVINO is missing.
     """
-    return convert(model, Call(model, (), dict(example)))[0]
+    return convert(model, Call(model, (), dict(example)), FORMS[form])[0]
+
+
+def pair_of(graph: Any) -> int:
+    """The largest sum of two products of an unsigned code and a signed integer in a graph of `build`."""
+    return int(graph.get_rt_info(["diffquant", "pair"]).astype(str))
+
+
+def signed_weights(graph: Any) -> bool:
+    """Whether every quantized weight of a graph of `build` is int8: always."""
+    return True
 
 
 def compile_graph(graph: Any, precision: Precision = "f32") -> Any:
@@ -97,13 +116,14 @@ def products(compiled: Any) -> Iterator[tuple[str, bool]]:
 
 def run(compiled: Any, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """The outputs of a compiled graph for a call of `model` with `arguments`, at the present interval of its clock."""
-    return _run(compiled, Call(model, (), dict(arguments)), model)
+    call = Call(model, (), dict(arguments))
+    return _run(compiled.create_infer_request(), call, model, len(compiled.inputs) > len(call.names))
 
 
-def _run(compiled: Any, call: Call, model: nn.Module) -> tuple[Tensor, ...]:
-    tensors = feed(call, model, len(compiled.inputs) > len(call.names))
-    results = compiled([tensor.detach().cpu().contiguous().numpy() for tensor in tensors])
-    return tuple(torch.from_numpy(results[index]).to(call.tensors[0].device) for index in range(len(compiled.outputs)))
+def _run(request: Any, call: Call, model: nn.Module, takes_interval: bool) -> tuple[Tensor, ...]:
+    tensors = feed(call, model, takes_interval)
+    results = request.infer([tensor.detach().cpu().contiguous().numpy() for tensor in tensors], share_inputs=True)
+    return tuple(torch.from_numpy(result).to(call.tensors[0].device) for result in results.to_tuple())
 
 
 def save_ir(graph: Any, folder: str | Path) -> Path:
@@ -140,13 +160,15 @@ def install(model: nn.Module, precision: Precision = "f32") -> list[Lowered]:
     """Let a frozen `model` compute with OpenVINO, in place; a row for each layer, with the reason where it stays in float.
 
     The graph is made at the first call and compiled for its sizes, which OpenVINO computes faster than open ones; other batches are
-    compiled when they come, each with a copy of the weights. Raises `SpecError` for parameter sets that OpenVINO cannot compute
-    with, `CheckpointError` where it is missing.
+    compiled when they come, each with a copy of the weights. After a change of the model (an adapter, a processor, FreeU, a layer)
+    it is made again. Where it cannot be made, or a module below has hooks, the model computes with engine int8 from then on, and a
+    line says so. Calls in training mode or with gradients are simulated. Raises `SpecError` for parameter sets that OpenVINO cannot
+    compute with, `CheckpointError` where it is missing.
     """
     package()
     uninstall(model)
     int8_cpu.simulate(model)
-    check(model, FORM.runtime)
+    check(model, EXACT.runtime)
     model.openvino_graphs = _Graphs(precision)  # type: ignore[assignment]
     model.__class__ = _computed(type(model))  # type: ignore[arg-type]
     rows = [Lowered(name, _float_reason(layer)) for name, layer in quantized_layers(model)]
@@ -170,27 +192,77 @@ def precision_of(model: nn.Module) -> Precision | None:
 @functools.cache
 def _computed(original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a denoiser's class, of the same name, whose forward is computed by OpenVINO."""
+    its_forward: Any = original.forward
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
         graphs = self.openvino_graphs
         assert isinstance(graphs, _Graphs)
-        if not all(quantizer.enabled and quantizer.observer is None for quantizer in graphs.quantizers(self)):
-            return original.forward(self, *arguments, **keywords)
-        return graphs(self, Call(self, arguments, keywords))
+        off = not all(quantizer.enabled and quantizer.observer is None for quantizer in graphs.quantizers(self))
+        if off or self.training or (torch.is_grad_enabled() and _requires_grad((arguments, keywords))):
+            return its_forward(self, *arguments, **keywords)
+        try:
+            return graphs(self, Call(self, arguments, keywords))
+        except _Refused as refused:
+            output = its_forward(self, *arguments, **keywords)  # where this fails too, the call is to blame
+            _fall_back(self, str(refused))
+            return output
 
     return type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
 
 
+def _said(error: Exception) -> str:
+    """The line of an error that tells most; OpenVINO's begin with the place in its own source."""
+    lines = [
+        line.strip(" -")
+        for line in str(error).splitlines()
+        if line.strip() and not line.startswith(("Check", "FrontEnd", "Exception"))
+    ]
+    return next((line for line in lines if "No conversion rule" in line), lines[0] if lines else type(error).__name__)
+
+
+def _requires_grad(given: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(given))
+
+
+def _fall_back(model: nn.Module, reason: str) -> None:
+    """Let `model` compute with engine int8, or the simulation, from now on; a line says so."""
+    uninstall(model)
+    name = "simulate" if int8_cpu.unsupported() else "int8"
+    if name == "int8":
+        int8_cpu.lower(model)
+    _log.warning("engine 'openvino': %s; %s computes with engine '%s' from now on", reason, type(model).__name__, name)
+
+
+class _Refused(Exception):
+    """OpenVINO cannot compute the model as it is now; the text says why."""
+
+
+class _Compiled(NamedTuple):
+    """A graph compiled for the sizes of a call."""
+
+    graph: Any
+    takes_interval: bool
+    make_output: MakeOutput
+
+
 @final
 class _Graphs:
-    """The graphs of one model by the kind of call, and compiled by its sizes; a copy starts without any."""
+    """The graphs of one model by the kind of call, and compiled by its sizes; a copy starts without any.
+
+    A change of the model is noticed before each call, and all graphs are made again. Threads share compiled graphs and compute with
+    requests of their own.
+    """
 
     def __init__(self, precision: Precision) -> None:
         self.precision = precision
-        self.converted: dict[str, tuple[Any, MakeOutput]] = {}
-        self.compiled: dict[tuple[str, ...], Any] = {}
+        self.compiled: dict[tuple[str, ...], _Compiled] = {}
+        self._converted: dict[str, tuple[Any, MakeOutput]] = {}
         self._quantizers: list[Quantizer] = []
+        self._picture: Picture | None = None
+        self._changes = 0
+        self._lock = threading.Lock()
+        self._requests = threading.local()
 
     def quantizers(self, model: nn.Module) -> list[Quantizer]:
         """All of `model`, which are looked for once: that takes as long as a small layer."""
@@ -201,17 +273,50 @@ class _Graphs:
         return _Graphs(self.precision)
 
     def __call__(self, model: nn.Module, call: Call) -> Any:
-        if call.kind not in self.converted:
-            self.converted[call.kind] = convert(model, call)
-        graph, make_output = self.converted[call.kind]
-        tensors = feed(call, model, len(graph.inputs) > len(call.names))
-        sizes = (call.kind, *(str(tuple(tensor.shape)) for tensor in tensors))
-        if sizes not in self.compiled:
+        """The output of a call. Raises `_Refused` where OpenVINO cannot compute it."""
+        with self._lock:
+            self._check(model)
+            compiled = self._compile(model, call)
+        outputs = _run(self._request(compiled.graph), call, model, compiled.takes_interval)
+        return compiled.make_output(outputs) if call.return_dict else outputs
+
+    def _check(self, model: nn.Module) -> None:
+        """Forget the graphs where the model is not what they were made from."""
+        if self._picture is None or self._picture.same():
+            return
+        self._changes += 1
+        if self._changes > CHANGES:
+            raise _Refused(f"the model changed {self._changes} times, and each time its graph would be converted anew")
+        self._picture, self._quantizers, self._requests = None, [], threading.local()
+        self._converted.clear()
+        self.compiled.clear()
+
+    def _compile(self, model: nn.Module, call: Call) -> _Compiled:
+        sizes = (call.kind, *(str(tuple(tensor.shape)) for tensor in call.tensors))
+        if sizes in self.compiled:
+            return self.compiled[sizes]
+        if name := hooked(model):
+            raise _Refused(f"{name} has a hook or a forward of its own, which a graph does not call")
+        try:
+            if call.kind not in self._converted:
+                self._converted[call.kind] = convert(model, call, here())
+            graph, make_output = self._converted[call.kind]
+            tensors = feed(call, model, len(graph.inputs) > len(call.names))
             graph.reshape({each.any_name: list(tensor.shape) for each, tensor in zip(graph.inputs, tensors, strict=True)})
             with status(f"compiling {type(model).__name__}"):
-                self.compiled[sizes] = compile_graph(graph, self.precision)
-        outputs = _run(self.compiled[sizes], call, model)
-        return make_output(outputs) if call.return_dict else outputs
+                compiled = _Compiled(compile_graph(graph, self.precision), len(tensors) > len(call.tensors), make_output)
+        except Exception as error:  # whatever the tracer or OpenVINO raises, another engine can compute the call
+            raise _Refused(f"{type(model).__name__} cannot be converted ({_said(error)})") from error
+        self.compiled[sizes] = compiled
+        self._picture = self._picture or Picture(model)
+        return compiled
+
+    def _request(self, compiled: Any) -> Any:
+        """A request of this thread for a compiled graph."""
+        held: dict[int, tuple[Any, Any]] = self._requests.__dict__.setdefault("held", {})
+        if id(compiled) not in held:
+            held[id(compiled)] = compiled.create_infer_request(), compiled  # which keeps its id from being given away
+        return held[id(compiled)][0]
 
 
 def _float_reason(layer: QuantizedLayer) -> str:

@@ -2,7 +2,9 @@
 
 OpenVINO turns a product of quantized operands into an integer kernel where it finds the forms it knows: the input as a FakeQuantize
 of 256 levels, the weight as a constant of int8 times a scale for each output. `convert` lets PyTorch trace the model while its
-layers write themselves in these forms (`graph`).
+layers write themselves in these forms (`graph`). OpenVINO's kernels may add products in 16 bits: form `EXACT` holds no two products
+that saturate there, so the file is right on every machine, that of `here` none that saturate on this one, and `SINGLE` writes every
+8-bit weight as one digit.
 
 Two activations (the products of an attention) are multiplied as integers only where their codes minus the zero point fit int8.
 Codes of 8 bits with a zero point are therefore written as codes minus 128 plus a constant: for the keys softmax drops what it adds,
@@ -22,15 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.spec import CheckpointError
-from diffquant.runtime.engines.graph import Form, MakeOutput, Trace, check, status
+from diffquant.runtime.engines.exactness import answer_of
+from diffquant.runtime.engines.graph import Form, MakeOutput, Trace, check, portable, status, whole
 from diffquant.runtime.engines.graph_call import Call, inputs, timesteps
 
 
-def convert(model: nn.Module, call: Call) -> tuple[Any, MakeOutput]:
+def convert(model: nn.Module, call: Call, form: Form) -> tuple[Any, MakeOutput]:
     """The graph of `model` for calls like `call`, and what makes its output of the tensors that the graph puts out."""
     openvino = package()
-    check(model, FORM.runtime)
-    trace = Trace(model, call, FORM)
+    check(model, form.runtime)
+    trace = Trace(model, call, form)
     tensors, names, shapes = inputs(model, call)
     kind, example = type(model).__name__, tuple(tensors)
     with torch.no_grad(), warnings.catch_warnings():
@@ -49,6 +52,7 @@ def convert(model: nn.Module, call: Call) -> tuple[Any, MakeOutput]:
         parameter.get_tensor().set_names({name})
     graph.reshape(dict(zip(names, shapes, strict=True)))
     graph.set_rt_info(timesteps(model), ["diffquant", "timesteps"])
+    graph.set_rt_info(str(trace.pair), ["diffquant", "pair"])
     return graph, trace.make_output
 
 
@@ -60,7 +64,14 @@ def _dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
 
 
-FORM = Form("OpenVINO", _quantize, _dequantize, centres=True)
+EXACT = Form("OpenVINO", _quantize, _dequantize, portable, portable, centres=True)
+SINGLE = EXACT._replace(largest=whole, attention=whole)
+
+
+def here() -> Form:
+    """What this machine multiplies exactly; it is asked now, because nothing may compute while a model is traced."""
+    linear, convolution, attention = (answer_of(f"openvino {kernel}") for kernel in ("linear", "convolution", "attention"))
+    return EXACT._replace(largest=lambda last: min(linear.largest(last), convolution.largest(last)), attention=attention.largest)
 
 
 def package() -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from diffquant.core import memory
 from diffquant.core.affine import scale_from_range
 from diffquant.core.layers import (
     AttentionProducts,
@@ -452,3 +453,39 @@ def test_products_follow_the_clock() -> None:
     clock.set_timestep(torch.tensor([100, 900]))
     expected = torch.stack([by_hand(x[0], 0.5, 128, UINT8), by_hand(x[1], 0.05, 128, UINT8)])
     assert torch.equal(products(x, x, x), expected)
+
+
+def test_a_frozen_weight_is_kept_until_what_it_is_made_of_changes(monkeypatch):
+    layer = nn.Linear(4, 3)
+    make_quantizable(layer, LayerSpec(weight=QuantSpec(bits=4, symmetric=True)), StepClock())
+    layer.weight_quantizer.scale.fill_(0.1)
+    layer.weight_quantizer.enabled = True
+    freeze_layer(layer)
+    quantizer, names = layer.weight_quantizer, set(layer.state_dict())
+    weight = quantizer.frozen_weight(torch.float32)
+    assert torch.equal(weight, quantizer.dequantized_codes()) and quantizer.frozen_weight(torch.float32) is weight
+    assert quantizer.frozen_weight(torch.bfloat16).dtype == torch.bfloat16
+    assert set(layer.state_dict()) == names
+    kept = quantizer.frozen_weight(torch.float32)
+    for change in (
+        lambda: quantizer.scale.mul_(2),
+        lambda: quantizer.codes.neg_(),
+        lambda: setattr(quantizer, "codes", quantizer.codes.clone()),
+        lambda: quantizer.double(),
+    ):
+        change()
+        after = quantizer.frozen_weight(torch.float32)
+        assert after is not kept and torch.equal(after, quantizer.dequantized_codes().float())
+        kept = after
+    monkeypatch.setattr(memory, "allows", lambda size, device: False)
+    quantizer.scale.mul_(2)
+    assert quantizer.frozen_weight(torch.float32) is not quantizer.frozen_weight(torch.float32)
+    monkeypatch.undo()
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied.weight_quantizer.frozen_weight(torch.float32), quantizer.frozen_weight(torch.float32))
+
+
+def test_memory_that_is_short_keeps_nothing():
+    cpu = torch.device("cpu")
+    assert memory.allows(0, cpu) in (True, False)
+    assert not memory.allows(1 << 60, cpu) and not memory.allows(0, torch.device("meta"))

@@ -129,7 +129,7 @@ def _operands(layer: QuantizedLayer, x: Tensor, channel_axis: int) -> tuple[Tens
         x = input_quantizer(x)
     if layer.weight is None:
         assert weight_quantizer is not None
-        return x, weight_quantizer.dequantized_codes().to(x.dtype), bias
+        return x, weight_quantizer.frozen_weight(x.dtype), bias
     weight = smoothed_weight(layer)
     return x, (weight if weight_quantizer is None else weight_quantizer(weight)).to(x.dtype), bias
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
+from diffquant.core import memory
 from diffquant.core.affine import dequantize, fake_quantize, quantize, quantize_rounded, scale_around, scale_from_range
 from diffquant.core.spec import QuantSpec, SpecError
 
@@ -163,6 +164,7 @@ class Quantizer(nn.Module):
         self.observer: Callable[[Tensor], None] | None = None
         self.shared_zero_point = False
         self._listed: tuple[Tensor, int, list[int]] | None = None  # the table, its version, its numbers
+        self._kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # what a weight was dequantized from, and the weight
         parts = max(1, len(splits))
         self.register_buffer("scale", torch.full((rows, parts), torch.nan))
         self.register_buffer("zero_point", torch.zeros(rows, parts))
@@ -215,7 +217,7 @@ class Quantizer(nn.Module):
 
     def _row(self, table: Integer[Tensor, " intervals"], interval: int) -> int:
         """``table[interval]``, of a list: reading a number off an accelerator waits for all that it has to do."""
-        version = 0 if table.is_inference() else table._version
+        version = _version(table)
         if self._listed is None or self._listed[0] is not table or self._listed[1] != version:
             self._listed = table, version, table.tolist()
         return self._listed[2][interval]
@@ -283,6 +285,27 @@ class Quantizer(nn.Module):
         scale, zero_point = self.operands(self.codes)
         return dequantize(self.codes.float(), scale, zero_point)
 
+    def frozen_weight(self, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+        """The weight of a frozen layer in `dtype`, kept from call to call where memory allows; not to be written."""
+        if torch.compiler.is_compiling():
+            return self.dequantized_codes().to(dtype)
+        assert self.codes is not None
+        sources = [(tensor, _version(tensor)) for tensor in (self.codes, self.scale, self.zero_point)]
+        if self._kept is not None and self._kept[1].dtype == dtype:
+            pairs = zip(sources, self._kept[0], strict=True)
+            if all(tensor is before and version == then for (tensor, version), (before, then) in pairs):
+                return self._kept[1]
+        self._kept = None
+        weight = self.dequantized_codes().to(dtype)
+        if memory.allows(weight.numel() * weight.element_size(), weight.device):
+            self._kept = sources, weight
+        return weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._kept = None
+        applied: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return applied
+
     def decide(self, weight: Float[Tensor, "*shape"]) -> None:
         """Fix the integer codes of `weight` (float32): the learned rounding is cut at one half and forgotten."""
         scale, zero_point = self.operands(weight)
@@ -311,6 +334,11 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """The spec, for `print(model)`."""
         return f"{self.spec}, rows={self.rows}, splits={self.splits or None}, enabled={self.enabled}"
+
+
+def _version(tensor: Tensor) -> int:
+    """A number that changes when `tensor` is written."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def rectified_sigmoid(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -173,6 +173,7 @@ class DiffquantQuantizer(DiffusersQuantizer):
             install(model, PRECISIONS[engine])
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()  # a tensor that is a view of the mapped file would keep all of it
+        release_freed_memory()
         self._load = None
 
     def get_state_dict_and_metadata(

@@ -33,6 +33,13 @@ from diffquant.runtime.engines.integer_layers import IntegerConv2d, IntegerLinea
 
 pytestmark = pytest.mark.skipif(bool(int8_cpu.unsupported()), reason=int8_cpu.unsupported() or "integer kernels")
 
+
+@pytest.fixture(autouse=True)
+def of_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where two products of integers take longer than one in floating point."""
+    monkeypatch.setattr(int8_cpu, "faster_in_float", lambda layer, products, largest: False)
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 5), (2, 3, 12)),
     "linear without bias": (lambda: nn.Linear(12, 5, bias=False), (3, 12)),

@@ -20,7 +20,6 @@ from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import is_frozen, quantized_layers
 from diffquant.runtime.engines import int8_cpu, openvino
 from diffquant.runtime.engines.int8_cpu import Lowered
-from diffquant.runtime.engines.integer_layers import INTEGER
 
 VARIABLE = "DIFFQUANT_ENGINE"
 ENGINES = ("int8", *openvino.PRECISIONS, "simulate")
@@ -71,7 +70,7 @@ def engine_of(model: nn.Module) -> str:
     if (precision := openvino.precision_of(model)) is not None:
         return next(name for name, each in openvino.PRECISIONS.items() if each == precision)
     layers = [layer for _, layer in quantized_layers(model)]
-    if any(isinstance(layer, INTEGER) for layer in layers):
+    if any(int8_cpu.is_lowered(layer) for layer in layers):
         return "int8"
     return "simulate" if layers else "float"
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from diffquant.core.layers import AttentionProducts
 from diffquant.core.quantizer import Quantizer
+from diffquant.runtime.engines.exactness import ALL, answer_of
 from diffquant.runtime.engines.kernels import quantized
 
 SCORES = 1 << 20  # attention scores held at once: 4 MB, so that a block stays in the cache between the two products
@@ -154,12 +155,18 @@ def attention(
     return output.view(batch, heads, tokens, -1)
 
 
+def integer_products() -> bool:
+    """Whether PyTorch multiplies two matrices of 8-bit codes exactly, and faster than in floating point."""
+    answer = answer_of("torch attention")
+    return answer.largest() == ALL and answer.speed > 1
+
+
 def _weighing(
     value: Float[Tensor, "n s e"], as_value: Codes | None, as_softmax: Codes, tokens: int
 ) -> Callable[[Tensor, slice, Tensor], None]:
     """What quantizes a block of probabilities in place and writes its product with the values of some heads."""
     sources = value.shape[1]
-    if as_value is None or tokens * sources < INTEGER_SCORES or sources > MAX_SOURCES:
+    if as_value is None or tokens * sources < INTEGER_SCORES or sources > MAX_SOURCES or not integer_products():
         values = (value if as_value is None else as_value.integers(value).mul_(as_value.scale)) * as_softmax.scale
         low, high = (limit - as_softmax.zero_point for limit in (as_softmax.first, as_softmax.last))
 

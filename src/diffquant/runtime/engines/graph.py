@@ -30,6 +30,7 @@ from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import CheckpointError, SpecError
 from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
 from diffquant.runtime.engines.exactness import ALL, CODES, PAIR
+from diffquant.runtime.engines.float_layers import FLOATING
 from diffquant.runtime.engines.graph_call import Call
 from diffquant.runtime.engines.graph_operands import Largest, Part, Step, operands_of, parts_of, splits_of, steps_of
 from diffquant.runtime.engines.integer_layers import INTEGER
@@ -88,7 +89,7 @@ def check(model: nn.Module, runtime: str) -> None:
     kind = type(model).__name__
     if not is_frozen(model):
         raise CheckpointError(f"{kind}: its weights are not integer codes; quantize first")
-    if any(isinstance(layer, INTEGER) for _, layer in quantized_layers(model)):
+    if any(isinstance(layer, INTEGER + FLOATING) for _, layer in quantized_layers(model)):
         raise CheckpointError(f"{kind}: computes with engine 'int8'; load it with engine='simulate' to convert it")
     dtypes = {tensor.dtype for tensor in model.parameters()} - {torch.float32}
     if dtypes:

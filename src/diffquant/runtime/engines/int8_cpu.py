@@ -22,8 +22,9 @@ from torch import nn
 
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from diffquant.core.surgery import quantized_layers
-from diffquant.runtime.engines.attention import BlockedProducts
-from diffquant.runtime.engines.exactness import answer_of
+from diffquant.runtime.engines.attention import BlockedProducts, integer_products
+from diffquant.runtime.engines.exactness import ALL, answer_of
+from diffquant.runtime.engines.float_layers import FLOATING, FloatConv2d, FloatLinear, FloatProduct, faster_in_float
 from diffquant.runtime.engines.integer_blocks import (
     IntegerFeedForward,
     IntegerResnetBlock2D,
@@ -37,6 +38,7 @@ from diffquant.runtime.engines.integer_layers import (
     IntegerConv2d,
     IntegerLinear,
     PackedCodes,
+    products_of,
     steps_of,
 )
 from diffquant.runtime.engines.kernels import Product, kernel_of
@@ -69,6 +71,7 @@ def unsupported() -> str:
 def lower(model: nn.Module) -> list[Lowered]:
     """Let every layer and attention of a frozen `model` that can compute with integers, in place; a row for each."""
     rows = []
+    integer_products()  # is asked before a call needs the answer
     for name, layer in quantized_layers(model):
         rows.append(Lowered(name, lower_layer(layer)))
         if rows[-1].reason and type(layer) is QuantizedConv2d:
@@ -91,6 +94,11 @@ def lower(model: nn.Module) -> list[Lowered]:
     return rows
 
 
+def is_lowered(layer: nn.Module) -> bool:
+    """Whether a layer computes with this engine, with integers or not."""
+    return isinstance(layer, INTEGER + FLOATING)
+
+
 def simulate(model: nn.Module) -> None:
     """Undo `lower`: every layer holds its codes again and computes with them in floating point."""
     for _, layer in quantized_layers(model):
@@ -99,6 +107,9 @@ def simulate(model: nn.Module) -> None:
         if isinstance(layer, INTEGER):
             layer.__class__ = QuantizedLinear if isinstance(layer, IntegerLinear) else QuantizedConv2d  # type: ignore[assignment]
             del layer.product
+        if isinstance(layer, FLOATING):
+            layer.__class__ = QuantizedLinear if isinstance(layer, FloatLinear) else QuantizedConv2d  # type: ignore[assignment]
+            del layer.float_product
         if isinstance(layer, ChannelsLastConv2d):
             layer.__class__ = QuantizedConv2d  # type: ignore[assignment]
     for module in model.modules():
@@ -113,6 +124,8 @@ def lower_layer(layer: QuantizedLayer) -> str:
         return "its weight stays in floating point" if weight is None else "its input stays in floating point"
     if isinstance(weight, PackedCodes):
         return ""
+    if isinstance(layer, FLOATING):
+        return layer.float_product.reason
     if weight.codes is None:
         return "its weight is not frozen"
     if weight.codes.device.type != "cpu":
@@ -121,6 +134,15 @@ def lower_layer(layer: QuantizedLayer) -> str:
         return f"padding {layer.padding!r}, mode {layer.padding_mode!r}"
     if not (answer := answer_of(kernel_of(layer))).usable:
         return f"this machine's {answer.kernel} is not exact"
+    largest = answer.largest(given.spec.code_max - given.spec.code_min)
+    if given.shift is None and largest < ALL - 1:
+        products = products_of(weight, largest)
+        if faster_in_float(layer, products, largest):
+            reason = f"{products} products of integers would take longer here than one in floating point"
+            steps = steps_of(layer, given, weight)
+            layer.__class__ = FloatConv2d if isinstance(layer, QuantizedConv2d) else FloatLinear
+            layer.float_product = FloatProduct(weight.dequantized_codes(), steps, given.splits, reason)  # type: ignore[assignment]
+            return reason
     weight.__class__ = PackedCodes
     assert isinstance(weight, PackedCodes)
     weight.pack(layer, given)

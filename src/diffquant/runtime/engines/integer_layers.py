@@ -11,7 +11,7 @@ multiplication: codes on an edge may differ by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,10 @@ class PackedCodes(Quantizer):
         ]
         return torch.cat(parts, dim=1).contiguous().to(torch.int8 if self.spec.symmetric else torch.uint8)
 
+    def frozen_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, computed at each call: the packed codes are here to save memory."""
+        return self.dequantized_codes().to(dtype)
+
     def unpack(self) -> None:
         """Become a plain quantizer that holds its codes."""
         codes = self.codes
@@ -78,7 +82,7 @@ class PackedCodes(Quantizer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if fn(torch.empty(0)).device.type != "cpu":
             self.unpack()  # it is of its parent's class then, which rules super() out
-        applied: nn.Module = Quantizer._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        applied: nn.Module = Quantizer._apply(self, fn, recurse)
         return applied
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -109,15 +113,30 @@ def _beside(values: Tensor, weight: Tensor) -> Tensor:
     return values.view(-1, *[1] * (weight.dim() - 1))
 
 
-def steps_of(layer: QuantizedLayer, given: Quantizer, weight: PackedCodes) -> list[list[Step]]:
-    """The parameter sets of a layer's input, [sets][splits]."""
+def products_of(weight: Quantizer, largest: int) -> int:
+    """How many products the widest part of a frozen weight takes, no digit of it larger than `largest`; without a shift."""
+    codes = weight.codes
+    assert codes is not None
+    integers = _integers(codes, weight.zero_point[:, :1].expand(len(codes), 1), None)
+    if weight.zero_point.shape[1] > 1:
+        zero_point = torch.cat(
+            [part.expand(-1, size) for part, size in zip(weight.zero_point.split(1, 1), weight.splits, strict=True)], 1
+        )
+        integers = codes.int() - zero_point.int().view(*zero_point.shape, *[1] * (codes.dim() - 2))
+    return sum(1 for _ in digits(integers, largest))
+
+
+def steps_of(layer: QuantizedLayer, given: Quantizer, weight: Quantizer) -> list[list[Step]]:
+    """The parameter sets of a layer's input, [sets][splits]; their matrices where the weight is packed."""
     raised = -given.spec.code_min  # signed codes become unsigned ones
     rows = []
     for row in range(given.rows):
         factor = torch.ones(1) if layer.smooth is None else layer.smooth.detach().float()
         if given.shift is not None:
             factor = factor * torch.exp2(given.shift[row].float())
-        matrices = weight.packed[_row_of(weight.rows_of_shift, given.shift, row)]
+        matrices: Sequence[Sequence[Packed]] = [()] * max(1, len(given.splits))
+        if isinstance(weight, PackedCodes):
+            matrices = weight.packed[_row_of(weight.rows_of_shift, given.shift, row)]
         factors = factor.split(list(given.splits)) if given.splits and len(factor) > 1 else [factor] * len(matrices)
         parts = []
         for part, channels in enumerate(factors):
@@ -184,6 +203,13 @@ def differentiated(x: Tensor) -> bool:
 
 
 def _forward(layer: IntegerLayer, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _computed(layer, x)
+    with torch._C.DisableTorchFunction():  # the mode that finds an attention's products looks at every operation in it
+        return _computed(layer, x)
+
+
+def _computed(layer: IntegerLayer, x: Tensor) -> Tensor:
     given = layer.input_quantizer
     assert given is not None
     dtype = x.dtype if x.dtype in OUTPUTS else torch.float32

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, final
+from typing import Any, NamedTuple, final
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
+from diffquant.runtime.engines import nibbles
 
+Geometry = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation and groups of a convolution
 OUTPUTS = (torch.float32, torch.bfloat16)  # what the kernels put out
 MAX_CODE = 255  # of 8 bits
 PADDED = 4  # an input with fewer codes for each weight of a convolution than this is given its edges here, not by the kernel
@@ -55,47 +57,83 @@ def quantized(x: Float[Tensor, "*shape"], scale: float, zero_point: int, dtype: 
     return torch.empty(0, dtype=dtype).set_(codes.untyped_storage(), codes.storage_offset(), codes.shape, codes.stride())
 
 
+class Part(NamedTuple):
+    """Some outputs of a weight, from `first` to before `end`."""
+
+    first: int
+    end: int
+    weight: nibbles.Plain | nibbles.Nibbles
+
+
 @final
 class Packed:
     """One digit of an integer weight [out, in, ...] in the layout of a kernel, with its scale for each output.
 
-    ``weights``: all outputs, or after `halve` the first and the last half of them. Not written afterwards. ``sums``: of the scaled
-    weights of each output, float64; ``count`` of all weights.
+    ``halves``: all outputs, or after `halve` the first and the last half of them; each in parts. Weights of up to 4 bits are packed
+    (`nibbles`) until a call has too few rows for it, and large ones cut into parts, which share less memory to be unpacked into.
+    ``sums``: of the scaled weights of each output, float64; ``count`` of all weights.
     """
 
     def __init__(self, digits: Int[Tensor, "out ..."], factor: int, scale: Float[Tensor, " out"], layer: QuantizedLayer) -> None:
         self.factor, self.scale = factor, scale * float(factor)
         self.zero_point = torch.zeros(len(digits), dtype=torch.int32)
         self.sums, self.count = digits.flatten(1).sum(1, dtype=torch.int64) * self.scale.double(), digits.numel()
-        ops = torch.ops.onednn
         self.shape = digits.shape
+        self._geometry: Geometry | None = None
         if isinstance(layer, QuantizedConv2d) and not pointwise(layer):
-            geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
-            weight: Tensor = ops.qconv_prepack(digits.contiguous(), torch.ones(len(digits)), 1.0, 0, *geometry, None)
+            self._geometry = list(layer.stride), list(map(int, layer.padding)), list(layer.dilation), layer.groups
+        self._narrow = nibbles.available() and nibbles.packable(digits)
+        self.halves = [self._parts(digits, 0)]
+
+    def _parts(self, digits: Int[Tensor, "out ..."], first: int) -> list[Part]:
+        """Outputs from `first` on, laid out."""
+        grouped = self._geometry is not None and self._geometry[-1] > 1
+        size, parts = len(digits), []
+        if self._narrow and not grouped:
+            count = -(-digits.numel() // nibbles.PART)
+            size = -(-size // count // nibbles.OUTPUTS) * nibbles.OUTPUTS
+        for each in digits.split(size):
+            parts.append(Part(first, first + len(each), self._laid_out(each.contiguous())))
+            first += len(each)
+        return parts
+
+    def _laid_out(self, digits: Int[Tensor, "out ..."]) -> nibbles.Plain | nibbles.Nibbles:
+        ops = torch.ops.onednn
+        if self._geometry is not None:
+            weight: Tensor = ops.qconv_prepack(digits, torch.ones(len(digits)), 1.0, 0, *self._geometry, None)
         else:
-            weight = ops.qlinear_prepack(digits.flatten(1).contiguous(), None)
-        self.weights = (weight,)
+            weight = ops.qlinear_prepack(digits.flatten(1), None)
+        return nibbles.Nibbles(weight) if self._narrow else nibbles.Plain(weight)
+
+    def parts(self, half: int | None, rows: int) -> list[Part]:
+        """The parts of one half, or of all outputs, for a product of so many `rows`."""
+        if self._narrow and rows < nibbles.ROWS:
+            digits, self._narrow = self._digits(), False
+            self.halves = [self._parts(each, index * len(each)) for index, each in enumerate(digits.chunk(len(self.halves)))]
+        return [part for each in self.halves for part in each] if half is None else self.halves[half]
 
     def halve(self) -> None:
         """Lay out each half of the outputs of a linear layer for itself, so that they can be multiplied apart."""
-        if len(self.weights) == 1:
-            halves = _dense(self.weights[0]).chunk(2)
-            self.weights = tuple(torch.ops.onednn.qlinear_prepack(half.contiguous(), None) for half in halves)
+        if len(self.halves) == 1:
+            self.halves = [self._parts(half, index * len(half)) for index, half in enumerate(self._digits().chunk(2))]
+
+    def _digits(self) -> Int[Tensor, "out ..."]:
+        return torch.cat([_dense(part.weight) for half in self.halves for part in half])
 
     def integers(self) -> Int[Tensor, "out ..."]:
         """What was laid out, times the weight of its digit, int32."""
-        digits = torch.cat([_dense(weight) for weight in self.weights]).view(self.shape)
-        return digits.int().mul_(self.factor)
+        return self._digits().view(self.shape).int().mul_(self.factor)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         return self
 
 
-def _dense(weight: Tensor) -> Int[Tensor, "out ..."]:
+def _dense(held: nibbles.Plain | nibbles.Nibbles) -> Int[Tensor, "out ..."]:
     """A weight out of its kernel's layout, int8; that of linear layers holds [in, out]."""
-    dense = weight.to_dense()
-    held: Tensor = dense.t() if dense.dim() == 2 else dense
-    return held
+    with held as weight:
+        dense = weight.to_dense()
+        integers: Tensor = dense.t() if dense.dim() == 2 else dense
+        return integers.clone()
 
 
 def pointwise(layer: QuantizedConv2d) -> bool:
@@ -144,6 +182,12 @@ class Step:
         plain = isinstance(self.inverse, float)
         codes = quantized(x if plain else x * self.inverse, self.scale if plain else 1.0, self.zero_point, torch.uint8)
         return codes if self.last == MAX_CODE else codes.clamp_(max=self.last)
+
+    def values(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """`x`, smoothed where it is, as the codes stand for it."""
+        if ONE_PASS and self.last == MAX_CODE and isinstance(self.inverse, float):
+            return torch.quantize_per_tensor(x, self.scale, self.zero_point, torch.quint8).dequantize()
+        return self.codes(x).float().sub_(self.zero_point).mul_(self.scale)
 
 
 @final
@@ -220,23 +264,21 @@ class Product:
         """
         step = self.steps[rows[0]][0]
         packed = step.matrices[0]
-        last = len(packed.weights) - 1
+        halved = len(packed.halves) > 1
         taken = receiver.steps[rows[1]][0]
-        if last == 0 and receiver.takes_codes:
-            return [_linear(codes, step, packed, 0, bias, (taken.scale, taken.zero_point, torch.uint8), ("gelu", [], gelu))]
-        activated = _linear(codes, step, packed, last, bias, post=("gelu", [], gelu))
-        if last:
+        if not halved and receiver.takes_codes:
+            return [_linear(codes, step, packed, None, bias, (taken.scale, taken.zero_point, torch.uint8), ("gelu", [], gelu))]
+        activated = _linear(codes, step, packed, 1 if halved else None, bias, post=("gelu", [], gelu))
+        if halved:
             activated.mul_(_linear(codes, step, packed, 0, bias))
         return receiver.codes(activated, rows[1])
 
     def _one(self, codes: Tensor, step: Step, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if not self.conv:
-            codes, put_out = codes.contiguous(), (1.0, 0, dtype)
-            parts = [_linear(codes, step, packed, part, bias, put_out) for part in range(len(packed.weights))]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            return _linear(codes.contiguous(), step, packed, None, bias, (1.0, 0, dtype))
         codes = codes.contiguous(memory_format=torch.channels_last)
         if self.pointwise:
-            return _linear(codes.permute(0, 2, 3, 1), step, packed, 0, bias, (1.0, 0, dtype)).permute(0, 3, 1, 2)
+            return _linear(codes.permute(0, 2, 3, 1), step, packed, None, bias, (1.0, 0, dtype)).permute(0, 3, 1, 2)
         zero_point, padding = step.zero_point, self.padding
         if zero_point and (not any(padding) or codes.numel() < PADDED * packed.count):
             # with a zero point the kernel lays the weight out again at every call; here it goes into edges and bias
@@ -244,11 +286,16 @@ class Product:
             moved = (packed.sums * (-zero_point * step.scale)).float()
             bias, zero_point, padding = moved if bias is None else bias + moved, 0, [0, 0]
         geometry = (self.stride, padding, self.dilation, self.groups)
-        product: Tensor = torch.ops.onednn.qconv2d_pointwise(
-            codes, step.scale, zero_point, packed.weights[0], packed.scale, packed.zero_point, bias,
-            *geometry, 1.0, 0, dtype, "none", [], None,
-        )  # fmt: skip
-        return product
+        products = []
+        for first, end, held in packed.parts(None, codes.numel() // codes.shape[1]):
+            here = slice(first, end)
+            with held as weight:
+                product: Tensor = torch.ops.onednn.qconv2d_pointwise(
+                    codes, step.scale, zero_point, weight, packed.scale[here], packed.zero_point[here],
+                    None if bias is None else bias[here], *geometry, 1.0, 0, dtype, "none", [], None,
+                )  # fmt: skip
+            products.append(product)
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
     def empty_output(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised output for input codes of that shape."""
@@ -266,19 +313,25 @@ def _linear(
     codes: Tensor,
     step: Step,
     packed: Packed,
-    part: int,
+    half: int | None,
     bias: Tensor | None,
     put_out: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32),
     post: tuple[str, list[float], str] = ("none", [], ""),
 ) -> Tensor:
-    """The product of contiguous `codes` with one part of a linear weight, after `post`; `put_out`: scale, zero point and type."""
-    given: tuple[Tensor | None, ...] = (packed.weights[part], packed.scale, packed.zero_point, bias)
-    if len(packed.weights) > 1:
-        size = len(packed.scale) // len(packed.weights)
-        here = slice(part * size, (part + 1) * size)
-        given = (packed.weights[part], packed.scale[here], packed.zero_point[here], None if bias is None else bias[here])
-    product: Tensor = torch.ops.onednn.qlinear_pointwise(codes, step.scale, step.zero_point, *given, *put_out, *post)
-    return product
+    """The product of contiguous `codes` with a linear weight, or one half of its outputs, after `post`.
+
+    `put_out`: scale, zero point and type of the output.
+    """
+    products = []
+    for first, end, held in packed.parts(half, codes.numel() // codes.shape[-1]):
+        here = slice(first, end)
+        given = packed.scale[here], packed.zero_point[here], None if bias is None else bias[here]
+        with held as weight:
+            product: Tensor = torch.ops.onednn.qlinear_pointwise(
+                codes, step.scale, step.zero_point, weight, *given, *put_out, *post
+            )
+        products.append(product)
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
 def feed_forward(

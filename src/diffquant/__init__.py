@@ -21,6 +21,7 @@ from diffquant.runtime.correction import attach, detach
 from diffquant.runtime.engines import engine, use_engine
 from diffquant.runtime.estimate import inspect
 from diffquant.runtime.export import export
+from diffquant.runtime.info import Info, info
 from diffquant.runtime.sensitivity import Sensitivity, sensitivity
 
 __version__ = version("diffquant")
@@ -30,6 +31,7 @@ hf.register()
 __all__ = [
     "Calibration",
     "DiffquantError",
+    "Info",
     "LayerRule",
     "LayerSpec",
     "QuantSpec",
@@ -45,6 +47,7 @@ __all__ = [
     "evaluate",
     "export",
     "full_precision",
+    "info",
     "inspect",
     "load",
     "load_recipe",

@@ -38,7 +38,8 @@ from diffquant.zoo.data import render_letters
 HELP = (
     "Post-training quantization for diffusion models: calibrate on a pipeline's own sampling, pack, sample, compare. "
     "A model is a directory, a hub id, or a reference model (glyph-ddim, glyph-sd, glyph-dit). "
-    f"What quantized models compute with is chosen by the CPU, or by the variable DIFFQUANT_ENGINE: {', '.join(ENGINES)}."
+    f"What quantized models compute with is chosen by asking the machine (info), or by the variable DIFFQUANT_ENGINE: "
+    f"{', '.join(ENGINES)}."
 )
 WIDE = 200  # columns where nothing says how many: in a pipe or a file
 app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -295,6 +296,16 @@ def inspect(
         console.print(f"by sampling step: sensitivity.json and sensitivity.png in {sensitivity}")
     console.print(f"file {found.file_bytes / 1e6:.2f} MB, {found.file_bytes / found.float32_bytes:.3f} of float32")
     console.print(f"peak memory about {found.memory_bytes / 1e9:.2f} GB, calibration about {found.seconds / 60:.1f} minutes here")
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Show this machine: what its kernels multiply exactly, the engines that run, and the default."""
+    found = dq.info()
+    if as_json:
+        console.print_json(found.model_dump_json())
+    else:
+        console.print(found.table())
 
 
 @zoo_app.command(name="list")

@@ -1,8 +1,9 @@
 """Engines: what a frozen model computes with. The simulation in floating point is their specification, and runs anywhere.
 
-``int8``: PyTorch's integer kernels on a CPU (`int8_cpu`); the default where the CPU has them. ``openvino``: those of OpenVINO, on a
-CPU; needs the package of that name; ``openvino-bf16``: the same, with bfloat16 between them. ``simulate``: quantized values in
-floating point, on any device.
+``int8``: PyTorch's integer kernels on a CPU (`int8_cpu`); the default where they are exact and faster than float32, which every
+machine is asked (`exactness`). ``openvino``: those of OpenVINO, on a CPU; needs the package of that name, and converts a model at
+its first call; ``openvino-bf16``: the same, with bfloat16 between them. ``simulate``: quantized values in floating point, on any
+device.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import is_frozen, quantized_layers
 from diffquant.runtime.engines import int8_cpu, openvino
+from diffquant.runtime.engines.exactness import answer_of
 from diffquant.runtime.engines.int8_cpu import Lowered
 
 VARIABLE = "DIFFQUANT_ENGINE"
@@ -35,14 +37,15 @@ def check_engine(engine: str | None) -> None:
     if engine == "int8" and (reason := int8_cpu.unsupported()):
         raise CheckpointError(f"engine: 'int8', but {reason}; use engine='simulate'")
     if engine in openvino.PRECISIONS and (reason := openvino.unsupported(openvino.PRECISIONS[engine])):
-        raise CheckpointError(f"engine: {engine!r}, but {reason}; use engine='openvino'")
+        other = "openvino" if not openvino.unsupported("f32") else "simulate"
+        raise CheckpointError(f"engine: {engine!r}, but {reason}; use engine={other!r}")
 
 
 @contextmanager
 def engine(name: str | None) -> Iterator[None]:
     """Models loaded inside this context get engine `name`.
 
-    None chooses: what the environment's variable DIFFQUANT_ENGINE says, else int8 where the CPU has it, else the simulation.
+    None chooses: what the environment's variable DIFFQUANT_ENGINE says, else `default`.
     Raises `CheckpointError` for an engine that is unknown, or that this machine cannot run.
     """
     check_engine(name)
@@ -53,16 +56,31 @@ def engine(name: str | None) -> Iterator[None]:
         _requested.reset(token)
 
 
+def default() -> tuple[str, str]:
+    """The engine of this machine where nobody asks for another one, and why.
+
+    int8, where PyTorch's kernels multiply exactly and faster than float32. Not openvino: it converts each model at its first call,
+    for a minute where the model is large, compiles for each batch size, and refuses parameter sets that int8 computes.
+    """
+    answers = [answer_of(kernel) for kernel in int8_cpu.KERNELS]
+    if reason := int8_cpu.unsupported():
+        return "simulate", reason
+    fastest = max(answer.speed for answer in answers if answer.usable)
+    if fastest <= 1:
+        return "simulate", "PyTorch's integer products take longer here than those of float32"
+    return "int8", f"exact, and up to {fastest:.1f} times as fast as float32 on one large product"
+
+
 def requested() -> str:
     """The engine that a model loaded now gets: that of the context, of the environment's `VARIABLE`, or the default."""
     name = _requested.get() or os.environ.get(VARIABLE)
     if name:
         check_engine(name)
         return name
-    if reason := int8_cpu.unsupported():
-        _log.warning("%s; quantized models are simulated in floating point, no faster than the original", reason)
-        return "simulate"
-    return "int8"
+    name, why = default()
+    if name == "simulate":
+        _log.warning("%s; quantized models are simulated in floating point, no faster than the original", why)
+    return name
 
 
 def engine_of(model: nn.Module) -> str:

@@ -28,6 +28,7 @@ from diffquant.core.surgery import quantized_layers, quantizers
 from diffquant.runtime.engines import graph as graphs
 from diffquant.runtime.engines import int8_cpu
 from diffquant.runtime.engines.changes import Picture, hooked
+from diffquant.runtime.engines.exactness import answer_of
 from diffquant.runtime.engines.graph import MakeOutput, check, status
 from diffquant.runtime.engines.graph_call import Call, feed
 from diffquant.runtime.engines.int8_cpu import Lowered
@@ -76,8 +77,11 @@ def compile_graph(graph: Any, precision: Precision = "f32") -> Any:
 
 
 def unsupported(precision: Precision) -> str:
-    """Why this machine's CPU does not compute in `precision`; empty where it does. Raises `CheckpointError` without OpenVINO."""
+    """Why OpenVINO does not compute exactly and in `precision` here; empty where it does. Raises `CheckpointError` without it."""
     able = package().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    for answer in (answer_of("openvino linear"), answer_of("openvino convolution")):
+        if not answer.usable:
+            return answer.reason or f"this machine's {answer.kernel} is not exact"
     return "" if precision == "f32" or "BF16" in able else "the CPU has no instructions for bfloat16"
 
 

@@ -1,26 +1,31 @@
-"""The int8 engine: time per step against torch's own floating point, its layers against the simulation, and memory while loading.
+"""The int8 engine: time per step against floating point, its layers against the simulation, and memory while loading.
 
-    python benchmarks/engine.py speed --models glyph-ddim ddpm-cifar10 dit-s dit-xl sd15 --openvino --compile
-    python benchmarks/engine.py speed --models ddpm-cifar10 --openvino --peers "openvino float32" "openvino nncf"
-    python benchmarks/engine.py speed --models dit-s --set layers.1.input_symmetric=true --openvino --peers "openvino nncf"
+    python benchmarks/engine.py speed --models glyph-ddim ddpm-cifar10 dit-s --engines openvino --compile --peers "openvino float32"
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/engine.py speed ...
+    python benchmarks/engine.py shown
     python benchmarks/engine.py layers --bits 4
     python benchmarks/engine.py memory --bits 4
 
-`speed`: the runtimes take turns, a few calls each after one to warm up, for several rounds; medians over the rounds, and the ratios
-of floating point to the engine within a round. `layers`: every layer of glyph-ddim in one call, fed what the simulation feeds it.
-`memory`: Stable Diffusion 1.5's UNet, loaded in a process of its own. All weights but glyph-ddim's are random.
+`speed`: the runtimes take turns, a few calls each after one to warm up, for several rounds; medians over the rounds, and ratios to
+the default engine within a round, at 4 and 8 bits of the weights. One row of `results/engine-speed.csv` is one runtime of one model
+on one machine; `shown` prints them. The switches in the second line give PyTorch and OpenVINO the kernels of an older processor.
+`layers`: every layer of glyph-ddim in one call, fed what the simulation feeds it. `memory`: Stable Diffusion 1.5's UNet, loaded in a
+process of its own. All weights but glyph-ddim's are random.
 """
 
 import argparse
 import copy
+import csv
+import datetime
 import json
-import platform
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +44,14 @@ from diffquant.core.affine import scale_from_range
 from diffquant.core.planning import plan
 from diffquant.core.surgery import freeze, prepare, quantizers
 from diffquant.runtime.checkpoint import file_size, float32_size
-from diffquant.runtime.engines import openvino
-from diffquant.runtime.engines.integer_layers import INTEGER
+from diffquant.runtime.engines import nibbles, openvino
+from diffquant.runtime.engines.float_layers import FLOATING
+from diffquant.runtime.engines.integer_layers import INTEGER, PackedCodes
 
 RESULTS = Path("benchmarks/results")
+SPEED = RESULTS / "engine-speed.csv"
+KEYS = ("processor", "kernels", "threads", "model", "batch", "runtime")  # of a row that a new one replaces
+SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 Call = Callable[[nn.Module], Tensor]
 Run = Callable[[], object]
 
@@ -129,35 +138,77 @@ def calibrated(model: nn.Module, call: Call, recipe: str, overrides: Sequence[st
 
 
 def machine() -> dict[str, Any]:
-    capabilities = dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
-    named = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    """What the timings depend on; `kernels` says what was asked of the machine, and the set that PyTorch computes with."""
+    said = dq.info()
+    largest = next(kernel.largest_weight[8] for kernel in said.kernels if kernel.name == "torch linear")
+    switches = " ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ)
     return {
-        "cpu": capabilities.get("cpu_name", platform.processor()),
-        "instructions": [name for name in named if capabilities.get(name)],
+        "processor": said.processor,
+        "kernels": f"{torch.backends.cpu.get_cpu_capability()}, exact to {largest}" + (f" ({switches})" if switches else ""),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": said.versions["torch"],
+        "openvino": said.versions.get("openvino", ""),
     }
 
 
-def runtimes(name: str, arguments: argparse.Namespace) -> tuple[dict[str, tuple[Run, str]], dict[str, str]]:
-    """What computes one call of a model, each with torch's float32 precision; and the layers that the engine simulates."""
+def held(model: nn.Module) -> float:
+    """Bytes that a model's weights take in memory, in parts of what float32 takes; scratch that layers share counts once."""
+    scratches: dict[int, int] = {}
+    total = sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), buffers_of(model)))
+    for module in model.modules():
+        if isinstance(module, FLOATING):
+            total += module.float_product.weight.nbytes
+        if not isinstance(module, PackedCodes):
+            continue
+        for packed in (digit for row in module.packed for part in row for digit in part):
+            for part in (part for half in packed.halves for part in half):
+                if isinstance(part.weight, nibbles.Nibbles):
+                    total += part.weight.held
+                    scratches[id(part.weight.scratch)] = len(part.weight.scratch.bytes)
+                else:
+                    total += torch.ops.mkldnn._nbytes(part.weight.weight)
+    return (total + sum(scratches.values())) / float32_size(model)
+
+
+def buffers_of(model: nn.Module) -> Iterator[Tensor]:
+    """Its buffers, but for codes that are unpacked when they are looked at."""
+    return (tensor for module in model.modules() for tensor in module._buffers.values() if tensor is not None)
+
+
+def in_bytes(model: nn.Module) -> nn.Module:
+    """A copy of a simulated model that computes with int8, 4-bit weights held in a byte each."""
+    copied, least = copy.deepcopy(model), nibbles.LEAST
+    nibbles.LEAST = sys.maxsize
+    try:
+        dq.use_engine(copied, "int8")
+    finally:
+        nibbles.LEAST = least
+    return copied
+
+
+def runtimes(name: str, arguments: argparse.Namespace) -> tuple[dict[str, tuple[Run, str]], dict[str, nn.Module]]:
+    """What computes one call of a model, each with torch's float32 precision; and the models that compute with int8."""
     make, batch = MODELS[name]
     torch.manual_seed(0)
     full = make().eval().requires_grad_(False)
     given = inputs(full, batch)
-    quantized = quantize(copy.deepcopy(full), denoise(batch), 8, arguments.overrides)
-    simulated = dq.use_engine(quantized, "int8")
-    models = {"float32": full, "float32 medium": full, "int8": quantized}
-    if not arguments.no_bfloat16:
+    models = {"float32": full, "float32 medium": full}
+    if arguments.bfloat16:
         models["bfloat16"] = copy.deepcopy(full).to(torch.bfloat16)
-    for engine in openvino.PRECISIONS if arguments.openvino else ():
-        if not (engine.endswith("bf16") and arguments.no_bfloat16):
-            models[engine] = copy.deepcopy(quantized)
-            dq.use_engine(models[engine], engine)
-    for runtime in ("float32", "bfloat16", "int8") if arguments.compile else ():
-        if runtime in models:
-            models[f"{runtime} compiled"] = copy.deepcopy(models[runtime])
-            models[f"{runtime} compiled"].compile()
+    lowered: dict[str, nn.Module] = {}
+    for bits in (4, 8):
+        quantized = quantize(copy.deepcopy(full), denoise(batch), bits, arguments.overrides)
+        lowered[f"int8 w{bits}a8"] = copy.deepcopy(quantized)
+        dq.use_engine(lowered[f"int8 w{bits}a8"], "int8")
+        if bits == 4:
+            lowered["int8 w4a8 in bytes"] = in_bytes(quantized)
+        for engine in arguments.engines:
+            models[f"{engine} w{bits}a8"] = copy.deepcopy(quantized)
+            dq.use_engine(models[f"{engine} w{bits}a8"], engine)
+    models |= lowered
+    for runtime in ("float32", "int8 w4a8") if arguments.compile else ():
+        models[f"{runtime} compiled"] = copy.deepcopy(models[runtime])
+        models[f"{runtime} compiled"].compile()
 
     def run(model: nn.Module) -> Run:
         dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
@@ -168,15 +219,13 @@ def runtimes(name: str, arguments: argparse.Namespace) -> tuple[dict[str, tuple[
     for peer in arguments.peers:
         found[peer] = (peers.PEERS[peer](full, given), "highest")
     if arguments.onnx:
-        exported = copy.deepcopy(quantized)
-        dq.use_engine(exported, "simulate")
-        found["onnx"] = (peers.onnx_export(exported, given), "highest")
-    return found, {layer: reason for layer, reason in simulated if reason}
+        found["onnx w8a8"] = (peers.onnx_export(quantized, given), "highest")
+    return found, lowered
 
 
-def time_model(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians of `calls` calls in each of `rounds` rounds, and the ratios of every runtime to the engines in every round."""
-    found, simulated = runtimes(name, arguments)
+def time_model(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each runtime: the median of `calls` calls in each of `rounds` rounds, and its ratios to the default engine."""
+    found, lowered = runtimes(name, arguments)
     times: dict[str, list[float]] = {runtime: [] for runtime in found}
     for _ in track(range(arguments.rounds), description=name, console=Console(stderr=True)):
         for runtime, (run, precision) in found.items():
@@ -189,55 +238,80 @@ def time_model(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 taken.append(time.perf_counter() - start)
             times[runtime].append(statistics.median(taken))
     torch.set_float32_matmul_precision("highest")
-    row: dict[str, Any] = {"batch": MODELS[name][1]}
-    row["seconds"] = {runtime: statistics.median(taken) for runtime, taken in times.items()}
-    row["ratios"] = {
-        f"{runtime} / {engine}": sorted(a / b for a, b in zip(times[runtime], times[engine], strict=True))
-        for engine in ("int8", "int8 compiled", *openvino.PRECISIONS)
-        for runtime in times
-        if engine in times and runtime != engine
-    }
-    row["simulated"] = simulated
-    return row
+    rows = []
+    for runtime, taken in times.items():
+        row = {"model": " ".join([name, *arguments.overrides]), "batch": MODELS[name][1], "runtime": runtime}
+        row |= {"rounds": len(taken), "milliseconds": f"{statistics.median(taken) * 1e3:.1f}"}
+        for bits in (4, 8):
+            ratios = sorted(a / b for a, b in zip(taken, times[f"int8 w{bits}a8"], strict=True))
+            row |= {f"over w{bits}a8": f"{statistics.median(ratios):.3f}", f"low {bits}": f"{ratios[0]:.3f}"}
+            row[f"high {bits}"] = f"{ratios[-1]:.3f}"
+        row["held"] = f"{held(lowered[runtime]):.3f}" if runtime in lowered else ""
+        rows.append(row)
+    return rows
 
 
-def speed(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A row for each model; what is measured is written at once, beside what the file holds of the same machine.
-
-    With `--add`, what the file holds of other runtimes stays: a ratio is of the run that measured both either way.
-    """
-    file = RESULTS / "engine-speed.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    result = {"machine": machine(), "models": kept["models"] if kept.get("machine") == machine() else {}}
-    table = Table("model", "batch", "runtime", "ms", "times as long as int8", "slowest and fastest round")
+def speed(arguments: argparse.Namespace) -> None:
+    """Time every model, and write its rows at once in the place of those of the same machine, model and runtime."""
+    place = {"date": datetime.date.today().isoformat(), "commit": commit(), **machine()}
     for name in arguments.models:
-        row, key = time_model(name, arguments), " ".join([name, *arguments.overrides])
-        earlier = result["models"].get(key, {}) if arguments.add else {}
-        result["models"][key] = {**row, **{part: earlier.get(part, {}) | row[part] for part in ("seconds", "ratios")}}
-        write(file, result)
-        for runtime, seconds in row["seconds"].items():
-            ratios = row["ratios"].get(f"{runtime} / int8", [row["seconds"][runtime] / row["seconds"]["int8"]])
-            extent = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else ""
-            table.add_row(name, str(row["batch"]), runtime, f"{seconds * 1e3:.0f}", f"{statistics.median(ratios):.2f}", extent)
-    Console().print(table)
-    return result
+        rows = [{**place, **row} for row in time_model(name, arguments)]
+        kept = [row for row in read_rows() if not any(all(row[key] == str(new[key]) for key in KEYS) for new in rows)]
+        write_rows([*kept, *rows])
+        table = Table("model", "runtime", "ms", "times int8 w4a8", "times int8 w8a8", "held")
+        for row in rows:
+            extent = [f"{row[f'over w{bits}a8']} [{row[f'low {bits}']}, {row[f'high {bits}']}]" for bits in (4, 8)]
+            table.add_row(name, row["runtime"], row["milliseconds"], *extent, row["held"])
+        Console(width=140).print(table)
+
+
+def commit() -> str:
+    """The commit that is measured, with a plus where files differ from it."""
+    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
+    return run.stdout.strip()
+
+
+def read_rows() -> list[dict[str, str]]:
+    if not SPEED.exists():
+        return []
+    with SPEED.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    temporary = SPEED.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(SPEED)
 
 
 def shown() -> None:
-    """What the file holds, as Markdown: medians over rounds in parts of the `int8` engine's time, a column for each model."""
-    models = json.loads((RESULTS / "engine-speed.json").read_text())["models"]
-    names = list(dict.fromkeys(runtime for row in models.values() for runtime in row["seconds"]))
-    print("| computed by | " + " | ".join(f"{name}, {row['batch']}" for name, row in models.items()) + " |")
-    print("|---|" + "---|" * len(models))
-    for runtime in names:
-        cells = []
-        for row in models.values():
-            found = row["ratios"].get(f"{runtime} / int8", [1.0] if runtime == "int8" else [])
-            cells.append(f"{statistics.median(found):.2f}" if found else "")
-        print(f"| {runtime} | {' | '.join(cells)} |")
-    for name, row in models.items():
-        beside = {key: values for key, values in row["ratios"].items() if key.partition(" / ")[2] in openvino.PRECISIONS}
-        print(f"{name}: " + ", ".join(f"{key} {statistics.median(v):.2f} [{v[0]:.2f}, {v[-1]:.2f}]" for key, v in beside.items()))
+    """What the file holds, as Markdown: a table for each machine, a row for each model."""
+    machines: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, dict[str, str]]]] = {}
+    for row in read_rows():
+        models = machines.setdefault((row["processor"], row["kernels"], row["threads"]), {})
+        models.setdefault((row["model"], row["batch"]), {})[row["runtime"]] = row
+    for (processor, kernels, threads), models in machines.items():
+        print(f"\n{processor}, {kernels}, {threads} threads\n")
+        print("| model, batch | ms W4A8, W8A8 | torch, eager | compiled | OpenVINO float32 | `openvino` | in bytes | memory |")
+        print("|---|---|---|---|---|---|---|---|")
+        for (model, batch), rows in models.items():
+
+            def over(runtimes: Sequence[str], bits: int, rows: dict[str, dict[str, str]] = rows) -> str:
+                ratios = [float(rows[runtime][f"over w{bits}a8"]) for runtime in runtimes if runtime in rows]
+                return f"{min(ratios):.2f}" if ratios else "-"
+
+            both = [
+                f"{over(runtimes, 4)}, {over(runtimes, 8)}"
+                for runtimes in (["float32", "float32 medium"], ["float32 compiled"], ["openvino float32"])
+            ]
+            engine = f"{over(['openvino w4a8'], 4)}, {over(['openvino w8a8'], 8)}"
+            ours = [rows[f"int8 w{bits}a8"] for bits in (4, 8)]
+            times = ", ".join(f"{float(row['milliseconds']):.0f}" for row in ours)
+            memory = ", ".join(row["held"] for row in ours)
+            print(f"| {model}, {batch} | {times} | {' | '.join(both)} | {engine} | {over(['int8 w4a8 in bytes'], 4)} | {memory} |")
 
 
 def layers(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -297,7 +371,7 @@ print(resident("VmRSS") - before, resident("VmHWM") - before)
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """File, resident memory after loading and its peak, of Stable Diffusion 1.5's UNet; relative to its float32 weights."""
-    row: dict[str, Any] = {}
+    row: dict[str, Any] = {"bits": arguments.bits}
     with tempfile.TemporaryDirectory() as folder:
         UNet2DConditionModel(
             sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=8, attention_head_dim=8
@@ -320,14 +394,13 @@ def main() -> None:
     one = commands.add_parser("speed")
     one.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     one.add_argument("--compile", action="store_true", help="with torch.compile too; takes minutes for each model")
-    one.add_argument("--no-bfloat16", action="store_true", help="leave it out where the CPU has no such instructions")
+    one.add_argument("--bfloat16", action="store_true", help="with torch's bfloat16")
     one.add_argument(
-        "--openvino", action="store_true", help="with the OpenVINO engines too; converting takes minutes for large models"
+        "--engines", nargs="*", choices=list(openvino.PRECISIONS), default=[], help="other engines; converting takes minutes"
     )
     one.add_argument("--onnx", action="store_true", help="with the exported ONNX file in ONNX Runtime")
     one.add_argument("--peers", nargs="*", choices=peers.PEERS, default=[], help="with other runtimes")
     one.add_argument("--set", nargs="*", default=[], dest="overrides", help="changes of the recipe, as of the command line")
-    one.add_argument("--add", action="store_true", help="keep what the file holds of a model's other runtimes")
     one.add_argument("--rounds", type=int, default=5)
     one.add_argument("--calls", type=int, default=3)
     commands.add_parser("shown", help="the results of speed as Markdown")
@@ -338,7 +411,10 @@ def main() -> None:
         shown()
         return
     with torch.no_grad():
-        result = {"speed": speed, "layers": layers, "memory": memory}[arguments.command](arguments)
+        if arguments.command == "speed":
+            speed(arguments)
+            return
+        result = {"layers": layers, "memory": memory}[arguments.command](arguments)
     write(RESULTS / f"engine-{arguments.command}.json", result)
 
 

@@ -60,7 +60,8 @@ class Info(BaseModel):
 
     def table(self) -> RenderableType:
         """For a terminal."""
-        kernels = Table(
+        headers = "kernel", "largest weight\nbeside 8 bits", "beside\n7 bits", "times as fast\nas float32"
+        kernels = Table(*headers, title="kernels")
             "kernel", "largest weight\nbeside 8 bits", "beside\n7 bits", "float32's time\nin its own", "", title="kernels"
         )
         for kernel in self.kernels:

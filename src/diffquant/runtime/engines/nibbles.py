@@ -92,6 +92,11 @@ class Nibbles:
             if not torch.equal(self.scratch.bytes, values):
                 raise RuntimeError("a weight of 4 bits cannot be unpacked as it was; use engine='simulate' and report this")
 
+    @property
+    def held(self) -> int:
+        """Bytes that this weight takes, without the scratch."""
+        return len(self._packed) + len(self._rest)
+
     def __enter__(self) -> Tensor:
         scratch = self.scratch
         scratch.lock.acquire()

@@ -9,8 +9,8 @@
 `speed`: the runtimes take turns, a few calls each after one to warm up, for several rounds; medians over the rounds, and ratios to
 the default engine within a round, at 4 and 8 bits of the weights. One row of `results/engine-speed.csv` is one runtime of one model
 on one machine; `shown` prints them. The switches in the second line give PyTorch and OpenVINO the kernels of an older processor.
-`layers`: every layer of glyph-ddim in one call, fed what the simulation feeds it. `memory`: Stable Diffusion 1.5's UNet, loaded in a
-process of its own. All weights but glyph-ddim's are random.
+`layers`: every layer of glyph-ddim in one call, fed what the simulation feeds it. `memory`: Stable Diffusion 1.5's UNet, loaded in
+a process of its own. All weights but glyph-ddim's are random.
 """
 
 import argparse

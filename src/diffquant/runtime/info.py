@@ -62,17 +62,19 @@ class Info(BaseModel):
         """For a terminal."""
         headers = "kernel", "largest weight\nbeside 8 bits", "beside\n7 bits", "times as fast\nas float32"
         kernels = Table(*headers, title="kernels")
-            "kernel", "largest weight\nbeside 8 bits", "beside\n7 bits", "float32's time\nin its own", "", title="kernels"
-        )
+        if any(kernel.reason for kernel in self.kernels):
+            kernels.add_column("does not run")
         for kernel in self.kernels:
             speed = "" if kernel.speed is None else f"{kernel.speed:.1f}"
-            kernels.add_row(kernel.name, str(kernel.largest_weight[8]), str(kernel.largest_weight[7]), speed, kernel.reason)
-        rows = Table("engine", "runs", "", title="engines")
+            cells = kernel.name, str(kernel.largest_weight[8]), str(kernel.largest_weight[7]), speed, kernel.reason
+            kernels.add_row(*cells[: len(kernels.columns)])
+        rows = Table("engine", "runs", "what it does here", title="engines")
         for engine in self.engines:
             rows.add_row(engine.name, "yes" if engine.runs else "no", engine.says)
+        sets = ", ".join(self.instructions) or "no known sets"
         lines = [
             f"{self.processor}, {self.architecture}, {self.system}",
-            f"{self.cores} cores, {self.threads} threads, {self.memory_gib:.0f} GiB; {', '.join(self.instructions) or 'no known sets'}",
+            f"{self.cores} cores, {self.threads} threads, {self.memory_gib:.0f} GiB; {sets}",
             ", ".join(f"{name} {number}" for name, number in self.versions.items()),
         ]
         return Group(*lines, kernels, rows, f"default engine: {self.default} ({self.why})")

@@ -7,16 +7,24 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-all lint clean
+
+# Kernels of an older processor, which add products of two 8-bit operands in 16 bits, on any x86 one.
+SATURATING := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 help: ## say what the targets do
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## quantize the reference model and compare: table, pictures and checkpoint in demo-output/
 	@$(BIN)/diffquant demo --out demo-output
 
-test: $(INSTALLED) ## run the tests
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+test: $(INSTALLED) ## run the tests, in some minutes
+	@$(PYTEST) -m "not long"
+
+test-all: $(INSTALLED) ## run the long tests too, and what computes with integers once more on kernels that saturate
+	@$(PYTEST)
+	@$(SATURATING) $(PYTEST) tests/runtime tests/test_lora.py tests/test_guidance_sets.py tests/test_stock_pipelines.py
 
 lint: $(INSTALLED) ## style, format and types
 	@$(BIN)/ruff check

@@ -45,7 +45,7 @@ from diffquant.core.planning import plan
 from diffquant.core.surgery import freeze, prepare, quantizers
 from diffquant.runtime.checkpoint import file_size, float32_size
 from diffquant.runtime.engines import nibbles, openvino
-from diffquant.runtime.engines.float_layers import FLOATING
+from diffquant.runtime.engines.float_layers import FloatLinear
 from diffquant.runtime.engines.integer_layers import INTEGER, PackedCodes
 
 RESULTS = Path("benchmarks/results")
@@ -156,8 +156,8 @@ def held(model: nn.Module) -> float:
     scratches: dict[int, int] = {}
     total = sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), buffers_of(model)))
     for module in model.modules():
-        if isinstance(module, FLOATING):
-            total += module.float_product.weight.nbytes
+        if isinstance(module, FloatLinear):
+            total += 4 * module.in_features * module.out_features
         if not isinstance(module, PackedCodes):
             continue
         for packed in (digit for row in module.packed for part in row for digit in part):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.affine import scale_from_range
-from diffquant.core.layers import QuantizedConv2d, make_quantizable
+from diffquant.core.layers import QuantizedConv2d, float_weight, make_quantizable
 from diffquant.core.quantizer import StepClock, tick
 from diffquant.core.spec import LayerSpec, QuantSpec
 from diffquant.core.surgery import freeze, quantized_layers, quantizers
@@ -126,8 +126,11 @@ def assert_equal_but_for_edges(layer: Any, x: Tensor, expected: Tensor, output: 
     """Equal up to float rounding where no code is within `EDGE` of a rounding edge, else within one step of those codes."""
     if layer.smooth is not None:
         x = x / layer.smooth.view((-1, 1, 1) if isinstance(layer, QuantizedConv2d) else (-1,))
-    weight = layer.weight * (1 if layer.smooth is None else layer.smooth) if layer.weight is not None else None
-    weight = layer.weight_quantizer.dequantized_codes() if weight is None else weight
+    weight = float_weight(layer)
+    if weight is None:
+        weight = layer.weight_quantizer.dequantized_codes()
+    elif layer.smooth is not None:
+        weight = weight * layer.smooth
 
     def product(values: Tensor) -> Tensor:
         if isinstance(layer, QuantizedConv2d):

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from torch import nn
 
 from diffquant.calibration import fit
@@ -23,9 +25,11 @@ from diffquant.core.correction import Stored, give, warn_unless_attached
 from diffquant.core.layers import present_spec
 from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
 from diffquant.core.spec import LayerSpec, SpecError
-from diffquant.core.surgery import enable, freeze, prepare, quantized_layers
+from diffquant.core.surgery import enable, freeze, leave_inference_mode, prepare, quantized_layers
 from diffquant.methods.passes import quantizer_state, restore_quantizers
 from diffquant.recipe import Recipe, load_recipe
+
+METHOD = "diffquant"  # the name under which diffusers knows what reads and writes quantized models (`runtime.hf`)
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,21 @@ def quantize(
     ``memory_gib``: what the recorded inputs and outputs of a block that is being fitted may take in memory; more are kept in files
     while they are needed, in `folder` or where temporary files go. It changes no result.
 
+    diffusers then knows that the model is quantized: `save_pretrained` writes the packed form, and a cast is refused.
+
     Raises `RecipeError`, `SpecError`, or `CalibrationError` when `data` was recorded with another model.
     """
     model = pipe if isinstance(pipe, nn.Module) else find_denoiser(pipe)[1]
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    with torch.inference_mode(False):  # what is learned needs gradients
+        leave_inference_mode(model)
+        return _quantize(model, recipe, data, seed, folder, memory_gib, progress)
+
+
+def _quantize(
+    model: nn.Module, recipe: Recipe, data: Trajectory, seed: int, folder: Path | None, memory_gib: float, progress: bool
+) -> QuantizationReport:
+    """`quantize` of a denoiser by a recipe that was read."""
     steps = recipe.steps()
     _check_weights(model)
     rows = plan(model, recipe.layers)
@@ -106,6 +121,8 @@ def quantize(
     if hasattr(model, "correction"):
         model.register_forward_pre_hook(warn_unless_attached)
     model.recipe_name = recipe.full_name  # type: ignore[assignment]
+    if isinstance(model, ModelMixin):  # its own `save_pretrained` then writes the packed form
+        AUTO_QUANTIZER_MAPPING[METHOD].mark(model, recipe.full_name)
     return report
 
 

@@ -1,6 +1,10 @@
 """The clock against its definition; quantizers with sets, splits and shifts against the quantizers they stand for."""
 
 import copy
+import pickle
+import threading
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffquant.core.affine import scale_from_range
-from diffquant.core.quantizer import Quantizer, StepClock, logits_of, rectified_sigmoid, spread, tick
+from diffquant.core.quantizer import Quantizer, StepClock, follow, logits_of, rectified_sigmoid, spread, tick
 from diffquant.core.spec import QuantSpec, SpecError
 
 UINT8 = QuantSpec(bits=8)
@@ -350,3 +354,61 @@ def test_divided_sets_are_copies_that_the_table_chooses_from() -> None:
         assert torch.equal(quantizer(torch.linspace(-1, 9, 7)), before)
     with pytest.raises(SpecError, match="2 parameter sets cannot be divided"):
         quantizer.divide_sets(torch.tensor([0, 1, 1]))
+
+
+# ---- the interval belongs to the call
+
+
+class Nested(nn.Module):
+    """A denoiser with sets that calls itself once inside a call, and says in which interval it is before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_clock, self.timestep_argument = StepClock([900, 500, 100]), ("timestep", 1)
+        self.seen: list[int] = []
+        follow(self)
+
+    def forward(self, sample: Tensor, timestep: float, inner: float | None = None, fails: bool = False) -> Tensor:
+        self.seen.append(self.step_clock.interval)
+        if fails:
+            raise RuntimeError("inside")
+        if inner is not None:
+            with suppress(RuntimeError):
+                self(sample, inner, fails=inner == 100)
+        self.seen.append(self.step_clock.interval)
+        return sample
+
+
+@pytest.mark.parametrize("inner", [500, 100])
+def test_a_call_inside_a_call_leaves_the_outer_interval(inner: float) -> None:
+    """Also one that fails, and also one that is never reached because its timestep is missing."""
+    model = Nested()
+    model(torch.zeros(1), 900, inner=inner)
+    assert model.seen == ([0, 1, 1, 0] if inner == 500 else [0, 2, 0])
+    assert model.step_clock.interval == 0
+    with pytest.raises(SpecError, match="called without timestep"):
+        model(torch.zeros(1))
+    model(torch.zeros(1), 100)
+    assert model.step_clock.interval == 2
+
+
+def test_threads_have_intervals_of_their_own() -> None:
+    clock = StepClock([900, 500, 100])
+    clock.set_interval(1)
+    seen: dict[str, list[Any]] = {"a": [], "b": []}
+    barrier = threading.Barrier(2)
+
+    def calls(name: str, interval: int) -> None:
+        seen[name].append(clock.interval)  # that of another thread, where this one set none
+        barrier.wait()
+        clock.set_interval(interval)
+        barrier.wait()
+        seen[name].append(clock.interval)
+
+    threads = [threading.Thread(target=calls, args=each) for each in (("a", 0), ("b", 2))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"a": [1, 0], "b": [1, 2]} and clock.interval == 1
+    assert pickle.loads(pickle.dumps(clock)).timesteps == copy.deepcopy(clock).timesteps == clock.timesteps

@@ -11,6 +11,7 @@ layer has no float weight any more, only the integer codes of its weight quantiz
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,21 +19,96 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.quantizer import Quantizer, StepClock, in_float32
 from diffquant.core.spec import AttentionSpec, LayerSpec, SpecError
 
 
+class ReadOnlyWeight(Tensor):
+    """The dequantized weight of a frozen layer, as other code reads it: a copy, so what is written into it would be lost.
+
+    What is computed with it is a plain tensor. Raises `SpecError` where it is written.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        written = name in ("__set__", "__setitem__") or (name.startswith("__i") and name in _IN_PLACE)
+        written = written or (name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING)
+        if (written and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
+            raise SpecError(
+                "weight of a frozen layer: cannot be written, the layer holds integer codes; change the weights before quantize "
+                "(fuse adapters there)"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if (
+            name == "__get__"
+            and isinstance(result, Tensor)
+            and isinstance(args[0], cls)
+            and result.data_ptr() == args[0].data_ptr()
+        ):
+            return result.as_subclass(cls)  # `weight.data` is no way around
+        return result
+
+
+_IN_PLACE = {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+}
+_NOT_WRITING = {"requires_grad_", "retain_grad_"}
+
+
 class _Frozen:
-    """What the class of a layer says of its integer weight."""
+    """What a frozen layer is for code that reads its weight, and what stays float32 whatever a module is cast to."""
+
+    like: Tensor  # empty; of the dtype and device that the float weight would have now
+    weight_was_read: bool
+
+    def _weight(self) -> Tensor:
+        """The float weight; of a frozen layer the dequantized one, a new tensor each time that cannot be written."""
+        if "weight" not in vars(self)["_parameters"]:
+            raise AttributeError("weight")  # while the layer is being made
+        weight = float_weight(self)  # type: ignore[arg-type]
+        quantizer = vars(self)["_modules"].get("weight_quantizer")
+        if weight is not None or quantizer is None or quantizer.codes is None:
+            return weight  # type: ignore[return-value]
+        self.weight_was_read = True
+        smooth = vars(self)["_buffers"].get("smooth")
+        dequantized = quantizer.dequantized_codes()
+        if smooth is not None:
+            dequantized = dequantized / smooth.view(1, -1, *[1] * (dequantized.dim() - 2))
+        readable: Tensor = dequantized.detach().to(vars(self)["like"].dtype).as_subclass(ReadOnlyWeight)
+        return readable
+
+    weight: Tensor = property(_weight)  # type: ignore[assignment]
 
     @property
     def qweight(self) -> Tensor:
-        """The codes of a frozen layer, whose `weight` is None: where peft looks for the device of a LoRA adapter's base layer."""
+        """The codes of a frozen layer: where peft looks for the device of a LoRA adapter's base layer."""
         quantizer = vars(self)["_modules"].get("weight_quantizer")
         if quantizer is None or quantizer.codes is None or vars(self)["_parameters"]["weight"] is not None:
             raise AttributeError("qweight: the layer has its float weight")
         codes: Tensor = quantizer.codes
         return codes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        kept = {name: tensor for name in ("smooth", "offset") if (tensor := vars(self)["_buffers"].get(name)) is not None}
+        applied: nn.Module = super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, tensor in kept.items():
+            vars(self)["_buffers"][name] = in_float32(tensor, vars(self)["_buffers"][name])
+        self.like = self.like if self.like.is_meta else fn(self.like)  # a tensor without data cannot be moved
+        return applied
+
+
+def forget_weight(layer: nn.Module) -> None:
+    """Let a layer have no float weight any more."""
+    vars(layer)["_parameters"]["weight"] = None
+
+
+def float_weight(layer: nn.Module) -> Tensor | None:
+    """The float weight of a layer, None where it is frozen."""
+    weight: Tensor | None = vars(layer)["_parameters"]["weight"]
+    return weight
 
 
 class QuantizedLinear(_Frozen, nn.Linear):
@@ -43,9 +119,9 @@ class QuantizedLinear(_Frozen, nn.Linear):
     smooth: Tensor | None
     offset: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        x, weight, bias = _operands(self, x, channel_axis=-1)
+        x, weight, bias = _operands(self, input, channel_axis=-1)
         return functional.linear(x, weight, bias)
 
 
@@ -57,9 +133,9 @@ class QuantizedConv2d(_Frozen, nn.Conv2d):
     smooth: Tensor | None
     offset: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``."""
-        x, weight, bias = _operands(self, x, channel_axis=1)
+        x, weight, bias = _operands(self, input, channel_axis=1)
         output: Tensor = self._conv_forward(x, weight, bias)
         return output
 
@@ -97,9 +173,11 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
     layer.__class__ = QUANTIZABLE[type(layer)]
     layer.weight_quantizer = weight_quantizer.to(device) if weight_quantizer is not None else None  # type: ignore[assignment]
     layer.input_quantizer = input_quantizer.to(device) if input_quantizer is not None else None  # type: ignore[assignment]
-    layer.register_buffer("smooth", torch.ones(in_channels, device=device) if spec.smooth else None)
+    smooth = torch.ones(in_channels, device=device, dtype=torch.float32) if spec.smooth else None
+    layer.register_buffer("smooth", smooth)
     layer.register_buffer("offset", None)
     layer.layer_spec = spec  # type: ignore[assignment]
+    layer.like, layer.weight_was_read = weight.detach().new_empty(0), False  # type: ignore[assignment]
 
 
 def release_forward(module: nn.Module) -> bool:
@@ -117,9 +195,9 @@ def _operands(layer: QuantizedLayer, x: Tensor, channel_axis: int) -> tuple[Tens
     """Input, weight and bias as the integer engine would see them; the originals where both quantizers are off."""
     weight_quantizer, input_quantizer = layer.weight_quantizer, layer.input_quantizer
     if not any(quantizer is not None and quantizer.live for quantizer in (weight_quantizer, input_quantizer)):
-        if layer.weight is None:
+        if (weight := float_weight(layer)) is None:
             raise SpecError("frozen layer: its float weight is gone, so it cannot run with quantizers off")
-        return x, layer.weight, layer.bias
+        return x, weight, layer.bias
     bias = _offset_bias(layer)
     if layer.smooth is not None:
         shape = [1] * x.dim()
@@ -127,7 +205,7 @@ def _operands(layer: QuantizedLayer, x: Tensor, channel_axis: int) -> tuple[Tens
         x = x / layer.smooth.view(shape).to(x.dtype)
     if input_quantizer is not None:
         x = input_quantizer(x)
-    if layer.weight is None:
+    if float_weight(layer) is None:
         assert weight_quantizer is not None
         return x, weight_quantizer.frozen_weight(x.dtype), bias
     weight = smoothed_weight(layer)
@@ -164,10 +242,10 @@ def freeze_layer(layer: QuantizedLayer) -> None:
     bias = _offset_bias(layer)
     if bias is not layer.bias and bias is not None:
         layer.bias, layer.offset = nn.Parameter(bias.detach(), requires_grad=False), None
-    if layer.weight_quantizer is None or layer.weight is None:
+    if layer.weight_quantizer is None or float_weight(layer) is None:
         return
     layer.weight_quantizer.decide(smoothed_weight(layer).detach().float())
-    layer.weight = None  # type: ignore[assignment]
+    forget_weight(layer)
 
 
 class AttentionProducts(nn.Module):
@@ -259,4 +337,19 @@ def _intercepting(original: type[nn.Module]) -> type[nn.Module]:
         with _InterceptAttention(products):
             return its_forward(self, *arguments, **keywords)
 
-    return type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+    return derived(original, _intercepting, forward)
+
+
+def derived(original: type[nn.Module], make: Callable[..., type[nn.Module]], forward: Any) -> type[nn.Module]:
+    """A subclass of a module's class, of the same name, with another forward; `make` of the class makes it again when unpickled."""
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _blank, (make, original), vars(self).copy()
+
+    methods = {"forward": forward, "__module__": original.__module__, "__reduce_ex__": reduce}
+    return type(original.__name__, (original,), methods)
+
+
+def _blank(make: Callable[..., type[nn.Module]], original: type[nn.Module]) -> nn.Module:
+    kind = make(original)
+    return kind.__new__(kind)

@@ -8,6 +8,7 @@ the splits of the channels, one where nothing is split.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,9 +21,23 @@ from diffquant.core import memory
 from diffquant.core.affine import dequantize, fake_quantize, quantize, quantize_rounded, scale_around, scale_from_range
 from diffquant.core.spec import QuantSpec, SpecError
 
+Interval = int | Int[Tensor, " batch"]
+
+
+class _OfThread(threading.local):
+    """What one thread knows of the calls it is in."""
+
+    def __init__(self) -> None:
+        self.interval: Interval | None = None
+        self.calls: list[Interval | None] = []  # the interval before each call that has not ended
+
 
 class StepClock:
     """The present interval of the model's own timestep axis, shared by all quantizers of a model.
+
+    The interval belongs to the call: threads that call one model at the same time have intervals of their own, and a call inside
+    another one leaves the outer one's as it was. What is computed again for a backward pass is bound to its call
+    (`bind_checkpoints`).
 
     ``timesteps`` are the recorded ones, noisy (large) first; interval i belongs to ``timesteps[i]`` and reaches to the midpoints of
     its neighbours (``edges``, ascending), the outermost intervals without end. Without timesteps there is one interval.
@@ -34,9 +49,47 @@ class StepClock:
     def __init__(self, timesteps: Sequence[float] = (), conditional: int | None = None) -> None:
         self.conditional = conditional
         self.given: Int[Tensor, " batch"] | None = None  # the half of each row, while calibration says so
-        self.interval: int | Int[Tensor, " batch"] = 0
-        self.position = torch.zeros(1, dtype=torch.long)  # the interval as a tensor, so that compiled code follows it
+        self._last: Interval = 0  # of whatever thread
+        self._mine = _OfThread()
+        with torch.inference_mode(False):  # it is written at every call, also outside of inference mode
+            self.position = torch.zeros(1, dtype=torch.long)  # the interval as a tensor, so that compiled code follows it
         self.divide(timesteps)
+
+    @property
+    def interval(self) -> Interval:
+        """The present interval of this thread; of a thread that set none, the last one that any did."""
+        own = self._mine.interval
+        return self._last if own is None else own
+
+    @interval.setter
+    def interval(self, interval: Interval) -> None:
+        self._last = self._mine.interval = interval
+
+    @contextmanager
+    def at(self, interval: Interval) -> Iterator[None]:
+        """While the block runs, this thread is in `interval`."""
+        before, self._mine.interval = self._mine.interval, interval
+        try:
+            yield
+        finally:
+            self._mine.interval = before
+
+    def begin(self) -> None:
+        """A call of the model begins in this thread, perhaps inside another one."""
+        self._mine.calls.append(self._mine.interval)
+
+    def end(self) -> None:
+        """The call that began last is over; the one around it, if there is one, is in its own interval again."""
+        before = self._mine.calls.pop() if self._mine.calls else None
+        if self._mine.calls:
+            self._mine.interval = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_mine"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._mine = _OfThread()
 
     def divide(self, timesteps: Sequence[float]) -> None:
         """Cut the axis anew around `timesteps` (any order, floats allowed); the present interval becomes 0."""
@@ -118,17 +171,62 @@ class StepClock:
 
 def tick(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Forward pre-hook of a denoiser: set its clock from the `timestep` argument (its name and place were read at surgery)."""
+    clock = model.step_clock
+    assert isinstance(clock, StepClock)
+    if not torch.compiler.is_compiling():
+        clock.begin()
     name, position = model.timestep_argument  # type: ignore[misc]
     timestep = keywords.get(name, arguments[position] if position < len(arguments) else None)
     if timestep is None:
         raise SpecError(f"{type(model).__name__}: called without {name}; the quantizers need it to choose their parameters")
+    halves = None
+    if clock.conditional is not None:
+        sample = arguments[0] if arguments else keywords[next(iter(inspect.signature(model.forward).parameters))]
+        halves = clock.halves(sample)
+    clock.set_timestep(timestep, halves)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        bind_checkpoints(model, clock)
+
+
+def tock(model: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a denoiser, also where its forward failed: its call is over."""
     clock = model.step_clock
     assert isinstance(clock, StepClock)
-    if clock.conditional is None:
-        clock.set_timestep(timestep)
-        return
-    sample = arguments[0] if arguments else keywords[next(iter(inspect.signature(model.forward).parameters))]
-    clock.set_timestep(timestep, clock.halves(sample))
+    if not torch.compiler.is_compiling():
+        clock.end()
+
+
+def follow(model: nn.Module) -> None:
+    """Let the clock of a denoiser follow its calls."""
+    model.register_forward_pre_hook(tick, with_kwargs=True)
+    model.register_forward_hook(tock, always_call=True)
+
+
+class _Bound:
+    """A function of diffusers that checkpoints a block: what it computes again is in the interval of its call."""
+
+    def __init__(self, checkpoint: Callable[..., Any], clock: StepClock) -> None:
+        self.checkpoint, self.clock = checkpoint, clock
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        interval = self.clock.interval
+
+        def again(*arguments: Any, **keywords: Any) -> Any:
+            with self.clock.at(interval):
+                return function(*arguments, **keywords)
+
+        return self.checkpoint(again, *arguments, **keywords)
+
+
+def bind_checkpoints(model: nn.Module, clock: StepClock) -> None:
+    """Bind the functions that modules of `model` checkpoint with, where gradient checkpointing is on, to their calls' intervals.
+
+    They run again in a backward pass, perhaps of another thread and after other calls, where no timestep is given.
+    """
+    for module in model.modules():
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _Bound) and getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = _Bound(checkpoint, clock)  # type: ignore[assignment]
 
 
 class Quantizer(nn.Module):
@@ -166,8 +264,8 @@ class Quantizer(nn.Module):
         self._listed: tuple[Tensor, int, list[int]] | None = None  # the table, its version, its numbers
         self._kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # what a weight was dequantized from, and the weight
         parts = max(1, len(splits))
-        self.register_buffer("scale", torch.full((rows, parts), torch.nan))
-        self.register_buffer("zero_point", torch.zeros(rows, parts))
+        self.register_buffer("scale", torch.full((rows, parts), torch.nan, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.zeros(rows, parts, dtype=torch.float32))
         index_type = torch.uint8 if rows <= 256 else torch.int16
         has_table = clock is not None and rows > 1
         self.register_buffer("table", clock.table(rows, per_branch).to(index_type) if has_table and clock else None)
@@ -302,8 +400,12 @@ class Quantizer(nn.Module):
         return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Another device, but no other dtype: a scale in 16 or 8 bits would be another scale."""
         self._kept = None
+        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None and tensor.is_floating_point()}
         applied: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            self._buffers[name] = in_float32(tensor, self._buffers[name])
         return applied
 
     def decide(self, weight: Float[Tensor, "*shape"]) -> None:
@@ -334,6 +436,14 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """The spec, for `print(model)`."""
         return f"{self.spec}, rows={self.rows}, splits={self.splits or None}, enabled={self.enabled}"
+
+
+def in_float32(before: Tensor, after: Tensor | None) -> Tensor:
+    """What a module's `_apply` made of a float32 tensor: itself where the dtype stayed, else `before` on its device."""
+    assert after is not None
+    if after.dtype == before.dtype:
+        return after
+    return after.to(before.dtype) if before.is_meta else before.to(after.device)
 
 
 def _version(tensor: Tensor) -> int:

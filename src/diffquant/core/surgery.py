@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffquant.core.layers import (
     QUANTIZABLE,
@@ -17,12 +17,13 @@ from diffquant.core.layers import (
     QuantizedLayer,
     QuantizedLinear,
     attach_products,
+    float_weight,
     freeze_layer,
     make_quantizable,
     release_forward,
 )
 from diffquant.core.planning import PlannedLayer, first_with_guidance_sets
-from diffquant.core.quantizer import Quantizer, StepClock, tick
+from diffquant.core.quantizer import Quantizer, StepClock, follow
 from diffquant.core.spec import AttentionSpec, SpecError
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -78,7 +79,7 @@ def prepare(
             make_quantizable(modules[row.name], row.spec.model_copy(update=sets), clock)
     model.step_clock = clock  # type: ignore[assignment]
     model.timestep_argument = argument  # type: ignore[assignment]
-    model.register_forward_pre_hook(tick, with_kwargs=True)
+    follow(model)
 
 
 def _check_places(model: nn.Module, rows: Sequence[PlannedLayer], modules: Mapping[str, nn.Module]) -> None:
@@ -149,9 +150,28 @@ def freeze(model: nn.Module) -> None:
         freeze_layer(layer)
 
 
+def leave_inference_mode(model: nn.Module) -> None:
+    """Give `model` plain tensors in the place of those that were made in `torch.inference_mode`; tied ones stay tied.
+
+    Those can neither be written nor learned with outside of it.
+    """
+    made: dict[int, Tensor] = {}
+    with torch.inference_mode(False):
+        for module in model.modules():
+            for place in (module._parameters, module._buffers):
+                for name, tensor in place.items():
+                    if tensor is None or not tensor.is_inference():
+                        continue
+                    if id(tensor) not in made:
+                        copy = tensor.clone()
+                        learned = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = nn.Parameter(copy, requires_grad=tensor.requires_grad) if learned else copy
+                    place[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
 def is_frozen(model: nn.Module) -> bool:
     """Whether integer codes have replaced the weights."""
-    frozen = [layer.weight is None for _, layer in quantized_layers(model) if layer.weight_quantizer is not None]
+    frozen = [float_weight(layer) is None for _, layer in quantized_layers(model) if layer.weight_quantizer is not None]
     return bool(frozen) and all(frozen)
 
 

@@ -24,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffquant.core.correction import give, warn_unless_attached
+from diffquant.core.layers import forget_weight
 from diffquant.core.planning import PlannedLayer
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, SpecError
-from diffquant.core.surgery import enable, is_frozen, prepare, quantized_layers, quantizers
-from diffquant.runtime.config import AGAIN, Method, QuantizationConfig
+from diffquant.core.surgery import device_of, enable, is_frozen, leave_inference_mode, prepare, quantized_layers, quantizers
+from diffquant.runtime.config import AGAIN, Method, QuantizationConfig, describe
 from diffquant.runtime.engines import requested
 from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
 from diffquant.runtime.engines.openvino import PRECISIONS, install
@@ -71,6 +72,11 @@ class DiffquantQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._load: _Load | None = None
+
+    @staticmethod
+    def mark(model: nn.Module, recipe: str) -> None:
+        """`mark_quantized` with the config that describes a frozen `model`, by a recipe of that name."""
+        mark_quantized(model, describe(model, recipe))
 
     @property
     def is_serializable(self) -> bool:
@@ -146,7 +152,7 @@ class DiffquantQuantizer(DiffusersQuantizer):
         _refuse_missing(load, load.digests)
         if any(written != combined_digest(load.digests) for written in load.written):
             raise CheckpointError(f"{load.folder}: its tensors are not those that were written; {AGAIN}")
-        engine = requested()
+        engine, dtype = requested(), next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
         for name, quantizer in quantizers(model):
             quantizer.scale = load.exact[f"{name}.scale"].to(quantizer.scale.device)
             stored = quantizer.zero_point
@@ -156,6 +162,7 @@ class DiffquantQuantizer(DiffusersQuantizer):
         for name, layer in quantized_layers(model):
             if layer.smooth is not None:
                 layer.smooth = load.exact[f"{name}.smooth"].to(layer.smooth.device)
+            layer.like = torch.empty(0, dtype=dtype, device=device_of(layer))
             if (weight := layer.weight_quantizer) is not None:
                 assert weight.codes is not None
                 weight.codes = unpack(weight.codes, load.shapes[name], weight.spec.bits, weight.spec.symmetric)
@@ -171,6 +178,7 @@ class DiffquantQuantizer(DiffusersQuantizer):
             lower(model)
         elif engine in PRECISIONS:
             install(model, PRECISIONS[engine])
+        leave_inference_mode(model)
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()  # a tensor that is a view of the mapped file would keep all of it
         release_freed_memory()
@@ -217,7 +225,7 @@ def _make_packed(model: nn.Module) -> dict[str, torch.Size]:
             shapes[name] = layer.weight.shape
             size = packed_size(layer.weight.numel(), weight.spec.bits)
             weight.codes = torch.empty(size, dtype=torch.uint8, device=layer.weight.device)
-            layer.weight = None  # type: ignore[assignment]
+            forget_weight(layer)
     for name, quantizer in quantizers(model):
         if quantizer.shift is not None:
             shapes[f"{name}.shift"] = quantizer.shift.shape

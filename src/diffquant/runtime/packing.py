@@ -92,6 +92,8 @@ def packed_state(state: Mapping[str, Tensor], specs: Mapping[str, QuantSpec]) ->
     """
     stored = {name: tensor.detach() for name, tensor in state.items()}
     for name, spec in specs.items():
+        if f"{name}.zero_point" not in stored:
+            raise CheckpointError(f"{name}: not where it was quantized; where an adapter is loaded, unload it and save again")
         zero_point = stored.pop(f"{name}.zero_point")
         allowed = (zero_point == 0) if spec.symmetric else (zero_point == zero_point.clamp(0, spec.code_max).round())
         if not allowed.all():

@@ -1,7 +1,7 @@
-"""Layers of the int8 engine that are faster in floating point: those of several products where two take longer than one of float32.
+"""Linear layers of the int8 engine in floating point: those of several products where two take longer than one of float32.
 
 They compute what the simulation does, faster: the weight is dequantized once and laid out for oneDNN, the input is quantized in one
-pass over memory. `faster_in_float` is a table of what was measured (`docs/engines.md`), never a measurement of its own.
+pass over memory.
 """
 
 from __future__ import annotations
@@ -12,95 +12,63 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffquant.core.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from diffquant.core.layers import QuantizedLayer, QuantizedLinear
 from diffquant.runtime.engines.exactness import ALL
-from diffquant.runtime.engines.kernels import Step, pointwise
-
-LARGE = 1 << 21  # weights of a convolution; from here on two products took no longer than one in floating point
+from diffquant.runtime.engines.integer_layers import LaidOut, differentiated
+from diffquant.runtime.engines.kernels import Step
 
 
 def faster_in_float(layer: QuantizedLayer, products: int, largest: int) -> bool:
-    """Whether a layer of so many integer products is better in floating point.
+    """Whether a layer of so many integer products is better in floating point: a table of what was measured, not a measurement.
 
     ``largest``: the kernel's largest exact weight beside 8-bit codes. Kernels that take all weights of 8 bits were 3 to 4 times as
-    fast as float32, and the others up to twice: two of their products took 1.0 to 1.4 times as long in a linear layer of any rows,
-    channels and outputs, and 0.9 to 1.1 in a convolution, from `LARGE` weights on 0.9 to 1.0.
+    fast as float32: two products pay. The others were up to twice as fast: two of their products took 1.0 to 1.4 times as long as
+    one of float32 in linear layers of 64 to 4,096 rows, 320 to 1,536 channels and 320 to 10,240 outputs, and 2 to 3 times with
+    fewer rows. In convolutions, also pointwise ones, they took 0.5 to 1.05 times as long, and less memory.
     """
-    if products < 2 or largest >= ALL - 1:
-        return False
-    weights = layer.in_features * layer.out_features if isinstance(layer, QuantizedLinear) else _weights(layer)
-    return isinstance(layer, QuantizedLinear) or pointwise(layer) or weights < LARGE
-
-
-def _weights(layer: QuantizedConv2d) -> int:
-    kernel = layer.kernel_size[0] * layer.kernel_size[1]
-    return layer.in_channels // layer.groups * layer.out_channels * kernel
+    return isinstance(layer, QuantizedLinear) and products > 1 and largest < ALL - 1
 
 
 @final
 class FloatProduct:
-    """A layer's dequantized weight, and the parameter sets of its input. Never written; copies share it."""
+    """A linear layer's dequantized weight, and the parameter sets of its input. Never written; copies share it."""
 
     def __init__(self, weight: Tensor, steps: list[list[Step]], splits: tuple[int, ...], reason: str) -> None:
-        self.steps, self.splits, self.reason = steps, list(splits), reason
-        self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight.contiguous()
-        self.laid_out = weight.dim() == 2 and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        self.steps, self.splits, self.reason, self.weight = steps, list(splits), reason, weight.contiguous()
+        self.laid_out = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         if self.laid_out:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
     def __deepcopy__(self, memo: dict[int, object]) -> FloatProduct:
         return self
 
-    def values(self, x: Tensor, row: int, axis: int) -> Tensor:
-        """`x` quantized and dequantized in parameter set `row`."""
-        parts = x.split(self.splits, dim=axis) if self.splits else (x,)
-        found = [step.values(part) for step, part in zip(self.steps[row], parts, strict=True)]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=axis)
+    def multiply(self, x: Tensor, row: int, bias: Tensor | None) -> Tensor:
+        """The output for an input in parameter set `row`."""
+        parts = x.split(self.splits, dim=-1) if self.splits else (x,)
+        values = torch.cat([step.values(part) for step, part in zip(self.steps[row], parts, strict=True)], dim=-1)
+        if not self.laid_out:
+            return functional.linear(values, self.weight, bias)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(values, self.weight, bias, "none", [], "")
+        return output
 
 
-class FloatLinear(QuantizedLinear):
+class FloatLinear(LaidOut, QuantizedLinear):
     """A linear layer of the engine in floating point; made by `lower`, never constructed."""
 
     float_product: FloatProduct
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        row = _row(self, x)
-        if row is None:
-            return super().forward(x)
-        product = self.float_product
-        values = product.values(x, row, -1)
-        if not product.laid_out:
-            return functional.linear(values, product.weight, self.bias)
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(values, product.weight, self.bias, "none", [], "")
-        return output
+        row = self._row(input)
+        return super().forward(input) if row is None else self.float_product.multiply(input, row, self.bias)
 
-
-class FloatConv2d(QuantizedConv2d):
-    """A convolution of the engine in floating point, the output channels last; made by `lower`, never constructed."""
-
-    float_product: FloatProduct
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``."""
-        row = _row(self, x)
-        if row is None:
-            return super().forward(x).contiguous(memory_format=torch.channels_last)
-        product, given = self.float_product, x.contiguous(memory_format=torch.channels_last)
-        output: Tensor = self._conv_forward(product.values(given, row, 1), product.weight, self.bias)
-        return output.contiguous(memory_format=torch.channels_last)
-
-
-FLOATING = (FloatLinear, FloatConv2d)  # for isinstance
-
-
-def _row(layer: FloatLinear | FloatConv2d, x: Tensor) -> int | None:
-    """The parameter set of a call, or None where it is to be simulated."""
-    weight, given = layer.weight_quantizer, layer.input_quantizer
-    assert weight is not None and given is not None
-    switched = not (weight.enabled and given.enabled) or weight.observer is not None or given.observer is not None
-    differentiated = torch.is_grad_enabled() and x.requires_grad
-    if switched or differentiated or torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
-        return None
-    rows = given.present_rows(x.device)
-    return rows if isinstance(rows, int) else None
+    def _row(self, x: Tensor) -> int | None:
+        """The parameter set of a call, or None where it is to be simulated."""
+        weight, given = self.weight_quantizer, self.input_quantizer
+        assert weight is not None and given is not None
+        switched = any(not each.enabled or each.observer is not None for each in (weight, given))
+        unusual = torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu"
+        if switched or unusual or differentiated(x):
+            return None
+        rows = given.present_rows(x.device)
+        return rows if isinstance(rows, int) else None

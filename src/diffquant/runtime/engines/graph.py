@@ -30,7 +30,7 @@ from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import CheckpointError, SpecError
 from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
 from diffquant.runtime.engines.exactness import ALL, CODES, PAIR
-from diffquant.runtime.engines.float_layers import FLOATING
+from diffquant.runtime.engines.float_layers import FloatLinear
 from diffquant.runtime.engines.graph_call import Call
 from diffquant.runtime.engines.graph_operands import Largest, Part, Step, operands_of, parts_of, splits_of, steps_of
 from diffquant.runtime.engines.integer_layers import INTEGER
@@ -89,7 +89,7 @@ def check(model: nn.Module, runtime: str) -> None:
     kind = type(model).__name__
     if not is_frozen(model):
         raise CheckpointError(f"{kind}: its weights are not integer codes; quantize first")
-    if any(isinstance(layer, INTEGER + FLOATING) for _, layer in quantized_layers(model)):
+    if any(isinstance(layer, (*INTEGER, FloatLinear)) for _, layer in quantized_layers(model)):
         raise CheckpointError(f"{kind}: computes with engine 'int8'; load it with engine='simulate' to convert it")
     dtypes = {tensor.dtype for tensor in model.parameters()} - {torch.float32}
     if dtypes:
@@ -141,6 +141,7 @@ class Trace(nn.Module):
     def rewritten(self) -> Iterator[None]:
         """Evaluation mode; layers and attention products of the denoiser compute by the forms above, until the end."""
         changed: list[nn.Module] = []
+        read = {layer: layer.weight_was_read for _, layer in quantized_layers(self.denoiser)}  # the tracer looks at all attributes
         training = self.denoiser.training
         try:
             self.eval()
@@ -159,6 +160,8 @@ class Trace(nn.Module):
         finally:
             for module in changed:
                 del module.forward
+                if isinstance(module, QuantizedLayer):
+                    module.weight_was_read = read[module]
             self.denoiser.train(training)
 
     def _stored(self, part: Part) -> Part:
@@ -213,11 +216,11 @@ class Trace(nn.Module):
         return x / factor, factor
 
 
-def _layer(trace: Trace, layer: QuantizedLayer, parts: list[Part], x: Tensor) -> Tensor:
+def _layer(trace: Trace, layer: QuantizedLayer, parts: list[Part], input: Tensor) -> Tensor:
     """The forward of a layer, a product for each digit of each part of its weight."""
     splits, axis = splits_of(layer), 1 if isinstance(layer, QuantizedConv2d) else -1
     output: Tensor | None = None
-    for part, values in zip(parts, x.split(splits, dim=axis) if splits else (x,), strict=True):
+    for part, values in zip(parts, input.split(splits, dim=axis) if splits else (input,), strict=True):
         for integers, scale in part.digits:
             # quantized for each: ONNX Runtime 1.31 leaves two products of one int8 operand in floating point
             codes, factor = trace.quantized(part.step, values, part.inverse)

@@ -24,13 +24,12 @@ from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedL
 from diffquant.core.surgery import quantized_layers
 from diffquant.runtime.engines.attention import BlockedProducts, integer_products
 from diffquant.runtime.engines.exactness import ALL, answer_of
-from diffquant.runtime.engines.float_layers import FLOATING, FloatConv2d, FloatLinear, FloatProduct, faster_in_float
+from diffquant.runtime.engines.float_layers import FloatLinear, FloatProduct, faster_in_float
 from diffquant.runtime.engines.integer_blocks import (
     IntegerFeedForward,
     IntegerResnetBlock2D,
     IntegerUpsample,
     TokenNorm,
-    one_product,
 )
 from diffquant.runtime.engines.integer_layers import (
     INTEGER,
@@ -73,14 +72,15 @@ def lower(model: nn.Module) -> list[Lowered]:
     rows = []
     integer_products()  # is asked before a call needs the answer
     for name, layer in quantized_layers(model):
-        rows.append(Lowered(name, lower_layer(layer)))
-        if rows[-1].reason and type(layer) is QuantizedConv2d:
+        reason = lower_layer(layer) or ("other code reads its weight, and computes with it" if layer.weight_was_read else "")
+        rows.append(Lowered(name, reason))
+        if type(layer) is QuantizedConv2d:
             layer.__class__ = ChannelsLastConv2d
     for name, module in model.named_modules():
         if type(module) is FeedForward and type(module.net[0]) in (GELU, GEGLU):
             module.__class__ = IntegerFeedForward
-            if type(module.net[0]) is GEGLU and one_product(module.net[0].proj) and isinstance(module.net[2], IntegerLinear):
-                module.net[0].proj.product.halve()
+            assert isinstance(module, IntegerFeedForward)
+            module.halved_where_gated()
         if type(module) is ResnetBlock2D:
             module.__class__ = IntegerResnetBlock2D
         if type(module) is Upsample2D:
@@ -96,7 +96,7 @@ def lower(model: nn.Module) -> list[Lowered]:
 
 def is_lowered(layer: nn.Module) -> bool:
     """Whether a layer computes with this engine, with integers or not."""
-    return isinstance(layer, INTEGER + FLOATING)
+    return isinstance(layer, (*INTEGER, FloatLinear))
 
 
 def simulate(model: nn.Module) -> None:
@@ -107,8 +107,8 @@ def simulate(model: nn.Module) -> None:
         if isinstance(layer, INTEGER):
             layer.__class__ = QuantizedLinear if isinstance(layer, IntegerLinear) else QuantizedConv2d  # type: ignore[assignment]
             del layer.product
-        if isinstance(layer, FLOATING):
-            layer.__class__ = QuantizedLinear if isinstance(layer, FloatLinear) else QuantizedConv2d  # type: ignore[assignment]
+        if isinstance(layer, FloatLinear):
+            layer.__class__ = QuantizedLinear  # type: ignore[assignment]
             del layer.float_product
         if isinstance(layer, ChannelsLastConv2d):
             layer.__class__ = QuantizedConv2d  # type: ignore[assignment]
@@ -124,7 +124,7 @@ def lower_layer(layer: QuantizedLayer) -> str:
         return "its weight stays in floating point" if weight is None else "its input stays in floating point"
     if isinstance(weight, PackedCodes):
         return ""
-    if isinstance(layer, FLOATING):
+    if isinstance(layer, FloatLinear):
         return layer.float_product.reason
     if weight.codes is None:
         return "its weight is not frozen"
@@ -140,7 +140,7 @@ def lower_layer(layer: QuantizedLayer) -> str:
         if faster_in_float(layer, products, largest):
             reason = f"{products} products of integers would take longer here than one in floating point"
             steps = steps_of(layer, given, weight)
-            layer.__class__ = FloatConv2d if isinstance(layer, QuantizedConv2d) else FloatLinear
+            layer.__class__ = FloatLinear
             layer.float_product = FloatProduct(weight.dequantized_codes(), steps, given.splits, reason)  # type: ignore[assignment]
             return reason
     weight.__class__ = PackedCodes

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -41,7 +42,7 @@ class IntegerFeedForward(FeedForward):
         first, second = self.net[0].proj, self.net[2]  # looked up at every call: an adapter may have taken a layer's place
         rows = [_row_of_one(layer) for layer in (first, second)]
         unusual = self.training or _watched(first, second, *self.net) or hidden_states.dtype != torch.float32
-        unusual = unusual or differentiated(hidden_states)
+        unusual = unusual or differentiated(hidden_states) or not self.halved_where_gated()
         if unusual or rows[0] is None or rows[1] is None or not one_product(first):
             output: Tensor = super().forward(hidden_states, *args, **kwargs)
             return output
@@ -54,6 +55,16 @@ class IntegerFeedForward(FeedForward):
             return compiled
         products = (first.product, second.product)
         return feed_forward(codes, products, (int(rows[0]), int(rows[1])), (biases[0], biases[1]), gelu)
+
+    def halved_where_gated(self) -> bool:
+        """Whether the first layer's weight lies in halves, if one half of it gates the other; lays it so where it can."""
+        if type(self.net[0]) is not GEGLU:
+            return True
+        first, second = self.net[0].proj, self.net[2]
+        if not one_product(first) or not isinstance(second, IntegerLinear):
+            return False
+        first.product.halve()
+        return True
 
 
 class IntegerUpsample(Upsample2D):

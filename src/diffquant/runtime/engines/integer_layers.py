@@ -11,6 +11,7 @@ multiplication: codes on an edge may differ by one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,37 @@ from diffquant.runtime.engines.exactness import answer_of
 from diffquant.runtime.engines.kernels import OUTPUTS, Packed, Product, Step, compiled_product, digits, kernel_of
 
 
-class PackedCodes(Quantizer):
+class LaidOut:
+    """How a lowered module is copied, sharing what was laid out, and pickled: as a plain one that is lowered again."""
+
+    laid_out = ("product", "float_product")  # attributes that are not pickled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in vars(self).items() if name not in self.laid_out}
+        plain = QuantizedConv2d if isinstance(self, QuantizedConv2d) else QuantizedLinear
+        return _plain, (plain,), state, None, None, _lower_again
+
+
+def _plain(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
+def _lower_again(layer: nn.Module, state: dict[str, Any]) -> None:
+    """Give an unpickled layer its state, and lower it where this machine can."""
+    from diffquant.runtime.engines import int8_cpu  # which imports this file
+
+    layer.__setstate__(state)
+    if not int8_cpu.unsupported():
+        int8_cpu.lower_layer(layer)  # type: ignore[arg-type]
+
+
+class PackedCodes(LaidOut, Quantizer):
     """A weight quantizer whose codes exist only in the layout of the integer kernels; `codes` unpacks them at every look.
 
     ``packed``: by distinct row of the input's shift, then by split, the digits of the integer weight.
@@ -67,6 +98,12 @@ class PackedCodes(Quantizer):
             for part, (weight, shift) in enumerate(zip(weights, shifts, strict=True))
         ]
         return torch.cat(parts, dim=1).contiguous().to(torch.int8 if self.spec.symmetric else torch.uint8)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As a plain quantizer that holds its codes."""
+        state = {name: value for name, value in vars(self).items() if name not in ("packed", "rows_of_shift", "groups")}
+        state["_buffers"] = {**self._buffers, "codes": self.codes}
+        return _plain, (Quantizer,), state
 
     def frozen_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`, computed at each call: the packed codes are here to save memory."""
@@ -154,26 +191,26 @@ def _row_of(distinct: Tensor | None, shift: Tensor | None, row: int) -> int:
     return int((distinct == shift[row]).all(dim=1).nonzero()[0])
 
 
-class IntegerLinear(QuantizedLinear):
+class IntegerLinear(LaidOut, QuantizedLinear):
     """A lowered linear layer; made by `lower`, never constructed."""
 
     product: Product
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        return _forward(self, x) if computes_integers(self) and not differentiated(x) else super().forward(x)
+        return _forward(self, input) if computes_integers(self) and not differentiated(input) else super().forward(input)
 
 
-class IntegerConv2d(QuantizedConv2d):
+class IntegerConv2d(LaidOut, QuantizedConv2d):
     """A lowered convolution; made by `lower`, never constructed."""
 
     product: Product
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``, channels last in memory."""
-        if not computes_integers(self) or differentiated(x):
-            return super().forward(x)
-        return _forward(self, x.contiguous(memory_format=torch.channels_last))
+        if not computes_integers(self) or differentiated(input):
+            return super().forward(input)
+        return _forward(self, input.contiguous(memory_format=torch.channels_last))
 
 
 IntegerLayer = IntegerLinear | IntegerConv2d
@@ -182,9 +219,9 @@ IntegerLayer = IntegerLinear | IntegerConv2d
 class ChannelsLastConv2d(QuantizedConv2d):
     """A convolution that stays in floating point; what follows it expects channels last, as integer convolutions write them."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As without the engine; the output channels last."""
-        return super().forward(x).contiguous(memory_format=torch.channels_last)
+        return super().forward(input).contiguous(memory_format=torch.channels_last)
 
 
 INTEGER = (IntegerLinear, IntegerConv2d)  # for isinstance

@@ -184,7 +184,7 @@ class Step:
         return codes if self.last == MAX_CODE else codes.clamp_(max=self.last)
 
     def values(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """`x`, smoothed where it is, as the codes stand for it."""
+        """`x`, smoothed where it is, as its codes stand for it."""
         if ONE_PASS and self.last == MAX_CODE and isinstance(self.inverse, float):
             return torch.quantize_per_tensor(x, self.scale, self.zero_point, torch.quint8).dequantize()
         return self.codes(x).float().sub_(self.zero_point).mul_(self.scale)

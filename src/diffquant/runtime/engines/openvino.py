@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from diffquant.core.layers import AttentionProducts, QuantizedLayer
+from diffquant.core.layers import AttentionProducts, QuantizedLayer, derived
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import quantized_layers, quantizers
@@ -212,7 +212,7 @@ def _computed(original: type[nn.Module]) -> type[nn.Module]:
             _fall_back(self, str(refused))
             return output
 
-    return type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+    return derived(original, _computed, forward)
 
 
 def _said(error: Exception) -> str:
@@ -273,8 +273,9 @@ class _Graphs:
         self._quantizers = self._quantizers or [quantizer for _, quantizer in quantizers(model)]
         return self._quantizers
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Graphs:
-        return _Graphs(self.precision)
+    def __reduce__(self) -> Any:
+        """Copies and pickles start without graphs."""
+        return _Graphs, (self.precision,)
 
     def __call__(self, model: nn.Module, call: Call) -> Any:
         """The output of a call. Raises `_Refused` where OpenVINO cannot compute it."""

@@ -230,8 +230,9 @@ INTEGER = (IntegerLinear, IntegerConv2d)  # for isinstance
 def computes_integers(layer: IntegerLayer) -> bool:
     """Whether the quantizers are on and unobserved, and the codes where `lower` put them."""
     weight, given = layer.weight_quantizer, layer.input_quantizer
-    plain = all(each is not None and each.enabled and each.observer is None for each in (weight, given))
-    return plain and isinstance(weight, PackedCodes)
+    if weight is None or given is None or not isinstance(weight, PackedCodes):
+        return False
+    return weight.enabled and given.enabled and weight.observer is None and given.observer is None
 
 
 def differentiated(x: Tensor) -> bool:
@@ -243,6 +244,9 @@ def _forward(layer: IntegerLayer, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return _computed(layer, x)
     with torch._C.DisableTorchFunction():  # the mode that finds an attention's products looks at every operation in it
+        product, bias = layer.product, layer.bias
+        if product.alone is not None and x.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32):
+            return product.single(x, bias)
         return _computed(layer, x)
 
 

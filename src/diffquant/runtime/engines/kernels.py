@@ -110,7 +110,9 @@ class Packed:
         if self._narrow and rows < nibbles.ROWS:
             digits, self._narrow = self._digits(), False
             self.halves = [self._parts(each, index * len(each)) for index, each in enumerate(digits.chunk(len(self.halves)))]
-        return [part for each in self.halves for part in each] if half is None else self.halves[half]
+        if half is not None or len(self.halves) == 1:
+            return self.halves[half or 0]
+        return [part for each in self.halves for part in each]
 
     def halve(self) -> None:
         """Lay out each half of the outputs of a linear layer for itself, so that they can be multiplied apart."""
@@ -208,6 +210,9 @@ class Product:
         if len(steps) > 1:  # the sets as tensors, for a set that is known at run time only
             self.inverses = [torch.stack([torch.as_tensor(row[part].inverse) for row in steps]) for part in range(len(steps[0]))]
             self.offsets = [torch.stack([row[part].offset for row in steps]) for part in range(len(steps[0]))]
+        row = self.steps[0]
+        plain = len(self.steps) == len(row) == len(row[0].matrices) == 1
+        self.alone = (row[0], row[0].matrices[0]) if plain else None  # of a layer with one set, part and digit, as most are
         self.number = next(_numbers)
         _products[self.number] = self
 
@@ -241,6 +246,12 @@ class Product:
                 output = product if output is None else output.add_(product)
         assert output is not None
         return output
+
+    def single(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The output for a float32 input, of a layer that has one set, part and digit (`alone`)."""
+        assert self.alone is not None
+        step, packed = self.alone
+        return self._one(step.codes(x), step, packed, bias, torch.float32)
 
     @property
     def one_matrix(self) -> bool:
@@ -324,8 +335,10 @@ def _linear(
     """
     products = []
     for first, end, held in packed.parts(half, codes.numel() // codes.shape[-1]):
-        here = slice(first, end)
-        given = packed.scale[here], packed.zero_point[here], None if bias is None else bias[here]
+        given: tuple[Tensor | None, ...] = packed.scale, packed.zero_point, bias
+        if end - first < len(packed.scale):
+            here = slice(first, end)
+            given = packed.scale[here], packed.zero_point[here], None if bias is None else bias[here]
         with held as weight:
             product: Tensor = torch.ops.onednn.qlinear_pointwise(
                 codes, step.scale, step.zero_point, weight, *given, *put_out, *post

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int8
 from torch import Tensor
 
-LEAST = 1 << 16  # weights; a layer with fewer gains little memory, and padding may take more than it has
+LEAST = 1 << 18  # weights; in a layer with fewer unpacking takes more than a tenth of the time, and gains little memory
 PART = 1 << 22  # weights that are unpacked at once; larger layers are cut along their outputs
 OUTPUTS = 64  # that kernels lay out together; a part with another number is padded
 ROWS = 128  # of a product; with fewer, unpacking would take more than a tenth of its time

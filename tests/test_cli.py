@@ -1,15 +1,18 @@
 """The command line on the shipped model: every verb, every recipe, and one line for what goes wrong."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from rich.console import Console
 from torch.nn import Conv2d, Linear
 
 from diffquant import cli, zoo
+from diffquant.calibration.trajectory import Trajectory
 from tests import pipelines
 
 
@@ -86,6 +89,77 @@ def test_inspect_measures_what_each_layer_adds(tmp_path, capsys, monkeypatch):
     given = ("--work", tmp_path, "--sensitivity", tmp_path / "again", "--trajectories", 2)
     assert run("inspect", tmp_path / "model", "--recipe", "mse-w4a6", *given) == 0
     assert json.loads((tmp_path / "again" / "sensitivity.json").read_text()) == found
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Path:
+    """A pipeline saved in float16, plain and as a variant."""
+    folder = tmp_path_factory.mktemp("half")
+    pipe = pipelines.micro().to(torch.float16)
+    pipe.save_pretrained(folder / "plain")
+    pipe.save_pretrained(folder / "variant", variant="fp16")
+    return folder
+
+
+def test_a_half_precision_checkpoint_is_computed_in_float32_on_a_cpu(half, tmp_path, capsys):
+    assert run("record", half / "plain", "--out", tmp_path / "r", "--samples", 2, "--steps", 2) == 0
+    assert "plain: saved in float16, computed in float32 on a CPU" in capsys.readouterr().err
+    data = Trajectory.open(tmp_path / "r")
+    assert data.batch(torch.tensor([0]))[1].dtype == torch.float32
+    assert run("inspect", half / "variant") == 1
+    assert capsys.readouterr().err.strip().endswith("it has the variant fp16, give --load variant=fp16")
+    assert run("inspect", half / "variant", "--load", "variant=fp16", "--load", "dtype=float32") == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("dtype=int4", "--load 'dtype=int4': dtypes are float32, bfloat16, float16"),
+        ("variant", "--load 'variant': not key=value; for example dtype=float16, variant=fp16, revision=main"),
+    ],
+)
+def test_what_load_takes(value, message, half, capsys):
+    assert run("inspect", half / "plain", "--load", value) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_brackets_and_spaces_of_a_path_are_printed(recording, tmp_path, capsys):
+    out = tmp_path / "sweep[w8] a" / "out"
+    sets = ("--set", "passes.0.samples=4")
+    assert run("quantize", "glyph-ddim", "--recipe", "minmax-w8a8", "--data", recording, "--out", out, *sets) == 0
+    assert capsys.readouterr().out.strip().startswith(f"{out}: ")
+    for command in (("inspect", out), ("record", out, "--out", tmp_path / "r", "--samples", 2, "--steps", 2)):
+        assert run(*command) == 1
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "UNet2DModel: is quantized" in line and "full-precision" in line
+    assert run("sample", out / "unet", "--out", tmp_path / "x.png") == 1
+    assert "holds no pipeline (no model_index.json); give the folder that holds unet/" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(recording, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda *given: pytest.fail("the model was loaded"))
+    assert run("quantize", "glyph-ddim", "--recipe", "minmax-w8a8", "--data", recording, "--out", recording) == 1
+    assert "holds files that are no checkpoint" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(recording, tmp_path):
+    """Files of 100 KiB and more cannot be written, in a process of its own."""
+    sets = [part for option in pipelines.small_budget("mse-w4a8") for part in ("--set", option)]
+    command = [
+        Path(sys.executable).with_name("diffquant"),
+        "quantize",
+        "glyph-ddim",
+        "--recipe",
+        "mse-w4a8",
+        "--data",
+        recording,
+        *sets,
+    ]
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *command, "--out", tmp_path / "o", "--work", tmp_path / "w"]
+    done = subprocess.run(list(map(str, limited)), capture_output=True, text=True, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert len(lines) == 1 and "cannot be written" in lines[0] and "make room, and run again" in lines[0]
 
 
 def test_zoo_list(capsys):

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+import yaml
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
+from safetensors import SafetensorError
 
 import diffquant as dq
 from diffquant import zoo
@@ -28,7 +32,7 @@ from diffquant.evaluation.protocols import load_protocol, record_under, shipped_
 from diffquant.evaluation.robustness import SAMPLES, VARIED
 from diffquant.evaluation.sampling import sample
 from diffquant.recipe import shipped
-from diffquant.runtime.checkpoint import file_size, float32_size
+from diffquant.runtime.checkpoint import check_replaceable, file_size, float32_size, saved_dtype
 from diffquant.runtime.engines import ENGINES
 from diffquant.runtime.export import TARGETS
 from diffquant.runtime.sensitivity import TRAJECTORIES
@@ -67,6 +71,14 @@ FORM_HELP = (
     "exact: right on every processor, also on those that add products of 8-bit operands in 16 bits. single: one product for each "
     "8-bit weight, as TensorRT reads it; wrong on such processors, and refused where this one is one of them."
 )
+DTYPES = ("float32", "bfloat16", "float16")
+Load = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--load",
+        help="Argument of from_pretrained, such as dtype=float16 or variant=fp16; repeat for more (default: float32 on a CPU).",
+    ),
+]
 RECIPE_HELP = "Recipe with bits, e.g. brecq-w4a8 (weights 4, activations 8; a32 is weight-only), or a .yaml file."
 
 
@@ -90,6 +102,7 @@ def record(
         float | None, typer.Option(help="GiB that the recording may take on disk (default: the protocol's, or 4).")
     ] = None,
     protocol: Protocol = None,
+    load: Load = None,
 ) -> None:
     """Run a pipeline in full precision and record what its denoiser sees: the calibration data."""
     chosen = load_protocol(
@@ -101,8 +114,8 @@ def record(
         calibration__seed=seed,
         calibration__budget_gib=budget,
     )
-    data = record_under(_load(model), chosen, out)
-    console.print(f"{len(data)} denoiser calls at {len(data.timesteps)} timesteps in {out}")
+    data = record_under(_load(model, load), chosen, out)
+    say(f"{len(data)} denoiser calls at {len(data.timesteps)} timesteps in {out}")
 
 
 @app.command()
@@ -118,18 +131,20 @@ def quantize(
     seed: Seed = 0,
     set_: Set = None,
     protocol: Protocol = None,
+    load: Load = None,
 ) -> None:
     """Quantize a pipeline and write a packed checkpoint that diffusers loads."""
     chosen = dq.load_recipe(recipe, set_ or ())
     recorded = load_protocol(protocol or (), **({} if protocol else {"calibration__seed": seed}))
-    pipe = _load(model)
+    check_replaceable(out)  # before hours of calibration, not after them
+    pipe = _load(model, load)
     calibration = dq.Trajectory.open(data) if data else record_under(pipe, recorded, _below(work))
     result = dq.quantize(pipe, chosen, calibration, seed=seed, folder=work, memory_gib=memory)
     dq.save(pipe, out, recipe_name=chosen.full_name)
     result.write(out / "quantization.json")
     denoiser = next(part for part in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)) if part is not None)
     written, full = file_size(out), float32_size(denoiser)
-    console.print(f"{out}: {written / 1e6:.2f} MB, {written / full:.3f} of float32 ({full / 1e6:.2f} MB)")
+    say(f"{out}: {written / 1e6:.2f} MB, {written / full:.3f} of float32 ({full / 1e6:.2f} MB)")
 
 
 @app.command()
@@ -141,10 +156,9 @@ def export(
 ) -> None:
     """Write a quantized denoiser for another runtime, and check the file by running it."""
     report = dq.export(model, out, to, form)
-    console.print(
+    say(
         f"{out / report.file}: differs from the simulation by {report.error:.2g} (relative, one call); rounding explains "
-        f"{report.allowed:.2g}",
-        soft_wrap=True,
+        f"{report.allowed:.2g}"
     )
     console.print(f"{report.integer} products of integers, {report.floating} in floating point")
     if report.floating_layers:
@@ -170,12 +184,13 @@ def sample_pictures(
     prompts: Prompts = None,
     guidance: Guidance = None,
     protocol: Protocol = None,
+    load: Load = None,
 ) -> None:
     """Draw pictures with a pipeline, quantized or not."""
     given: dict[str, Any] = {"samples": count, "batch_size": min(count, 16), "steps": steps, "seed": seed, "sampler": sampler}
     check_place(out)
     chosen = load_protocol(protocol or (), prompts=prompts, guidance_scale=guidance, **given)
-    pipe = _load(model)
+    pipe = _load(model, load)
     with progress_bars(console) as progress:
         drawn = sample(pipe, chosen.sampling, progress=progress)
     pictures = drawn.pictures
@@ -183,7 +198,7 @@ def sample_pictures(
         write_pictures(pictures, out)
     else:
         draw_grid(pictures.numpy()).save(out)
-    console.print(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each")
+    say(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each")
 
 
 @app.command()
@@ -199,6 +214,7 @@ def evaluate(
     inception: Inception = None,
     clip: Annotated[Path | None, typer.Option(help="Directory of a CLIP model for the CLIP score of text pipelines.")] = None,
     protocol: Protocol = None,
+    load: Load = None,
 ) -> None:
     """Send the same noise and prompts through full precision and quantized models; write what was lost."""
     chosen = load_protocol(protocol or (), samples=samples, steps=steps, prompts=prompts)
@@ -216,7 +232,7 @@ def evaluate(
     with progress_bars(console) as progress:
         report = dq.evaluate(
             _named(model or []),
-            _load(reference),
+            _load(reference, load),
             protocol=chosen.sampling,
             features=features,
             data=data,
@@ -225,7 +241,7 @@ def evaluate(
             progress=progress,
         )
     console.print(report.table())
-    console.print(f"report.md, report.json and pictures in {out}")
+    say(f"report.md, report.json and pictures in {out}")
 
 
 @app.command()
@@ -238,13 +254,14 @@ def robustness(
     prompts: Prompts = None,
     inception: Inception = None,
     protocol: Protocol = None,
+    load: Load = None,
 ) -> None:
     """Evaluate under other samplers, step counts, guidance or picture sizes than the model was calibrated with."""
     chosen = load_protocol(protocol or (), samples=samples, prompts=prompts)
     with progress_bars(console) as progress:
         found = dq.robustness(
             _named(model),
-            _load(reference),
+            _load(reference, load),
             vary=varied_fields(vary) if vary else None,
             protocol=chosen.sampling,
             features=_features(reference, inception),
@@ -254,8 +271,8 @@ def robustness(
     if found.models:
         console.print(found.table())
     for reason, names in found.refusals().items():
-        console.print(f"left out: {', '.join(names)}: {reason}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"robustness.md, robustness.json, robustness.png and a report of each combination in {out}")
+        say(f"left out: {', '.join(names)}: {reason}")
+    say(f"robustness.md, robustness.json, robustness.png and a report of each combination in {out}")
 
 
 @app.command()
@@ -272,10 +289,11 @@ def inspect(
     trajectories: Annotated[int, typer.Option(min=1, help="Recorded trajectories to measure on.")] = TRAJECTORIES,
     seed: Seed = 0,
     set_: Set = None,
+    load: Load = None,
 ) -> None:
     """Show what a recipe will do to every layer, and the file, memory and time it will take."""
     chosen = dq.load_recipe(recipe, set_ or ())
-    pipe = _load(model)
+    pipe = _load(model, load)
     found = dq.inspect(pipe, chosen)
     measured = None
     if sensitivity is not None:
@@ -293,7 +311,7 @@ def inspect(
             f"trajectories leave {measured.uncertainty:.0%} of a share open",
             soft_wrap=True,
         )
-        console.print(f"by sampling step: sensitivity.json and sensitivity.png in {sensitivity}")
+        say(f"by sampling step: sensitivity.json and sensitivity.png in {sensitivity}")
     console.print(f"file {found.file_bytes / 1e6:.2f} MB, {found.file_bytes / found.float32_bytes:.3f} of float32")
     console.print(f"peak memory about {found.memory_bytes / 1e9:.2f} GB, calibration about {found.seconds / 60:.1f} minutes here")
 
@@ -346,27 +364,63 @@ def main() -> None:
     """Entry point: errors that are the user's to mend are one line and exit code 1."""
     try:
         app()
-    except (DiffquantError, OSError) as error:
+    except (DiffquantError, OSError, SafetensorError) as error:
         if "--debug" in sys.argv:
             raise
         errors.print(f"error: {' '.join(str(error).split())}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 
 
-def _load(model: str) -> Any:
-    """A pipeline by directory, hub id, or zoo name."""
+def _load(model: str, load: list[str] | None = None) -> Any:
+    """A pipeline by directory, hub id, or zoo name; `load` are arguments of `from_pretrained` as key=value."""
+    arguments = _load_arguments(load or ())
     if model in models.PIPELINES:
+        if arguments:
+            raise DiffquantError(f"--load: {model} is a reference model, which takes no arguments; give a directory or a hub id")
         return zoo.load(model)
-    if Path(model).is_dir():
-        return dq.load(model)
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise DiffquantError(f"model {model!r}: holds no pipeline (no model_index.json); give the folder that holds {folder.name}/")
+    saved = saved_dtype(folder) if folder.is_dir() else None
+    if "dtype" not in arguments and not torch.cuda.is_available():
+        arguments["dtype"] = torch.float32
+        if saved not in (None, torch.float32):
+            say(f"{model}: saved in {str(saved).removeprefix('torch.')}, computed in float32 on a CPU", errors)
     try:
-        return DiffusionPipeline.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        return dq.load(folder, **arguments) if folder.is_dir() else DiffusionPipeline.from_pretrained(model, **arguments)
+    except DiffquantError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
         known = ", ".join(models.PIPELINES)
         reason = str(error).strip().splitlines()[0]
+        if folder.is_dir():
+            variants = sorted({file.suffixes[-2].strip(".") for file in folder.rglob("*.safetensors") if len(file.suffixes) > 1})
+            hint = f"; it has the variant {variants[0]}, give --load variant={variants[0]}" if variants and not load else ""
+            raise DiffquantError(f"model {model!r}: not loaded: {reason}{hint}") from error
         raise DiffquantError(
             f"model {model!r}: no directory, no reference model ({known}), and not loaded as a hub id: {reason}"
         ) from error
+
+
+def _load_arguments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` from key=value; a dtype by its name."""
+    arguments: dict[str, Any] = {}
+    for text in assignments:
+        key, separator, value = text.partition("=")
+        if not separator or not key.isidentifier():
+            raise DiffquantError(f"--load {text!r}: not key=value; for example dtype=float16, variant=fp16, revision=main")
+        if key == "dtype":
+            if value not in DTYPES:
+                raise DiffquantError(f"--load {text!r}: dtypes are {', '.join(DTYPES)}")
+            arguments["dtype"] = getattr(torch, value)
+        else:
+            arguments[key] = yaml.safe_load(value)
+    return arguments
+
+
+def say(text: str, to: Console | None = None) -> None:
+    """Print a line as it is: brackets of a path are no markup, and long paths are not wrapped."""
+    (to or console).print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _features(reference: str, inception: Path | None) -> FeatureExtractor | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import diffquant as dq
 from diffquant.calibration import fit
 from diffquant.calibration.gain import StepGain
 from diffquant.calibration.observe import Calibration
@@ -331,3 +332,13 @@ def test_refused(pipe, data):
         searched(prepared(pipe, data, 2), data, target="noise")
     with pytest.raises(SpecError, match="error: latent needs inputs: trajectory"):
         searched(prepared(pipe, data, 2), data, inputs="noised", error="latent")
+
+
+def test_a_model_of_one_step_has_one_set_and_a_line_says_so(tmp_path, caplog):
+    pipe = pipelines.micro()
+    data = dq.record(pipe, dq.Calibration(samples=4, steps=1, batch_size=4), folder=tmp_path, progress=False)
+    recipe = dq.load_recipe("adp-dm-w4a8", pipelines.small_budget("adp-dm-w4a8"))
+    report = dq.quantize(pipe, recipe, data, progress=False)
+    note = "the model was recorded at one timestep, so every input has one parameter set; nothing is searched"
+    assert note in caplog.text and note in [row["figures"].get("note") for row in report.passes]
+    assert all(quantizer.rows == 1 for _, quantizer in quantizers(pipe.unet) if quantizer.clock is not None)

@@ -42,6 +42,7 @@ from diffquant.calibration.trajectory import (
     write_manifest,
 )
 from diffquant.core.spec import CalibrationError
+from diffquant.core.surgery import is_frozen
 
 Run: TypeAlias = Callable[[Pipeline, torch.Generator, int], Any]
 
@@ -114,6 +115,8 @@ def _describe(pipe: Pipeline, calibration: Calibration, run: Run | None) -> dict
     """The manifest of a recording that is about to be made."""
     name, denoiser = find_denoiser(pipe)
     check_step_cache(denoiser)
+    if hasattr(denoiser, "step_clock") and is_frozen(denoiser):
+        raise CalibrationError(f"{type(denoiser).__name__}: is quantized; record the full-precision pipeline that it came from")
     if getattr(pipe, "scheduler", None) is None:
         raise CalibrationError(f"{type(pipe).__name__}: has no scheduler; only pipelines that hold one can be recorded")
     config = json.loads(pipe.scheduler.to_json_string())

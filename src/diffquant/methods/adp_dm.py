@@ -15,6 +15,7 @@ leaves open; ``lead``, ``temperature``, ``settling`` and ``error: latent`` (off 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -42,6 +43,7 @@ from diffquant.methods.pool import Pool, Selection
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.steps import LearnedSteps
 
+_log = logging.getLogger(__name__)
 ONE_HOT = 100.0  # a lead, in nats, at which the shares of all other sets are zero
 
 
@@ -96,6 +98,10 @@ class SearchParameterSets(Pass):
         with evaluating(model), switched(model, True):
             fewest = 2 if self.table == "searched" else 1
             searched = {name: one for name, one in quantizers(model) if one.clock is not None and one.rows >= fewest}
+            if not searched and model.step_clock.times == 1:  # type: ignore[union-attr]
+                note = "the model was recorded at one timestep, so every input has one parameter set; nothing is searched"
+                _log.warning("SearchParameterSets: %s", note)
+                return {"note": note}
             if not searched:
                 raise SpecError("SearchParameterSets: no quantizer has several parameter sets; add sets: 8 to a rule")
             with torch.no_grad():

@@ -8,6 +8,7 @@ reads everything back, compares it with the model in memory, and only then renam
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -18,7 +19,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -53,7 +54,7 @@ def save(
     """
     folder = Path(folder).expanduser().resolve()
     models = _quantized_models(pipe_or_model)
-    _check_replaceable(folder)
+    check_replaceable(folder)
     for model in models.values():
         kept = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
         mark_quantized(model, describe(model, recipe_name or getattr(kept, "recipe", "") or getattr(model, "recipe_name", "")))
@@ -115,6 +116,24 @@ def file_size(folder: str | Path) -> int:
     return sum(file.stat().st_size for component in found for file in _weights_files(component))
 
 
+def saved_dtype(folder: str | Path) -> torch.dtype | None:
+    """The dtype of the largest part of a denoiser's weights as they are saved, None where they are packed or not found."""
+    counts: dict[str, int] = {}
+    for component in (path for name in DENOISER_FOLDERS if (path := Path(folder) / name).is_dir()):
+        if "quantization_config" in _json(component / "config.json"):
+            return None
+        for file in component.glob("*.safetensors"):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118
+                        part = opened.get_slice(name)
+                        counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+            except (OSError, SafetensorError):
+                return None
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return known.get(max(counts, key=lambda name: counts[name])) if counts else None
+
+
 def float32_size(model: nn.Module) -> int:
     """Bytes that the weights of `model` take, or took before they were frozen, in float32."""
     values = sum(parameter.numel() for parameter in model.parameters())
@@ -143,7 +162,12 @@ def _quantized_models(pipe_or_model: DiffusionPipeline | nn.Module) -> dict[str,
     return found
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raises `CheckpointError` where `save` could not put a checkpoint in the place of `folder`, or make it."""
+    folder = folder.expanduser().resolve()
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not os.access(above, os.W_OK):
+        raise CheckpointError(f"{folder}: {above} cannot be written; choose another place")
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -45,6 +45,8 @@ class Inspection:
 def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
     """Plan `recipe` for the denoiser of `pipe` without changing it; the pipeline is run as far as its first denoiser call."""
     _, model = find_denoiser(pipe)
+    if hasattr(model, "step_clock"):
+        raise SpecError(f"{type(model).__name__}: is quantized already; inspect the full-precision model that it came from")
     rows = plan(model, recipe.layers)
     arguments = {name: _repeated(value) for name, value in first_call(pipe).items()}
     operations, activations, seconds = _measure(model, arguments)

@@ -1,14 +1,17 @@
 """Recipes: names, bits, overrides, errors before anything is computed; and `quantize` as a whole."""
 
 import copy
+import functools
+import inspect
 
 import pytest
 import torch
 
 import diffquant as dq
+from diffquant import quantization
 from diffquant.calibration import fit
 from diffquant.core.planning import plan
-from diffquant.core.spec import RecipeError
+from diffquant.core.spec import CalibrationError, RecipeError
 from diffquant.core.surgery import is_frozen, prepare, quantized_layers
 from diffquant.methods.passes import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
@@ -267,3 +270,20 @@ def test_finished_passes_are_put_back_one_after_the_other(pipe, data, tmp_path):
                     step.apply(model, data, torch.Generator().manual_seed(index), run)
         states.append(quantizer_state(model))
     assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_without_data_the_pipeline_is_recorded_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization, "Calibration", functools.partial(dq.Calibration, samples=4, steps=2, batch_size=4))
+    recipe = load_recipe("minmax-w4a8", ["passes.0.samples=8"])
+    pipe, twin = pipelines.micro(), pipelines.micro()
+    data = dq.record(twin, dq.Calibration(samples=4, steps=2, batch_size=4, seed=3), progress=False)
+    quantize(twin, recipe, data, seed=3, progress=False)
+    report = quantize(pipe, recipe, seed=3, folder=tmp_path, progress=False)
+    assert is_frozen(pipe.unet) and report.calibration["calibration"]["samples"] == 4
+    theirs = twin.unet.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in pipe.unet.state_dict().items())
+    assert (tmp_path / "recording").is_dir()
+    with pytest.raises(CalibrationError, match="UNet2DModel: is no pipeline, so it cannot be recorded; give data, or the pipeline"):
+        quantize(pipelines.micro().unet, recipe)
+    signature = inspect.signature(quantize).parameters
+    assert signature["recipe"].default == "brecq-w4a8" and signature["data"].default is None

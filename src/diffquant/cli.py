@@ -31,6 +31,7 @@ from diffquant.evaluation.plan import plan_table
 from diffquant.evaluation.protocols import load_protocol, record_under, shipped_protocols, varied_fields
 from diffquant.evaluation.robustness import SAMPLES, VARIED
 from diffquant.evaluation.sampling import sample
+from diffquant.quantization import DEFAULT_RECIPE
 from diffquant.recipe import shipped
 from diffquant.runtime.checkpoint import check_replaceable, file_size, float32_size, saved_dtype
 from diffquant.runtime.engines import ENGINES
@@ -121,8 +122,8 @@ def record(
 @app.command()
 def quantize(
     model: Model,
-    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)],
     out: Annotated[Path, typer.Option(help="Directory of the packed checkpoint.")],
+    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)] = DEFAULT_RECIPE,
     data: Annotated[Path | None, typer.Option(help="Recording to calibrate on; without it 64 trajectories are recorded.")] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder that keeps finished passes: a killed run goes on, other recipes share them.")
@@ -278,7 +279,7 @@ def robustness(
 @app.command()
 def inspect(
     model: Model,
-    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)] = "brecq-w4a8",
+    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)] = DEFAULT_RECIPE,
     sensitivity: Annotated[
         Path | None, typer.Option(help="New folder: also measure what each layer adds to the last sample's error, and draw a map.")
     ] = None,

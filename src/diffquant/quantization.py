@@ -18,17 +18,19 @@ from torch import nn
 
 from diffquant.calibration import fit
 from diffquant.calibration.memory import BUDGET, GIB
-from diffquant.calibration.observe import find_denoiser
+from diffquant.calibration.observe import Calibration, find_denoiser
+from diffquant.calibration.record import record
 from diffquant.calibration.rollout import conditional_half
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.correction import Stored, give, warn_unless_attached
 from diffquant.core.layers import present_spec
 from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
-from diffquant.core.spec import LayerSpec, SpecError
+from diffquant.core.spec import CalibrationError, LayerSpec, SpecError
 from diffquant.core.surgery import enable, freeze, leave_inference_mode, prepare, quantized_layers
 from diffquant.methods.passes import quantizer_state, restore_quantizers
 from diffquant.recipe import Recipe, load_recipe
 
+DEFAULT_RECIPE = "brecq-w4a8"  # the least error for its file that one recipe has on every reference model
 METHOD = "diffquant"  # the name under which diffusers knows what reads and writes quantized models (`runtime.hf`)
 
 
@@ -52,8 +54,8 @@ class QuantizationReport:
 
 def quantize(
     pipe: Any,
-    recipe: str | Recipe,
-    data: Trajectory,
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    data: Trajectory | None = None,
     *,
     seed: int = 0,
     folder: Path | None = None,
@@ -62,6 +64,8 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize the denoiser of `pipe` (or a denoiser itself) in place by `recipe`, calibrated on `data`; end with `freeze`.
 
+    Without `data` the pipeline is recorded first, as ``Calibration(seed=seed)`` says; with `folder` the recording is kept in its
+    ``recording``.
     With `folder` every finished pass is kept there: a killed run goes on where it stopped, and a recipe that begins with the same
     passes on the same layers, data and seed starts from them, so variants of a recipe share what they have in common. Rounding
     learned without activation quantizers is shared by recipes that differ in those alone: in their bits or parameter sets.
@@ -70,12 +74,21 @@ def quantize(
 
     diffusers then knows that the model is quantized: `save_pretrained` writes the packed form, and a cast is refused.
 
-    Raises `RecipeError`, `SpecError`, or `CalibrationError` when `data` was recorded with another model.
+    Raises `RecipeError`, `SpecError`, or `CalibrationError` when `data` was recorded with another model, or is missing for a
+    denoiser without a pipeline.
     """
     model = pipe if isinstance(pipe, nn.Module) else find_denoiser(pipe)[1]
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     with torch.inference_mode(False):  # what is learned needs gradients
         leave_inference_mode(model)
+        if data is None:
+            plan(model, recipe.layers)  # raises for a model or rules that do not fit, before anything is recorded
+            if model is pipe:
+                raise CalibrationError(
+                    f"{type(model).__name__}: is no pipeline, so it cannot be recorded; give data, or the pipeline"
+                )
+            place = None if folder is None else folder / "recording"
+            data = record(pipe, Calibration(seed=seed), folder=place, progress=progress)
         return _quantize(model, recipe, data, seed, folder, memory_gib, progress)
 
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from diffquant.calibration.observe import (
     Calibration,
@@ -29,7 +30,7 @@ from diffquant.calibration.observe import (
     run_pipeline,
     timestep_name,
 )
-from diffquant.calibration.recorded_batch import BudgetCheck, RecordedBatch
+from diffquant.calibration.recorded_batch import BudgetCheck, RecordedBatch, Shapes
 from diffquant.calibration.scheduling import clipping
 from diffquant.calibration.trajectory import (
     FORMAT_VERSION,
@@ -91,16 +92,13 @@ def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | N
     bar = Progress(*columns, console=Console(stderr=True), disable=not progress)
     with bar, evaluation_mode(pipe), _quiet(pipe):
         task = bar.add_task("", total=count, completed=count - len(missing))
+        shapes = _shapes_of_another_size(pipe, calibration, run, _rows_of_batch(calibration, missing[0])) if missing else NO_SHAPES
         for b in missing:
             rows = _rows_of_batch(calibration, b)
-            batch = RecordedBatch(find_denoiser(pipe)[1], rows, b, BudgetCheck(calibration, rows) if b == missing[0] else None)
-            generator = torch.Generator().manual_seed(_seed(calibration.seed, b))
-            watched = observe(pipe, on_call=batch.add_call, on_step=batch.add_step, on_timetable=batch.add_timetable)
-            with watched, _global_seed(generator.initial_seed()):
-                if run is None:
-                    run_pipeline(pipe, calibration, generator, range(b * calibration.batch_size, b * calibration.batch_size + rows))
-                else:
-                    run(pipe, generator, rows)
+            budget = BudgetCheck(calibration, rows) if b == missing[0] else None
+            batch = RecordedBatch(find_denoiser(pipe)[1], rows, b, budget, shapes)
+            with observe(pipe, on_call=batch.add_call, on_step=batch.add_step, on_timetable=batch.add_timetable):
+                _sample(pipe, calibration, run, b, rows)
             batch.check(type(pipe).__name__)
             if not (folder / MANIFEST).exists():  # a refused recording leaves nothing behind
                 folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +107,37 @@ def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | N
             bar.advance(task)
     timesteps = Trajectory(folder, manifest).timesteps
     write_manifest(folder, manifest | {"complete": True, "timesteps": timesteps})
+
+
+def _sample(pipe: Pipeline, calibration: Calibration, run: Run | None, batch: int, rows: int) -> None:
+    """Run the pipeline on the first `rows` trajectories of a batch."""
+    generator = torch.Generator().manual_seed(_seed(calibration.seed, batch))
+    with _global_seed(generator.initial_seed()):
+        if run is None:
+            first = batch * calibration.batch_size
+            run_pipeline(pipe, calibration, generator, range(first, first + rows))
+        else:
+            run(pipe, generator, rows)
+
+
+def _shapes_of_another_size(pipe: Pipeline, calibration: Calibration, run: Run | None, rows: int) -> Shapes:
+    """What the first denoiser call is given for another number of samples than `rows`: which axes follow it."""
+    seen: list[Shapes] = []
+
+    def keep(arguments: dict[str, Any], output: Tensor) -> None:
+        seen.append(Shapes.of(find_denoiser(pipe)[1], arguments, output))
+        raise _Enough
+
+    with suppress(_Enough), observe(pipe, on_call=keep):
+        _sample(pipe, calibration, run, 0, 2 if rows == 1 else 1)
+    return seen[0] if seen else NO_SHAPES
+
+
+NO_SHAPES = Shapes(0, {}, {})
+
+
+class _Enough(Exception):
+    """The first call was seen."""
 
 
 def _describe(pipe: Pipeline, calibration: Calibration, run: Run | None) -> dict[str, Any]:

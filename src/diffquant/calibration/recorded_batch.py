@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -45,12 +45,43 @@ class BudgetCheck:
             )
 
 
+class Shapes(NamedTuple):
+    """What one call of the denoiser was given for another number of samples: its rows, and the shape of each tensor.
+
+    A tensor whose axis is as long as the call has rows in both calls has its samples there. By one call alone, a list of layers or
+    a table of positions that happens to be as long as the batch would be taken for samples.
+    """
+
+    rows: int
+    shapes: dict[str, tuple[int, ...]]
+    axes: dict[str, int | None]  # of each tensor, once a call of other rows has shown it
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, arguments: Mapping[str, Any], output: Tensor) -> Shapes:
+        """Those of a call that was observed."""
+        where = f"call 0 of batch 0 of {type(denoiser).__name__}"
+        flat = _flatten({name: value for name, value in arguments.items() if name != "return_dict"}, where)
+        shapes = {name: tuple(value.shape) for name, value in flat.items() if isinstance(value, Tensor)}
+        return cls(len(output), shapes, {})
+
+    def axis_of_samples(self, name: str, value: Tensor, rows: int) -> int | None:
+        """The axis of `value` that has a place for each of the call's `rows`, None where none has."""
+        other, by_length = self.shapes.get(name), 0 if value.ndim and len(value) == rows else None
+        if other is None or len(other) != value.ndim:
+            return by_length
+        if rows == self.rows:
+            return self.axes.get(name, by_length)
+        following = [axis for axis, size in enumerate(value.shape) if size == rows and other[axis] == self.rows]
+        self.axes[name] = following[0] if following else None
+        return self.axes[name]
+
+
 class RecordedBatch:
     """The calls and steps of one batch on their way to a file."""
 
-    def __init__(self, denoiser: nn.Module, rows: int, number: int, budget: BudgetCheck | None) -> None:
+    def __init__(self, denoiser: nn.Module, rows: int, number: int, budget: BudgetCheck | None, shapes: Shapes) -> None:
         self.denoiser_name, self.timestep_name = type(denoiser).__name__, timestep_name(denoiser)
-        self.rows, self.number, self.budget = rows, number, budget
+        self.rows, self.number, self.budget, self.shapes = rows, number, budget, shapes
         self.tensors: dict[str, Tensor] = {}
         self.calls: list[dict[str, Any]] = []
         self.steps: list[dict[str, str]] = []
@@ -70,7 +101,7 @@ class RecordedBatch:
         if timestep.numel() not in (1, rows):
             shape = tuple(timestep.shape)
             raise CalibrationError(f"{where}: {self.timestep_name} has shape {shape}; one number, or one per row, is allowed")
-        self._require_clear_rows(arguments, rows, where)
+        by_row = self._by_row(arguments, rows, where)
         arguments[self.timestep_name] = timestep = timestep.reshape(-1).expand(rows)
         timesteps = timestep.double().tolist()
         self._require_finite(output, f"{where} (timestep {timesteps[0]:g})", "output")
@@ -81,7 +112,7 @@ class RecordedBatch:
                 "rows": rows,
                 "timesteps": timesteps if len(set(timesteps)) > 1 else timesteps[:1],
                 "tensors": {name: self._keep(value) for name, value in tensors.items()},
-                "by_row": [name for name, value in tensors.items() if value.ndim and len(value) == rows],
+                "by_row": [name for name in tensors if name in by_row or name == self.timestep_name],
                 "constants": {name: value for name, value in arguments.items() if name not in tensors},
                 "output": self._keep(output),
             }
@@ -138,17 +169,21 @@ class RecordedBatch:
     def _size(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    @staticmethod
-    def _require_clear_rows(arguments: Mapping[str, Any], rows: int, where: str) -> None:
-        """Refuse tables of [tokens, width], such as positions, where they could be taken for [rows, width]."""
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and rows > 1}
-        if not any(value.ndim == 3 and value.shape[:2] == (rows, rows) for value in tensors.values()):
-            return
-        for name, value in tensors.items():
-            if value.ndim == 2 and len(value) == rows:
+    def _by_row(self, arguments: Mapping[str, Any], rows: int, where: str) -> set[str]:
+        """The names of the tensors that have a row for each row of the call; the others belong to the call as a whole."""
+        found = set()
+        for name, value in arguments.items():
+            if not isinstance(value, Tensor) or name == self.timestep_name:  # which is one, or one for each row
+                continue
+            axis = self.shapes.axis_of_samples(name, value, rows)
+            if axis:
                 raise CalibrationError(
-                    f"{where}: argument {name} has {rows} rows, the number of samples and of tokens; change calibration.batch_size"
+                    f"{where}: argument {name} of shape {tuple(value.shape)} has its samples on axis {axis}; on axis 0 they can be "
+                    "recorded"
                 )
+            if axis == 0:
+                found.add(name)
+        return found
 
     @staticmethod
     def _require_finite(tensor: Tensor, where: str, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Literal
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -22,7 +22,7 @@ OPERANDS = ("query", "key", "value", "softmax")
 AGAIN = "copy or save the checkpoint again"
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """The `quant_method` under which diffusers knows us; it has to be an Enum."""
 
     DIFFQUANT = "diffquant"

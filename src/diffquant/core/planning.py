@@ -43,12 +43,17 @@ class PlannedLayer:
 def plan(model: nn.Module, rules: Sequence[LayerRule]) -> list[PlannedLayer]:
     """What `rules` make of every layer of `model` that holds weights, without changing it.
 
-    Raises `SpecError` for a pattern that matches nothing, naming the nearest layer, and where LoRA adapters are loaded.
+    Raises `SpecError` for a pattern that matches nothing, naming the nearest layer, and where LoRA or IP-Adapters are loaded.
     """
     if (adapted := first_adapter(model)) is not None:
         raise SpecError(
             f"layer {adapted!r}: a LoRA adapter is loaded; fuse it into the weights and then unload it (fuse_lora, "
             f"unload_lora_weights), or load it when the model is quantized"
+        )
+    if (adapted := first_ip_adapter(model)) is not None:
+        raise SpecError(
+            f"{adapted}: an IP-Adapter is loaded, whose layers a checkpoint would not hold; unload it (unload_ip_adapter), "
+            "quantize, and load it into the quantized pipeline"
         )
     modules = [(name, module) for name, module in model.named_modules() if name]
     attentions = [(name, module) for name, module in modules if _is_attention(module)]
@@ -69,6 +74,11 @@ def plan(model: nn.Module, rules: Sequence[LayerRule]) -> list[PlannedLayer]:
 def first_adapter(model: nn.Module) -> str | None:
     """The first layer of `model` that peft has put an adapter in the place of."""
     return next((name for name, module in model.named_modules() if type(module).__module__.partition(".")[0] == "peft"), None)
+
+
+def first_ip_adapter(model: nn.Module) -> str | None:
+    """The first attention processor of `model` that an IP-Adapter has put in its place."""
+    return next((name for name, module in model.named_modules() if type(module).__name__.startswith("IPAdapter")), None)
 
 
 def first_with_guidance_sets(rows: Sequence[PlannedLayer]) -> str | None:

@@ -296,6 +296,22 @@ def test_no_weight_is_laid_out_again_at_a_call(capfd: pytest.CaptureFixture[str]
     assert done == [kind]
 
 
+def test_convolutions_that_a_kernel_lays_out_again_are_cut(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of 192 outputs, for small pictures; cut in two, each is one convolution and nothing else, and the integers are the same."""
+    layer = lowered(nn.Conv2d(256, 192, 3, padding=1), specs(8, False, 8, True), unit_steps=True)
+    (packed,) = layer.product.steps[0][0].matrices
+    assert [(part.first, part.end) for part in packed.halves[0]] == [(0, 128), (128, 192)]
+    codes = torch.randint(0, 256, (2, 256, 8, 8))
+    x = (codes - layer.input_quantizer.zero_point.view(())).float()  # type: ignore[union-attr]
+    expected = output_of_codes(layer, [codes.to(torch.uint8)], 0)
+    assert (layer(x).double() - expected).abs().max() <= 2.0**-23 * expected.abs().max() * 4  # beyond 2^24 float32 rounds
+    capfd.readouterr()
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        layer(x)
+    done = [line.split(",")[5] for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+    assert set(done) == {"convolution"}
+
+
 @pytest.mark.parametrize("padded", [0, 1 << 30])
 @pytest.mark.parametrize("kind", ["conv", "strided conv", "grouped conv", "depthwise conv"])
 def test_edges_given_here_and_by_the_kernel(monkeypatch: pytest.MonkeyPatch, padded: int, kind: str) -> None:

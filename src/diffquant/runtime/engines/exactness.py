@@ -29,6 +29,9 @@ PAIR = (1 << 15) - 1  # the largest sum of two products that 16 bits hold
 SMALLEST = 8  # a kernel that is exact for smaller weights only would take too many products
 CHANNELS = (16, 504)  # of the worst case; 504 = 56 * 3 * 3, for convolutions
 LARGE = (512, 1024, 1024)  # rows, channels and outputs of the product whose speed is measured
+HEAD = (
+    256  # of rows, channels and outputs, in an attention; without a kernel for it PyTorch's own loop would take seconds for LARGE
+)
 ROUNDS = 5
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # codes [rows, channels], weights [outputs, channels] -> [rows, outputs, ...]
@@ -189,7 +192,7 @@ def _torch_int_mm(kernel: str) -> Answer:
         return (product(moved, weights.t().contiguous()) + 128 * weights.sum(1, dtype=torch.int32)).float()
 
     def speed() -> float:
-        codes, weights = large_product()
+        codes, weights = (operand[:HEAD, :HEAD].contiguous() for operand in large_product())
         x, dense, moved, turned = codes.float(), weights.float().t(), (codes.int() - 128).to(torch.int8), weights.t().contiguous()
         return ratio(lambda: x @ dense, lambda: product(moved, turned))
 

@@ -298,7 +298,7 @@ def test_no_weight_is_laid_out_again_at_a_call(capfd: pytest.CaptureFixture[str]
 
 def test_convolutions_that_a_kernel_lays_out_again_are_cut(capfd: pytest.CaptureFixture[str]) -> None:
     """Of 192 outputs, for small pictures; cut in two, each is one convolution and nothing else, and the integers are the same."""
-    layer = lowered(nn.Conv2d(256, 192, 3, padding=1), specs(8, False, 8, True), unit_steps=True)
+    layer = lowered(nn.Conv2d(256, 192, 3, padding=1), specs(8, False, 4, True), unit_steps=True)
     (packed,) = layer.product.steps[0][0].matrices
     assert [(part.first, part.end) for part in packed.halves[0]] == [(0, 128), (128, 192)]
     codes = torch.randint(0, 256, (2, 256, 8, 8))

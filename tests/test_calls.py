@@ -96,4 +96,4 @@ def test_a_batch_of_mixed_timesteps(engine: str, model: Any) -> None:
     together = called(model, torch.tensor([100, 900, 500]), x)  # type: ignore[arg-type]
     for index, timestep in enumerate((100, 900, 500)):
         alone = called(model, timestep, x[index : index + 1])
-        assert (together[index] - alone[0]).norm() < 0.05 * alone.norm()  # codes on rounding edges; another interval gives 0.3
+        assert (together[index] - alone[0]).norm() < 0.05 * alone.norm()  # codes on rounding edges

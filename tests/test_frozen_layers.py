@@ -69,6 +69,8 @@ def test_the_weight_can_be_read(case: str, engine: str) -> None:
         lambda weight: weight.__iadd__(1),
         lambda weight: torch.add(weight, 1, out=weight),
         lambda weight: nn.init.zeros_(weight),
+        lambda weight: weight.t().mul_(2),
+        lambda weight: weight.detach()[0].zero_(),
     ],
 )
 def test_a_weight_that_was_read_cannot_be_written(write: Any) -> None:
@@ -144,7 +146,7 @@ def test_layerwise_casting_costs_what_it_costs_a_float_model(engine: str) -> Non
         each.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     floats = (called(full) - reference).norm() / reference.norm()
     ours = (called(model) - expected).norm() / expected.norm()
-    assert ours < 2 * floats + 0.05  # measured 0.04 where float weights cost 0.06; with scales of 8 bits 0.5 and more
+    assert ours < 2 * floats  # measured 0.041, where float weights of 8 bits cost 0.062
     assert all(quantizer.scale.dtype == torch.float32 for _, quantizer in quantizers(model))
 
 

@@ -30,7 +30,7 @@ from diffquant.core.surgery import enable, freeze, leave_inference_mode, prepare
 from diffquant.methods.passes import quantizer_state, restore_quantizers
 from diffquant.recipe import Recipe, load_recipe
 
-DEFAULT_RECIPE = "brecq-w4a8"  # the least error for its file that one recipe has on every reference model
+DEFAULT_RECIPE = "brecq-w4a8"  # learned rounding and ranges, nothing that a model has to have
 METHOD = "diffquant"  # the name under which diffusers knows what reads and writes quantized models (`runtime.hf`)
 
 

@@ -42,14 +42,14 @@ class ReadOnlyWeight(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if (
-            name == "__get__"
-            and isinstance(result, Tensor)
-            and isinstance(args[0], cls)
-            and result.data_ptr() == args[0].data_ptr()
-        ):
-            return result.as_subclass(cls)  # `weight.data` is no way around
+        if isinstance(result, Tensor) and args and isinstance(args[0], cls) and _same_memory(result, args[0]):
+            return result.as_subclass(cls)  # `weight.data`, or a view of it, is no way around
         return result
+
+
+def _same_memory(view: Tensor, tensor: Tensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
 _IN_PLACE = {

@@ -21,10 +21,10 @@ from diffquant.runtime.engines.kernels import Step
 def faster_in_float(layer: QuantizedLayer, products: int, largest: int) -> bool:
     """Whether a layer of so many integer products is better in floating point: a table of what was measured, not a measurement.
 
-    ``largest``: the kernel's largest exact weight beside 8-bit codes. Kernels that take all weights of 8 bits were 3 to 4 times as
-    fast as float32: two products pay. The others were up to twice as fast: two of their products took 1.0 to 1.4 times as long as
-    one of float32 in linear layers of 64 to 4,096 rows, 320 to 1,536 channels and 320 to 10,240 outputs, and 2 to 3 times with
-    fewer rows. In convolutions, also pointwise ones, they took 0.5 to 1.05 times as long, and less memory.
+    ``largest``: the kernel's largest exact weight beside 8-bit codes. Kernels that take all weights of 8 bits were 2 to 4 times as
+    fast as float32: two products pay. The others were up to twice as fast: in linear layers of 320 to 1,536 channels and 320 to
+    10,240 outputs two of their products took 1.1 to 1.4 times as long as one of oneDNN's float32 with 256 rows and more, and 1.7 to
+    2.9 times with fewer. In convolutions they took 0.5 to 1.05 times as long, and less memory.
     """
     return isinstance(layer, QuantizedLinear) and products > 1 and largest < ALL - 1
 

@@ -146,7 +146,7 @@ def test_layerwise_casting_costs_what_it_costs_a_float_model(engine: str) -> Non
         each.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     floats = (called(full) - reference).norm() / reference.norm()
     ours = (called(model) - expected).norm() / expected.norm()
-    assert ours < 2 * floats  # measured 0.041, where float weights of 8 bits cost 0.062
+    assert ours < floats  # measured 0.041 and 0.062; 0.099 with scales of 8 bits
     assert all(quantizer.scale.dtype == torch.float32 for _, quantizer in quantizers(model))
 
 

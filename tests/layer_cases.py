@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.affine import scale_from_range
-from diffquant.core.layers import QuantizedConv2d, float_weight, make_quantizable
-from diffquant.core.quantizer import StepClock, tick
+from diffquant.core.clock import StepClock, tick
+from diffquant.core.frozen import float_weight
+from diffquant.core.layers import QuantizedConv2d, make_quantizable
 from diffquant.core.spec import LayerSpec, QuantSpec
 from diffquant.core.surgery import freeze, quantized_layers, quantizers
 

@@ -159,7 +159,7 @@ def test_a_full_disk_is_one_line(recording, tmp_path):
     done = subprocess.run(list(map(str, limited)), capture_output=True, text=True, check=False)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert len(lines) == 1 and "cannot be written" in lines[0] and "make room, and run again" in lines[0]
+    assert len(lines) == 1 and "cannot be written" in lines[0] and "free some space and run again" in lines[0]
 
 
 def test_zoo_list(capsys):

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import diffquant as dq
 import pipelines
-from diffquant.core.layers import ReadOnlyWeight
+from diffquant.core.frozen import ReadOnlyWeight
 from diffquant.core.spec import CheckpointError, LayerRule, SpecError
 from diffquant.core.surgery import quantized_layers, quantizers
 from diffquant.runtime.engines import engine_of, int8_cpu

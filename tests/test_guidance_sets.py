@@ -17,9 +17,10 @@ from diffquant.calibration.observe import find_denoiser, run_pipeline
 from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.rollout import conditional_half
 from diffquant.core.affine import scale_from_range
+from diffquant.core.clock import StepClock
 from diffquant.core.layers import QuantizedConv2d, QuantizedLinear
 from diffquant.core.planning import plan
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import full_precision, prepare, quantized_layers, quantizers
 from diffquant.quantization import pass_names

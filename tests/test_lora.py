@@ -8,7 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import diffquant as dq
-from diffquant.core.layers import QuantizedLinear, float_weight
+from diffquant.core.frozen import float_weight
+from diffquant.core.layers import QuantizedLinear
 from diffquant.core.planning import plan
 from diffquant.core.spec import CheckpointError, SpecError
 from diffquant.recipe import load_recipe

@@ -13,17 +13,18 @@ from torch.overrides import TorchFunctionMode
 
 from diffquant.core import memory
 from diffquant.core.affine import scale_from_range
+from diffquant.core.clock import StepClock
+from diffquant.core.frozen import float_weight
 from diffquant.core.layers import (
     AttentionProducts,
     QuantizedConv2d,
     QuantizedLinear,
     attach_products,
-    float_weight,
     freeze_layer,
     make_quantizable,
     smoothed_weight,
 )
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec, SpecError
 
 INT4 = QuantSpec(bits=4, symmetric=True, granularity="channel")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffquant.core.affine import scale_from_range
-from diffquant.core.quantizer import Quantizer, StepClock, follow, logits_of, rectified_sigmoid, spread, tick
+from diffquant.core.clock import StepClock, follow, spread, tick
+from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
 from diffquant.core.spec import QuantSpec, SpecError
 
 UINT8 = QuantSpec(bits=8)

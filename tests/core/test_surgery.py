@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from diffquant.core import planning, surgery
 from diffquant.core.affine import scale_from_range
+from diffquant.core.clock import StepClock
 from diffquant.core.layers import QuantizedConv2d, QuantizedLinear, smoothed_weight
-from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import AttentionSpec, LayerRule, LayerSpec, SpecError
 from tests import pipelines
 

@@ -17,8 +17,9 @@ from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.calibration.selection import normal_shares, pick
 from diffquant.core.affine import fake_quantize
+from diffquant.core.clock import StepClock
 from diffquant.core.planning import plan
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import prepare, quantizers, switched
 from diffquant.methods.adp_dm import SearchParameterSets, _Search

@@ -11,8 +11,9 @@ from diffquant.calibration import fit
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout
+from diffquant.core.clock import StepClock
 from diffquant.core.planning import plan
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import LayerRule, QuantSpec
 from diffquant.core.surgery import full_precision, prepare, quantized_layers
 from diffquant.methods.allocation import AllocateBits, AllocateWeightBits, dealt, multiplications

@@ -10,8 +10,9 @@ from torch.nn import functional
 from diffquant.calibration import fit
 from diffquant.calibration.replay import UnitInputs
 from diffquant.core.affine import fake_quantize, scale_from_range
+from diffquant.core.clock import StepClock
 from diffquant.core.layers import make_quantizable
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import LayerSpec, QuantSpec, SpecError
 from diffquant.core.surgery import Unit
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling, TimestepWeights

@@ -14,8 +14,9 @@ from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
+from diffquant.core.clock import StepClock
 from diffquant.core.planning import plan
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import Unit, enable, full_precision, prepare, quantized_layers, quantizers
 from diffquant.methods.accuquant import AccuQuant

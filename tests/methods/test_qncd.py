@@ -11,9 +11,9 @@ from torch import nn
 from diffquant.calibration import fit
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
+from diffquant.core.clock import StepClock
 from diffquant.core.layers import make_quantizable
 from diffquant.core.planning import plan
-from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import LayerRule, LayerSpec, QuantSpec, SpecError
 from diffquant.core.surgery import prepare
 from diffquant.methods.qncd import EmbeddingSmoothing, group_normalised, projected_embeddings, residual_blocks, smoothing

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffquant.calibration.memory import BUDGET
+from diffquant.calibration.trajectory import renamed_when_done
 from diffquant.core.spec import CalibrationError
 
 Schedule = Callable[[int, int], float]
@@ -170,15 +170,8 @@ def _resume(folder: Path | None, kept: Mapping[str, Tensor], optimizer: torch.op
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file under a temporary name and rename it: a kill leaves the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise CalibrationError(
-            f"{path}: cannot be written ({error}); make room, and run again: what was finished is kept"
-        ) from error
+    with renamed_when_done(path) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

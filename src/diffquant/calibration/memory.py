@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffquant.core.quantizer import StepClock
+from diffquant.core.clock import StepClock
 from diffquant.core.spec import CalibrationError
 from diffquant.core.surgery import units
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -144,6 +144,23 @@ def observe(
     """
     with _observed_calls(pipe, on_call), _observed_steps(pipe, on_step), _observed_timetable(pipe, on_timetable):
         yield
+
+
+class _Enough(Exception):
+    """The first call was seen."""
+
+
+def first_call(pipe: Pipeline, sample: Callable[[], object]) -> tuple[dict[str, Any], Tensor] | None:
+    """Arguments and output of the first denoiser call that `sample` makes, which is ended there; None where it makes none."""
+    seen: list[tuple[dict[str, Any], Tensor]] = []
+
+    def keep(arguments: dict[str, Any], output: Tensor) -> None:
+        seen.append((arguments, output))
+        raise _Enough
+
+    with suppress(_Enough), observe(pipe, on_call=keep):
+        sample()
+    return seen[0] if seen else None
 
 
 @contextmanager

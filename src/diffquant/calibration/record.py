@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +18,6 @@ from typing import Any, TypeAlias
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from diffquant.calibration.observe import (
     Calibration,
@@ -26,6 +25,7 @@ from diffquant.calibration.observe import (
     check_step_cache,
     evaluation_mode,
     find_denoiser,
+    first_call,
     observe,
     run_pipeline,
     timestep_name,
@@ -60,7 +60,8 @@ def record(
 
     Batch b of a seed is the same whether recorded in one go or after being killed: it has its own generator, and finished
     batches in `folder` are kept. Without a folder the recording lives in a temporary one, as long as the returned object.
-    `run(pipe, generator, batch)` replaces the call of the pipeline for `batch` trajectories; the generator is on the CPU.
+    `run(pipe, generator, batch)` replaces the call of the pipeline for `batch` trajectories; the generator is on the CPU. Before
+    the first batch the pipeline is begun for another number of samples, up to its first call: the two show what is per sample.
 
     Raises CalibrationError if the folder holds another recording, if the scheduler cannot clip as asked, if the estimate exceeds
     `calibration.budget_gib` (nothing is written then), if an output is not finite, or if a file cannot be written.
@@ -122,22 +123,11 @@ def _sample(pipe: Pipeline, calibration: Calibration, run: Run | None, batch: in
 
 def _shapes_of_another_size(pipe: Pipeline, calibration: Calibration, run: Run | None, rows: int) -> Shapes:
     """What the first denoiser call is given for another number of samples than `rows`: which axes follow it."""
-    seen: list[Shapes] = []
-
-    def keep(arguments: dict[str, Any], output: Tensor) -> None:
-        seen.append(Shapes.of(find_denoiser(pipe)[1], arguments, output))
-        raise _Enough
-
-    with suppress(_Enough), observe(pipe, on_call=keep):
-        _sample(pipe, calibration, run, 0, 2 if rows == 1 else 1)
-    return seen[0] if seen else NO_SHAPES
+    call = first_call(pipe, lambda: _sample(pipe, calibration, run, 0, 2 if rows == 1 else 1))
+    return NO_SHAPES if call is None else Shapes.of(find_denoiser(pipe)[1], *call)
 
 
 NO_SHAPES = Shapes(0, {}, {})
-
-
-class _Enough(Exception):
-    """The first call was seen."""
 
 
 def _describe(pipe: Pipeline, calibration: Calibration, run: Run | None) -> dict[str, Any]:

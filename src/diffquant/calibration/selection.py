@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.quantizer import StepClock
+from diffquant.core.clock import StepClock
 
 Timesteps = Literal["uniform", "normal"]
 NORMAL_MEAN = NORMAL_DEVIATION = 0.4  # of the largest recorded timestep

@@ -299,7 +299,9 @@ def renamed_when_done(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        raise CalibrationError(f"{path}: cannot be written: {error}; free some space, or record into another folder") from error
+        raise CalibrationError(
+            f"{path}: cannot be written: {error}; free some space and run again: what was finished is kept"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from diffquant.core.quantizer import StepClock
+from diffquant.core.clock import StepClock
 from diffquant.core.spec import SpecError
 
 VARIANCE_PRESERVING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")

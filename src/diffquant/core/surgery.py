@@ -11,19 +11,20 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from diffquant.core.clock import StepClock, follow
+from diffquant.core.frozen import float_weight
 from diffquant.core.layers import (
     QUANTIZABLE,
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
     attach_products,
-    float_weight,
     freeze_layer,
     make_quantizable,
     release_forward,
 )
 from diffquant.core.planning import PlannedLayer, first_with_guidance_sets
-from diffquant.core.quantizer import Quantizer, StepClock, follow
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import AttentionSpec, SpecError
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")

@@ -33,7 +33,8 @@ from diffquant.calibration.replay import rows_of
 from diffquant.calibration.rollout import leading_channels
 from diffquant.calibration.scheduling import build_scheduler
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.clock import StepClock
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import SpecError
 from diffquant.core.surgery import device_of, full_precision, quantizers, switched
 from diffquant.methods.clusters import clustered, interval_ranges

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from diffquant.calibration.fit import Run
 from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.clock import StepClock
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.surgery import full_precision
 
 

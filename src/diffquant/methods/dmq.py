@@ -24,8 +24,9 @@ from diffquant.calibration.fit import Run, cosine, fit
 from diffquant.calibration.replay import UnitInputs, observe_unit
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
+from diffquant.core.clock import StepClock, spread
 from diffquant.core.layers import QuantizedLayer
-from diffquant.core.quantizer import Quantizer, StepClock, spread
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import MAX_BITS, SpecError
 from diffquant.core.surgery import Unit, quantized_layers, switched, units
 from diffquant.methods.passes import Figures, Pass, evaluating

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffquant.calibration.selection import normal_shares
-from diffquant.core.quantizer import StepClock
+from diffquant.core.clock import StepClock
 
 Selection = Literal["searched", "uniform", "normal", "released"]
 RELEASED_FIRST = 0.3  # the released rule leaves out this share of the steps, from the clean end

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diffquant.calibration.fit import Run
 from diffquant.calibration.replay import call_recorded, observe_unit
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.quantizer import StepClock
+from diffquant.core.clock import StepClock
 from diffquant.core.spec import SpecError
 from diffquant.core.surgery import full_precision
 from diffquant.methods.passes import Figures, Pass, evaluating

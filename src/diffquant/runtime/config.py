@@ -11,9 +11,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from diffquant.core.clock import StepClock
 from diffquant.core.correction import Correction
 from diffquant.core.layers import AttentionProducts, present_spec
-from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec
 from diffquant.core.surgery import is_frozen, quantized_layers
 

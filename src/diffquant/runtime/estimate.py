@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffquant.calibration.observe import Calibration, Pipeline, evaluation_mode, find_denoiser, observe, run_pipeline
+from diffquant.calibration.observe import Calibration, Pipeline, evaluation_mode, find_denoiser, first_call, run_pipeline
 from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
 from diffquant.core.spec import AttentionSpec, LayerSpec, SpecError
 from diffquant.core.surgery import unit_count
@@ -21,10 +21,6 @@ from diffquant.runtime.packing import SHIFT_BITS, packed_size
 TIMED_ROWS = 4  # samples in the timed call for every one of the pipeline's
 INTERVALS = Calibration().steps  # that parameter sets are divided over, where nothing was recorded yet
 TIMED_CALLS = 3  # calls of the denoiser whose fastest is taken
-
-
-class _Enough(Exception):
-    """Ends a pipeline once the first denoiser call has been seen."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
     if hasattr(model, "step_clock"):
         raise SpecError(f"{type(model).__name__}: is quantized already; inspect the full-precision model that it came from")
     rows = plan(model, recipe.layers)
-    arguments = {name: _repeated(value) for name, value in first_call(pipe).items()}
+    arguments = {name: _repeated(value) for name, value in first_arguments(pipe).items()}
     operations, activations, seconds = _measure(model, arguments)
     total = sum(operations.values()) or 1
     rows_per_call = max(value.shape[0] for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1)
@@ -74,21 +70,14 @@ def _repeated(value: Any) -> Any:
     return value.repeat_interleave(TIMED_ROWS, dim=0) if isinstance(value, Tensor) and value.dim() > 0 else value
 
 
-def first_call(pipe: Pipeline) -> dict[str, Any]:
+def first_arguments(pipe: Pipeline) -> dict[str, Any]:
     """The arguments of the first denoiser call of a short run of the pipeline."""
-    seen: list[dict[str, Any]] = []
-
-    def keep(arguments: dict[str, Any], output: Tensor) -> None:
-        seen.append(arguments)
-        raise _Enough
-
     calibration = Calibration(samples=1, steps=2, batch_size=1)
-    with evaluation_mode(pipe), observe(pipe, on_call=keep):
-        try:
-            run_pipeline(pipe, calibration, torch.Generator().manual_seed(0), range(1))
-        except _Enough:
-            return seen[0]
-    raise SpecError(f"{type(pipe).__name__}: ran without calling its denoiser")
+    with evaluation_mode(pipe):
+        call = first_call(pipe, lambda: run_pipeline(pipe, calibration, torch.Generator().manual_seed(0), range(1)))
+    if call is None:
+        raise SpecError(f"{type(pipe).__name__}: ran without calling its denoiser")
+    return call[0]
 
 
 def _measure(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, int], int, float]:

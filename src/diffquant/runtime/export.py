@@ -6,6 +6,7 @@ that call and compared with the simulation, and its integer primitives are count
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
@@ -19,7 +20,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from diffquant.calibration.observe import Calibration, Pipeline, evaluation_mode, find_denoiser, observe, run_pipeline
+from diffquant.calibration.observe import Calibration, Pipeline, evaluation_mode, find_denoiser, first_call, run_pipeline
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import CheckpointError
 from diffquant.core.surgery import quantized_layers, quantizers
@@ -73,10 +74,6 @@ class ExportReport(BaseModel):
     symmetric: bool
 
 
-class _Enough(Exception):
-    """The first call was seen."""
-
-
 def export(model: Pipeline | str | Path, folder: str | Path, to: str = "openvino", form: str = "exact") -> ExportReport:
     """Write the quantized denoiser of a pipeline (or of its folder) into a new `folder`, for `to`.
 
@@ -97,7 +94,7 @@ def export(model: Pipeline | str | Path, folder: str | Path, to: str = "openvino
     pipe = load(model, engine="simulate") if isinstance(model, str | Path) else model
     engines.use_engine(pipe, "simulate")
     _, denoiser = find_denoiser(pipe)
-    arguments, expected = first_call(pipe)
+    arguments, expected = call_of(pipe)
     graph = target.engine.build(denoiser, arguments, form)
     facts = {
         "form": form,
@@ -117,24 +114,18 @@ def export(model: Pipeline | str | Path, folder: str | Path, to: str = "openvino
     return report
 
 
-def first_call(pipe: Pipeline) -> tuple[dict[str, Any], Tensor]:
+def call_of(pipe: Pipeline) -> tuple[dict[str, Any], Tensor]:
     """Arguments and output of the first denoiser call of a pipeline that draws one sample."""
-    seen: list[tuple[dict[str, Any], Tensor]] = []
-
-    def keep(arguments: dict[str, Any], output: Tensor) -> None:
-        seen.append((arguments, output))
-        raise _Enough
-
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
-        with evaluation_mode(pipe), observe(pipe, on_call=keep):
-            run_pipeline(pipe, Calibration(samples=1, steps=1), torch.Generator().manual_seed(0), range(1))
-    except _Enough:
-        pass
+        with evaluation_mode(pipe):
+            sample = functools.partial(run_pipeline, pipe, Calibration(samples=1, steps=1))
+            call = first_call(pipe, lambda: sample(torch.Generator().manual_seed(0), range(1)))
     finally:
         pipe.set_progress_bar_config(**({"disable": False} | bar))
-    return seen[0]
+    assert call is not None
+    return call
 
 
 def allowed_error(denoiser: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffquant.core.correction import give, warn_unless_attached
-from diffquant.core.layers import forget_weight
+from diffquant.core.frozen import forget_weight
 from diffquant.core.planning import PlannedLayer
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, SpecError
 from diffquant.core.surgery import device_of, enable, is_frozen, leave_inference_mode, prepare, quantized_layers, quantizers

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffquant.runtime.engines import exactness
 from diffquant.runtime.engines.exactness import ALL, CODES, PAIR, PORTABLE, answer_of
 from diffquant.runtime.engines.graph import portable
-from diffquant.runtime.engines.kernels import digits
+from diffquant.runtime.engines.packed import digits
 
 ROOT = Path(__file__).parents[3]
 X86 = platform.machine().lower() in ("x86_64", "amd64")

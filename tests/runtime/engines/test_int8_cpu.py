@@ -22,8 +22,9 @@ from torch.nn import functional
 
 import diffquant as dq
 import pipelines
+from diffquant.core.clock import StepClock
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLinear, freeze_layer, make_quantizable
-from diffquant.core.quantizer import Quantizer, StepClock
+from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, LayerSpec, QuantSpec
 from diffquant.core.surgery import quantizers
 from diffquant.runtime import engines

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffquant.core.clock import StepClock
 from diffquant.core.layers import QuantizedConv2d, QuantizedLinear, make_quantizable
-from diffquant.core.quantizer import StepClock
 from diffquant.runtime.engines import int8_cpu, nibbles
 from diffquant.runtime.engines.nibbles import Nibbles, Plain
 from layer_cases import spec

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import diffquant as dq
 import pipelines
+from diffquant.core.clock import StepClock
 from diffquant.core.layers import AttentionProducts, attach_products
 from diffquant.core.planning import plan
-from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerRule, QuantSpec, SpecError
 from diffquant.core.surgery import prepare, quantized_layers, quantizers
 from diffquant.runtime.engines import engine_of, int8_cpu, openvino_graph

@@ -25,8 +25,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffquant.core.clock import StepClock
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer
-from diffquant.core.quantizer import StepClock
 from diffquant.core.spec import CheckpointError, SpecError
 from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
 from diffquant.runtime.engines.exactness import ALL, CODES, PAIR

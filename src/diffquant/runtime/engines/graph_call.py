@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from diffquant.core.quantizer import StepClock
+from diffquant.core.clock import StepClock
 from diffquant.core.surgery import quantizers, timestep_argument
 
 INTERVAL = "interval"  # name of the graph's input that chooses the parameter sets

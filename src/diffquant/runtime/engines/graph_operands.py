@@ -11,7 +11,7 @@ from torch import Tensor
 from diffquant.core.layers import AttentionProducts, QuantizedConv2d, QuantizedLayer, smoothed_weight
 from diffquant.core.quantizer import Quantizer
 from diffquant.runtime.engines.exactness import CODES
-from diffquant.runtime.engines.kernels import digits
+from diffquant.runtime.engines.packed import digits
 
 Digit = tuple[Tensor, Tensor | None]  # int8 [out, in, ...] and its scale for each output
 Largest = Callable[[int], int]  # the largest integer that a kernel multiplies exactly with codes from 0 to a last one

@@ -40,7 +40,8 @@ from diffquant.runtime.engines.integer_layers import (
     products_of,
     steps_of,
 )
-from diffquant.runtime.engines.kernels import Product, kernel_of
+from diffquant.runtime.engines.kernels import Product
+from diffquant.runtime.engines.packed import kernel_of
 
 KERNELS = ("torch linear", "torch convolution")  # as `exactness` names them
 SIMULATED: dict[type[nn.Module], type[nn.Module]] = {

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from diffquant.core.quantizer import Quantizer
 from diffquant.runtime.engines.exactness import answer_of
-from diffquant.runtime.engines.kernels import OUTPUTS, Packed, Product, Step, compiled_product, digits, kernel_of
+from diffquant.runtime.engines.kernels import OUTPUTS, Product, Step, compiled_product
+from diffquant.runtime.engines.packed import Packed, digits, kernel_of
 
 
 class LaidOut:

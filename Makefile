@@ -2,7 +2,9 @@
 # missing. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply.
 
 BIN := .venv/bin
+# Two sets of packages: what the demo needs, and what tests and linting need besides.
 INSTALLED := .venv/.installed
+TOOLS := .venv/.tools
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -19,14 +21,14 @@ help: ## say what the targets do
 demo: $(INSTALLED) ## quantize the reference model and compare: table, pictures and checkpoint in demo-output/
 	@$(BIN)/diffquant demo --out demo-output
 
-test: $(INSTALLED) ## run the tests, in some minutes
+test: $(TOOLS) ## run the tests, in some minutes
 	@$(PYTEST) -m "not long"
 
-test-all: $(INSTALLED) ## run the long tests too, and what computes with integers once more on kernels that saturate
+test-all: $(TOOLS) ## run the long tests too, and what computes with integers once more on kernels that saturate
 	@$(PYTEST)
 	@$(SATURATING) $(PYTEST) tests/runtime tests/test_lora.py tests/test_guidance_sets.py tests/test_stock_pipelines.py
 
-lint: $(INSTALLED) ## style, format and types
+lint: $(TOOLS) ## style, format and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
@@ -43,5 +45,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 		exit 1; }
 	@test -x $(BIN)/pip || python3 -m venv .venv
 	@$(PIP) torch
+	@$(PIP) --editable '.[evaluate]'
+	@touch $@
+
+$(TOOLS): $(INSTALLED)
 	@$(PIP) --editable '.[dev]'
 	@touch $@

@@ -33,8 +33,8 @@ from torch import nn
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.observe import find_denoiser
+from diffquant.calibration.progress import bars
 from diffquant.calibration.rollout import Rollout
-from diffquant.demo import progress_bars
 from diffquant.evaluation.compare import compare_to, final_error_ratio
 from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import make_report
@@ -137,8 +137,8 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     draws = arguments.work / "full-precision"
                     reference = run_reference(pipe, protocol, features=classifier, data=statistics, folder=draws)
                 loaded = dq.load(folder)
-                with progress_bars(CONSOLE) as progress:
-                    comparisons[label] = compare_to(reference, loaded, name=label, progress=progress)
+                with bars(True) as shown:
+                    comparisons[label] = compare_to(reference, loaded, name=label, progress=shown.show)
                 single_step = {}
                 if attachment_of(loaded) is None:
                     error, shifted = squared_error(rollout, find_denoiser(loaded)[1], 1, ALONG)

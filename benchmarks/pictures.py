@@ -8,7 +8,7 @@ from pathlib import Path
 
 import diffquant as dq
 from diffquant import zoo
-from diffquant.evaluation.drawing import draw_pairs
+from diffquant.evaluation.grids import draw_pairs
 from diffquant.evaluation.metrics import psnr
 from diffquant.evaluation.sampling import sample
 from diffquant.evaluation.sampling_protocol import SAMPLERS, resolved

@@ -193,7 +193,9 @@ def test_usage_errors_exit_with_two(capsys):
     assert "Missing option" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["record", "quantize", "sample", "evaluate", "inspect", "export", "robustness", "demo", "zoo"])
+@pytest.mark.parametrize(
+    "verb", ["record", "quantize", "sample", "evaluate", "inspect", "export", "robustness", "demo", "reproduce", "zoo"]
+)
 def test_help(verb, capsys):
     assert run(verb, "--help") == 0
     assert len(capsys.readouterr().out) > 200

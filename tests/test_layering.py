@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "diffquant"
-ORDER = ("core", "calibration", "methods", "recipe", "quantization", "runtime", "evaluation", "zoo", "demo", "cli")
+ORDER = (
+    "core",
+    "calibration",
+    "methods",
+    "recipe",
+    "budget",
+    "quantization",
+    "runtime",
+    "evaluation",
+    "zoo",
+    "demo",
+    "reproduce",
+    "cli",
+)
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

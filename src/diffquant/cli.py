@@ -21,20 +21,25 @@ from safetensors import SafetensorError
 
 import diffquant as dq
 from diffquant import zoo
-from diffquant.core.spec import DiffquantError
-from diffquant.demo import progress_bars, run_demo
-from diffquant.evaluation.drawing import draw_grid, draw_sensitivity
+from diffquant.calibration.progress import bars
+from diffquant.core.spec import CheckpointError, DiffquantError
+from diffquant.demo import run_demo
+from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import FeatureExtractor
+from diffquant.evaluation.grids import draw_grid
 from diffquant.evaluation.inception import InceptionFeatures
 from diffquant.evaluation.pictures import check_place, statistics_of, write_pictures
 from diffquant.evaluation.plan import plan_table
-from diffquant.evaluation.protocols import load_protocol, record_under, shipped_protocols, varied_fields
+from diffquant.evaluation.protocols import load_protocol, recording_scheduler, shipped_protocols, varied_fields
 from diffquant.evaluation.robustness import SAMPLES, VARIED
 from diffquant.evaluation.sampling import sample
 from diffquant.quantization import DEFAULT_RECIPE
 from diffquant.recipe import shipped
+from diffquant.reproduce import RELEASED, reproduce
+from diffquant.reproduce import SAMPLES as COMPARED
 from diffquant.runtime.checkpoint import check_replaceable, file_size, float32_size, saved_dtype
 from diffquant.runtime.engines import ENGINES
+from diffquant.runtime.estimate import check_space
 from diffquant.runtime.export import TARGETS
 from diffquant.runtime.sensitivity import TRAJECTORIES
 from diffquant.zoo import models
@@ -80,6 +85,7 @@ Load = Annotated[
         help="Argument of from_pretrained, such as dtype=float16 or variant=fp16; repeat for more (default: float32 on a CPU).",
     ),
 ]
+MINUTES_HELP = "Take at most about so many minutes, recording included: fewer iterations and samples, as far as needed."
 RECIPE_HELP = "Recipe with bits, e.g. brecq-w4a8 (weights 4, activations 8; a32 is weight-only), or a .yaml file."
 
 
@@ -115,7 +121,9 @@ def record(
         calibration__seed=seed,
         calibration__budget_gib=budget,
     )
-    data = record_under(_load(model, load), chosen, out)
+    pipe = _load(model, load)
+    with recording_scheduler(pipe, chosen):
+        data = dq.record(pipe, chosen.calibration, folder=out)
     say(f"{len(data)} denoiser calls at {len(data.timesteps)} timesteps in {out}")
 
 
@@ -123,7 +131,8 @@ def record(
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory of the packed checkpoint.")],
-    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)] = DEFAULT_RECIPE,
+    recipe: Annotated[str | None, typer.Option(help=f"{RECIPE_HELP} Default: {DEFAULT_RECIPE}.")] = None,
+    minutes: Annotated[float | None, typer.Option(help=MINUTES_HELP)] = None,
     data: Annotated[Path | None, typer.Option(help="Recording to calibrate on; without it 64 trajectories are recorded.")] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder that keeps finished passes: a killed run goes on, other recipes share them.")
@@ -135,13 +144,16 @@ def quantize(
     load: Load = None,
 ) -> None:
     """Quantize a pipeline and write a packed checkpoint that diffusers loads."""
-    chosen = dq.load_recipe(recipe, set_ or ())
+    given = dq.load_recipe(recipe or DEFAULT_RECIPE, set_ or ())
+    chosen = given if recipe or set_ else None
     recorded = load_protocol(protocol or (), **({} if protocol else {"calibration__seed": seed}))
     check_replaceable(out)  # before hours of calibration, not after them
     pipe = _load(model, load)
-    calibration = dq.Trajectory.open(data) if data else record_under(pipe, recorded, _below(work))
-    result = dq.quantize(pipe, chosen, calibration, seed=seed, folder=work, memory_gib=memory)
-    dq.save(pipe, out, recipe_name=chosen.full_name)
+    check_space(pipe, given, out)
+    with recording_scheduler(pipe, recorded):
+        calibration = dq.Trajectory.open(data) if data else recorded.calibration
+        result = dq.quantize(pipe, chosen, calibration, seed=seed, folder=work, memory_gib=memory, minutes=minutes)
+    dq.save(pipe, out)
     result.write(out / "quantization.json")
     denoiser = next(part for part in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)) if part is not None)
     written, full = file_size(out), float32_size(denoiser)
@@ -192,8 +204,8 @@ def sample_pictures(
     check_place(out)
     chosen = load_protocol(protocol or (), prompts=prompts, guidance_scale=guidance, **given)
     pipe = _load(model, load)
-    with progress_bars(console) as progress:
-        drawn = sample(pipe, chosen.sampling, progress=progress)
+    with bars(True) as shown:
+        drawn = sample(pipe, chosen.sampling, progress=shown.show)
     pictures = drawn.pictures
     if out.suffix in ("", ".npz"):
         write_pictures(pictures, out)
@@ -230,7 +242,7 @@ def evaluate(
         if features is None:
             raise DiffquantError("protocol.data: FID to pictures needs an extractor; give --inception FILE (docs/evaluation.md)")
         data = statistics_of(chosen.data, features)
-    with progress_bars(console) as progress:
+    with bars(True) as shown:
         report = dq.evaluate(
             _named(model or []),
             _load(reference, load),
@@ -239,7 +251,7 @@ def evaluate(
             data=data,
             clip=scorer,
             out=out,
-            progress=progress,
+            progress=shown.show,
         )
     console.print(report.table())
     say(f"report.md, report.json and pictures in {out}")
@@ -259,7 +271,7 @@ def robustness(
 ) -> None:
     """Evaluate under other samplers, step counts, guidance or picture sizes than the model was calibrated with."""
     chosen = load_protocol(protocol or (), samples=samples, prompts=prompts)
-    with progress_bars(console) as progress:
+    with bars(True) as shown:
         found = dq.robustness(
             _named(model),
             _load(reference, load),
@@ -267,7 +279,7 @@ def robustness(
             protocol=chosen.sampling,
             features=_features(reference, inception),
             out=out,
-            progress=progress,
+            progress=shown.show,
         )
     if found.models:
         console.print(found.table())
@@ -294,10 +306,14 @@ def inspect(
 ) -> None:
     """Show what a recipe will do to every layer, and the file, memory and time it will take."""
     chosen = dq.load_recipe(recipe, set_ or ())
+    if sensitivity is not None:
+        require_extra()
     pipe = _load(model, load)
     found = dq.inspect(pipe, chosen)
     measured = None
     if sensitivity is not None:
+        from diffquant.evaluation.drawing import draw_sensitivity  # matplotlib comes with an extra
+
         place = data or _below(work)
         own = dq.Calibration(samples=trajectories, seed=seed)
         recorded = dq.Trajectory.open(place) if place else dq.record(pipe, own, folder=sensitivity / "recording")
@@ -352,12 +368,40 @@ def zoo_train(
     console.print_json(data=models.train_model(name, letters, out, steps, seed, compiled))
 
 
+@app.command(name="reproduce")
+def reproduce_released(
+    name: Annotated[str, typer.Argument(help=f"Released checkpoint: {', '.join(RELEASED)}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the recording, the checkpoint and the report; a killed run goes on.")],
+    model: Annotated[str | None, typer.Option(help="Directory or hub id to take in its place.")] = None,
+    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)] = DEFAULT_RECIPE,
+    samples: Annotated[int, typer.Option(help="Samples of the comparison.")] = COMPARED,
+    minutes: Annotated[float | None, typer.Option(help=MINUTES_HELP)] = None,
+    set_: Set = None,
+    protocol: Protocol = None,
+    load: Load = None,
+) -> None:
+    """Quantize a released checkpoint by its protocol and compare: record, quantize, save and evaluate in one command."""
+    if name not in RELEASED:
+        raise DiffquantError(f"reproduce {name!r}: unknown; allowed are {', '.join(RELEASED)}")
+    released = RELEASED[name]
+    report = reproduce(
+        lambda: _load(model or released.model, load),
+        dq.load_recipe(recipe, set_ or ()),
+        out,
+        protocol=[released.protocol, *(protocol or [])],
+        samples=samples,
+        minutes=minutes,
+    )
+    console.print(report.table())
+    say(f"checkpoint: {out / 'checkpoint'}, report: {out / 'report' / 'report.md'}")
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the report.")] = Path("demo-output"),
     seed: Seed = 0,
 ) -> None:
-    """Quantize the shipped model four ways in a few minutes, and show what was lost."""
+    """Quantize the shipped model three ways in a few minutes, and show what was lost."""
     run_demo(out, seed, console)
 
 
@@ -387,17 +431,18 @@ def _load(model: str, load: list[str] | None = None) -> Any:
         arguments["dtype"] = torch.float32
         if saved not in (None, torch.float32):
             say(f"{model}: saved in {str(saved).removeprefix('torch.')}, computed in float32 on a CPU", errors)
-    try:
-        return dq.load(folder, **arguments) if folder.is_dir() else DiffusionPipeline.from_pretrained(model, **arguments)
-    except DiffquantError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        known = ", ".join(models.PIPELINES)
-        reason = str(error).strip().splitlines()[0]
-        if folder.is_dir():
+    if folder.is_dir():
+        try:
+            return dq.load(folder, **arguments)
+        except CheckpointError as error:
             variants = sorted({file.suffixes[-2].strip(".") for file in folder.rglob("*.safetensors") if len(file.suffixes) > 1})
-            hint = f"; it has the variant {variants[0]}, give --load variant={variants[0]}" if variants and not load else ""
-            raise DiffquantError(f"model {model!r}: not loaded: {reason}{hint}") from error
+            if load or not variants:
+                raise
+            raise CheckpointError(f"{error}; it has the variant {variants[0]}, give --load variant={variants[0]}") from error
+    try:
+        return DiffusionPipeline.from_pretrained(model, **arguments)
+    except (OSError, ValueError, TypeError) as error:
+        known, reason = ", ".join(models.PIPELINES), str(error).strip().splitlines()[0]
         raise DiffquantError(
             f"model {model!r}: no directory, no reference model ({known}), and not loaded as a hub id: {reason}"
         ) from error

@@ -1,85 +1,94 @@
-"""The demonstration: the shipped model, four recipes at small budgets, one report."""
+"""The demonstration: the shipped model, three recipes at small budgets, one report."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from diffquant import zoo
 from diffquant.calibration.observe import Calibration
+from diffquant.calibration.progress import bars
 from diffquant.calibration.record import record
 from diffquant.evaluation.evaluate import evaluate
-from diffquant.evaluation.sampling import OnProgress
+from diffquant.evaluation.extra import require_extra
+from diffquant.evaluation.grids import draw_pairs
+from diffquant.evaluation.sampling import sample
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.quantization import quantize
 from diffquant.recipe import load_recipe
 from diffquant.runtime.checkpoint import save
 
 CALIBRATION = Calibration(samples=64, steps=20)
-_ROUNDING = ("passes.0.samples=128", "passes.1.samples=128", "passes.1.iterations=80", "passes.1.rate=0.05")
 BUDGETS: dict[str, tuple[str, ...]] = {
     "minmax-w8a8": ("passes.0.samples=128",),
     "mse-w4a8": ("passes.0.samples=128",),
-    "brecq-w4a8": (*_ROUNDING, "passes.2.samples=128", "passes.2.iterations=40"),
-    "accuquant-w4a8": (*_ROUNDING, "passes.2.iterations=24", "passes.2.cosines=false"),
+    "accuquant-w4a8": (
+        "passes.0.samples=128",
+        "passes.1.samples=128",
+        "passes.1.iterations=80",
+        "passes.1.rate=0.05",
+        "passes.2.iterations=24",
+        "passes.2.cosines=false",
+    ),
 }
 EVALUATION = SamplingProtocol(samples=160, steps=20, seed=1000, accumulation_samples=4)
+FIRST = 8  # samples of the first picture
+SHARES = {"recording": 0.06, "minmax-w8a8": 0.03, "mse-w4a8": 0.03, "accuquant-w4a8": 0.45, "comparing": 0.43}  # of the time
+SAMPLINGS = 3 + 2 * len(BUDGETS)  # full precision and other noise twice; each model, and step by step
 
 
 def run_demo(out: Path, seed: int, console: Console) -> None:
     """Record, quantize, save, load and compare ``glyph-ddim``; checkpoints and the report go to `out`.
 
-    Finished passes are kept in ``out/passes``: the last two recipes share their first two passes, and a second run only compares.
+    Finished passes are kept in ``out/passes``: a second run only compares.
     """
+    require_extra()
     begun = time.monotonic()
-    console.print("[bold]diffquant demo[/]: glyph-ddim, a diffusion model of capital letters, quantized four ways")
+    console.print("[bold]diffquant demo[/]: glyph-ddim, a diffusion model of capital letters, quantized three ways")
     console.print("budgets, smaller than the recipes' own:")
     console.print(f"  calibration on {CALIBRATION.samples} trajectories of {CALIBRATION.steps} steps", highlight=False)
     console.print(f"  comparison on {EVALUATION.samples} samples of {EVALUATION.steps} steps", highlight=False)
     for name, overrides in BUDGETS.items():
         console.print(f"  {name}: {', '.join(overrides)}", highlight=False)
+    ends = dict(zip(SHARES, itertools.accumulate(SHARES.values()), strict=True))
     pipe = zoo.load("glyph-ddim")
-    data = record(pipe, replace(CALIBRATION, seed=seed))
-    checkpoints: dict[str, Path] = {}
-    for name, overrides in BUDGETS.items():
-        quantized = copy.deepcopy(pipe)
-        report = quantize(quantized, load_recipe(name, overrides), data, seed=seed, folder=out / "passes")
-        save(quantized, out / name, recipe_name=name)
-        report.write(out / name / "quantization.json")
-        checkpoints[name] = out / name
-        console.print(f"  {name}: packed checkpoint in {out / name}, after {time.monotonic() - begun:.0f} s", highlight=False)
-    with progress_bars(console) as show:
-        result = evaluate(
-            dict(checkpoints),
-            pipe,
-            protocol=EVALUATION,
-            features=zoo.load("glyph-classifier"),
-            data=zoo.load_statistics(),
-            out=out,
-            progress=show,
-        )
+    with bars(True) as shown:
+        with shown.part("", 0.0, ends["recording"]):
+            data = record(pipe, replace(CALIBRATION, seed=seed), progress=shown)
+        checkpoints: dict[str, Path] = {}
+        for name, overrides in BUDGETS.items():
+            quantized = copy.deepcopy(pipe)
+            with shown.part("", ends[name] - SHARES[name], ends[name]):
+                report = quantize(quantized, load_recipe(name, overrides), data, seed=seed, folder=out / "passes", progress=shown)
+            save(quantized, out / name, recipe_name=name)
+            report.write(out / name / "quantization.json")
+            checkpoints[name] = out / name
+            shown.console.print(f"  {name}: packed checkpoint in {out / name}, after {time.monotonic() - begun:.0f} s")
+            if len(checkpoints) == 1:
+                _first_picture({"full precision": pipe, name: quantized}, out / "first.png")
+                shown.console.print(f"  first picture: {out / 'first.png'}, after {time.monotonic() - begun:.0f} s")
+        with shown.part("comparing", ends["comparing"] - SHARES["comparing"], 1.0, SAMPLINGS):
+            result = evaluate(
+                dict(checkpoints),
+                pipe,
+                protocol=EVALUATION,
+                features=zoo.load("glyph-classifier"),
+                data=zoo.load_statistics(),
+                out=out,
+                progress=shown.show,
+            )
     console.print(result.table())
     console.print(f"pictures: {out / 'pairs.png'}, drift: {out / 'drift.png'}, report: {out / 'report.md'}")
     console.print(f"{time.monotonic() - begun:.0f} s in all")
+    console.print("next, your own model (a directory or a hub id): diffquant quantize MODEL --out out/", soft_wrap=True)
 
 
-@contextmanager
-def progress_bars(console: Console) -> Iterator[OnProgress]:
-    """A bar for everything that is sampled, as the evaluation reports it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done)
-
-        yield show
+def _first_picture(pipes: dict[str, object], path: Path) -> None:
+    """The same noise through each, as a grid."""
+    protocol = replace(EVALUATION, samples=FIRST)
+    draw_pairs({name: sample(pipe, protocol).pictures.numpy() for name, pipe in pipes.items()}, {}).save(path)

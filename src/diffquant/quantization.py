@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,20 +18,27 @@ from diffusers import ModelMixin
 from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from torch import nn
 
+from diffquant.budget import Budget, remembered, within
 from diffquant.calibration import fit
 from diffquant.calibration.memory import BUDGET, GIB
 from diffquant.calibration.observe import Calibration, find_denoiser
+from diffquant.calibration.progress import Shown
 from diffquant.calibration.record import record
+from diffquant.calibration.replay import never_called
 from diffquant.calibration.rollout import conditional_half
-from diffquant.calibration.trajectory import Trajectory
+from diffquant.calibration.timing import timed
+from diffquant.calibration.trajectory import Trajectory, has_batches
 from diffquant.core.correction import Stored, give, warn_unless_attached
 from diffquant.core.layers import present_spec
 from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
 from diffquant.core.spec import CalibrationError, LayerSpec, SpecError
-from diffquant.core.surgery import enable, freeze, leave_inference_mode, prepare, quantized_layers
-from diffquant.methods.passes import quantizer_state, restore_quantizers
+from diffquant.core.surgery import enable, freeze, leave_inference_mode, prepare, quantized_layers, unit_count
+from diffquant.methods.passes import evaluating, quantizer_state, restore_quantizers
 from diffquant.recipe import Recipe, load_recipe
 
+_log = logging.getLogger(__name__)
+NEVER_CALLED = "never called while the pipeline samples, so in floating point"
+EVERY_TIMESTEP = 1000  # sets that a recipe asks for when it means one for every timestep
 DEFAULT_RECIPE = "brecq-w4a8"  # learned rounding and ranges, nothing that a model has to have
 METHOD = "diffquant"  # the name under which diffusers knows what reads and writes quantized models (`runtime.hf`)
 
@@ -41,6 +50,7 @@ class QuantizationReport:
     recipe: str
     seed: int
     calibration: dict[str, Any]
+    given_up: tuple[str, ...] = ()  # to fit into the minutes that were given
     passes: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
 
@@ -54,18 +64,25 @@ class QuantizationReport:
 
 def quantize(
     pipe: Any,
-    recipe: str | Recipe = DEFAULT_RECIPE,
-    data: Trajectory | None = None,
+    recipe: str | Recipe | None = None,
+    data: Trajectory | Calibration | None = None,
     *,
     seed: int = 0,
     folder: Path | None = None,
     memory_gib: float = BUDGET / GIB,
-    progress: bool = True,
+    minutes: float | None = None,
+    progress: Shown = True,
 ) -> QuantizationReport:
     """Quantize the denoiser of `pipe` (or a denoiser itself) in place by `recipe`, calibrated on `data`; end with `freeze`.
 
-    Without `data` the pipeline is recorded first, as ``Calibration(seed=seed)`` says; with `folder` the recording is kept in its
-    ``recording``.
+    The default recipe is ``brecq-w4a8``. With `minutes` it has fewer iterations, samples and trajectories, where that is needed to
+    be done by then, recording included; where nothing is left to learn in, a default recipe gives way to ranges alone. The estimate
+    is that of `inspect`; what was given up is logged and is in the report.
+
+    `data` is a recording, or says how to make one (default: ``Calibration(seed=seed)``), which with `folder` is kept in its
+    ``recording``. What will fail is said first: one trajectory is recorded, and the plan and every pass are checked on it, before
+    the others are. Layers that the recording never calls stay in floating point.
+
     With `folder` every finished pass is kept there: a killed run goes on where it stopped, and a recipe that begins with the same
     passes on the same layers, data and seed starts from them, so variants of a recipe share what they have in common. Rounding
     learned without activation quantizers is shared by recipes that differ in those alone: in their bits or parameter sets.
@@ -78,33 +95,101 @@ def quantize(
     denoiser without a pipeline.
     """
     model = pipe if isinstance(pipe, nn.Module) else find_denoiser(pipe)[1]
-    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULT_RECIPE)
     with torch.inference_mode(False):  # what is learned needs gradients
         leave_inference_mode(model)
-        if data is None:
-            plan(model, recipe.layers)  # raises for a model or rules that do not fit, before anything is recorded
+        if not isinstance(data, Trajectory):
+            plan(model, chosen.layers)  # raises for a model or rules that do not fit, before anything is recorded
             if model is pipe:
                 raise CalibrationError(
                     f"{type(model).__name__}: is no pipeline, so it cannot be recorded; give data, or the pipeline"
                 )
+            data = Calibration(seed=seed) if data is None else data
+        given_up: tuple[str, ...] = ()
+        if minutes is not None:
+            if model is pipe:
+                raise CalibrationError(f"minutes: {type(model).__name__} is no pipeline, whose calls could be timed; give that")
+            found = _within(minutes, chosen, data, pipe, model, folder, recipe is None)
+            chosen, given_up = found.recipe, found.given_up
+            data = data if found.calibration is None else found.calibration
+            _log.warning("%s", _about(found, minutes))
+        if not isinstance(data, Trajectory):
             place = None if folder is None else folder / "recording"
-            data = record(pipe, Calibration(seed=seed), folder=place, progress=progress)
-        return _quantize(model, recipe, data, seed, folder, memory_gib, progress)
+            data = _recorded(pipe, model, chosen, data, place, progress)
+        return replace(_quantize(model, chosen, data, seed, folder, memory_gib, progress), given_up=given_up)
+
+
+def _within(
+    minutes: float,
+    recipe: Recipe,
+    data: Trajectory | Calibration,
+    pipe: Any,
+    model: nn.Module,
+    folder: Path | None,
+    exchange: bool,
+) -> Budget:
+    """What fits into the minutes; with `folder` what an earlier run found."""
+    calibration = None if isinstance(data, Trajectory) else data
+    asked = {"minutes": minutes, "recipe": recipe.model_dump(mode="json"), "exchange": exchange}
+    asked["calibration"] = None if calibration is None else asdict(calibration)
+    place = None if folder is None else folder / "minutes.json"
+    return remembered(place, asked, lambda: within(minutes, recipe, calibration, model, timed(pipe), exchange))
+
+
+def _about(budget: Budget, minutes: float) -> str:
+    given_up = f"; given up: {'; '.join(budget.given_up)}" if budget.given_up else ""
+    return f"{budget.recipe.full_name}, about {budget.seconds / 60:.1f} of {minutes:g} minutes here{given_up}"
+
+
+def _recorded(
+    pipe: Any, model: nn.Module, recipe: Recipe, calibration: Calibration, folder: Path | None, progress: Shown
+) -> Trajectory:
+    """The recording that `calibration` describes; before it is begun the recipe is checked on one trajectory."""
+    if folder is None or not has_batches(folder):
+        trial = record(pipe, replace(calibration, samples=1, batch_size=1), progress=False)
+        _check(model, recipe, plan_on(model, recipe, trial), trial)
+    return record(pipe, calibration, folder=folder, progress=progress)
+
+
+def plan_on(model: nn.Module, recipe: Recipe, data: Trajectory) -> list[PlannedLayer]:
+    """The plan of `recipe` for a model that is not quantizable yet; what `data` never calls stays in floating point."""
+    rows = plan(model, recipe.layers)
+    with evaluating(model):
+        left = set(never_called(model, [row.name for row in rows if row.spec is not None], data))
+    if left:
+        _log.warning("never called while the pipeline samples, left in floating point: %s", ", ".join(sorted(left)))
+    return [replace(row, spec=None, reason=f"{row.reason} ({NEVER_CALLED})") if row.name in left else row for row in rows]
+
+
+def _check(model: nn.Module, recipe: Recipe, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+    """Raise what the passes would raise later."""
+    if first_with_guidance_sets(rows) is not None:
+        conditional_half(data)
+    with evaluating(model):
+        for step in recipe.steps():
+            step.check(model, rows, data)
 
 
 def _quantize(
-    model: nn.Module, recipe: Recipe, data: Trajectory, seed: int, folder: Path | None, memory_gib: float, progress: bool
+    model: nn.Module, recipe: Recipe, data: Trajectory, seed: int, folder: Path | None, memory_gib: float, progress: Shown
 ) -> QuantizationReport:
     """`quantize` of a denoiser by a recipe that was read."""
     steps = recipe.steps()
     _check_weights(model)
-    rows = plan(model, recipe.layers)
     data.verify(model)
+    rows = plan_on(model, recipe, data)
+    _check(model, recipe, rows, data)
+    asked = max((row.spec.sets for row in rows if row.spec is not None), default=1)
+    if asked > (count := len(data.timesteps)) and asked < EVERY_TIMESTEP:
+        _log.warning("%s: %d parameter sets asked; the recording has timesteps for %d", recipe.full_name, asked, count)
     report = QuantizationReport(recipe.full_name, seed, data.manifest)
     names = pass_names(recipe, rows, seed, data)
     conditional = None if first_with_guidance_sets(rows) is None else conditional_half(data)
     prepare(model, rows, data.timesteps, conditional)
     with fit.run(folder, progress, memory_gib * GIB) as run:
+        forwards = (step.sample_forwards(unit_count(model)) for step in steps)
+        work = list(itertools.accumulate(forwards, initial=0.0))
+        whole = max(work[-1], 1.0)
         for index, (step, name) in enumerate(zip(steps, names, strict=True)):
             generator = torch.Generator().manual_seed(seed * 1_000 + index)
             done = None if folder is None else folder / f"{name}.safetensors"
@@ -116,7 +201,9 @@ def _quantize(
                 if "correction" in (figures := report.passes[-1]["figures"]):
                     give(model, Stored.model_validate({"correction": figures["correction"]}).correction)
                 continue
-            figures = step.apply(model, data, generator, run.below(name))
+            about = f"{recipe.full_name}, pass {index + 1} of {len(steps)}, {type(step).__name__}"
+            with run.progress.part(about, work[index] / whole, work[index + 1] / whole):
+                figures = step.apply(model, data, generator, run.below(name))
             row = {
                 "pass": type(step).__name__,
                 "options": step.model_dump(),

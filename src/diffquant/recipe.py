@@ -23,7 +23,7 @@ from diffquant.methods.adp_dm import SearchParameterSets
 from diffquant.methods.allocation import AllocateBits, AllocateWeightBits
 from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
-from diffquant.methods.passes import Pass
+from diffquant.methods.passes import EFFORT, Pass
 from diffquant.methods.qncd import EmbeddingSmoothing
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
@@ -83,6 +83,12 @@ class Recipe(BaseModel):
     def steps(self) -> list[Pass]:
         """The passes as values. Raises `RecipeError` naming the pass and option that is wrong."""
         return [_build_pass(index, options, self.name) for index, options in enumerate(self.passes)]
+
+    def thinned(self, share: float) -> Recipe:
+        """The same recipe with a `share` of what its passes do."""
+        changed = [step.thinned(share) for step in self.steps()]
+        passes = [options | step.model_dump(include=set(EFFORT)) for options, step in zip(self.passes, changed, strict=True)]
+        return self.model_copy(update={"passes": tuple(passes)})
 
 
 def shipped() -> list[str]:

@@ -5,10 +5,16 @@ import torch
 from diffusers import DDPMPipeline
 
 from diffquant.calibration.observe import Calibration
+from diffquant.calibration.record import record
 from diffquant.core.spec import EvaluationError
-from diffquant.evaluation.protocols import RECORDED, load_protocol, record_under, shipped_protocols
+from diffquant.evaluation.protocols import RECORDED, load_protocol, recording_scheduler, shipped_protocols
 from diffquant.evaluation.sampling_protocol import SCHEDULERS, SamplingProtocol
 from tests import pipelines
+
+
+def record_under(pipe, protocol):
+    with recording_scheduler(pipe, protocol):
+        return record(pipe, protocol.calibration, progress=False)
 
 
 def test_without_anything_given_they_are_the_defaults():

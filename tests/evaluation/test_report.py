@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from diffquant.core.spec import EvaluationError
-from diffquant.evaluation import drawing
+from diffquant.evaluation import drawing, grids
 from diffquant.evaluation import report as reporting
 from diffquant.evaluation.accumulation import Accumulation, Stretch
 from diffquant.evaluation.compare import Comparison, StepDistances
@@ -218,7 +218,7 @@ def test_markdown_holds_table_pictures_and_protocol():
 def test_pairs_are_enlarged_without_smoothing(channels):
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (2, channels, 32, 32), generator=generator, dtype=torch.uint8).numpy()
-    image = np.asarray(drawing.draw_pairs({"full precision": batch, "q": 255 - batch}, {"q": "PSNR 3.0 dB"}))
+    image = np.asarray(grids.draw_pairs({"full precision": batch, "q": 255 - batch}, {"q": "PSNR 3.0 dB"}))
     right, bottom = image.shape[1] - 12, image.shape[0] - 12  # margins
     cell = image[bottom - 96 : bottom, right - 96 : right]  # last model, last noise
     expected = np.broadcast_to((255 - batch[1]).transpose(1, 2, 0), (32, 32, 3)).repeat(3, axis=0).repeat(3, axis=1)
@@ -237,16 +237,16 @@ LONG = "w4a6 dmq CalibrateRanges.activations=mse insert=PowerOfTwoScaling:LearnS
 
 def test_long_names_leave_room_for_the_pictures(recwarn):
     """A name of a few words takes no more width than 34 letters, and the last words, which tell models apart, are there."""
-    assert drawing._folded("brecq-w4a8") == ["brecq-w4a8"]
-    folded = drawing._folded(LONG + "0")
-    assert len(folded) <= drawing.NAME_LINES and all(len(line) <= drawing.NAME_WIDTH for line in folded)
+    assert grids.folded("brecq-w4a8") == ["brecq-w4a8"]
+    folded = grids.folded(LONG + "0")
+    assert len(folded) <= grids.NAME_LINES and all(len(line) <= grids.NAME_WIDTH for line in folded)
     assert folded[-1].endswith("seed 0")
     picture = np.asarray(drawing.draw_drift({f"{LONG}{n}": [0.01, 0.02, 0.03 + n / 100] for n in range(8)}))
     rules = np.flatnonzero((picture == 0xDD).all(axis=2).any(axis=0))
     assert np.ptp(rules) > 0.5 * picture.shape[1]
     assert not [str(warning.message) for warning in recwarn if "constrained_layout" in str(warning.message)]
     batch = np.zeros((2, 3, 32, 32), dtype=np.uint8)
-    assert drawing.draw_pairs({LONG + "0": batch}, {}).width < 2 * drawing.CELL + 350
+    assert grids.draw_pairs({LONG + "0": batch}, {}).width < 2 * grids.CELL + 350
 
 
 @pytest.mark.parametrize("lines", [{"a": [0.0, 0.0]}, {"a": [0.1]}, {"a": [0.1, 0.2], "b": [0.0, 0.3]}])

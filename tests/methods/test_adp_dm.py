@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 import diffquant as dq
@@ -329,9 +330,9 @@ def test_a_recording_that_cannot_be_replayed_has_no_latent_error(pipe, data, mon
 def test_refused(pipe, data):
     with pytest.raises(SpecError, match="no quantizer has several parameter sets; add sets: 8 to a rule"):
         searched(prepared(pipe, data, 1), data)
-    with pytest.raises(SpecError, match="target: noise needs inputs: noised"):
+    with pytest.raises(ValidationError, match="target: noise needs inputs: noised"):
         searched(prepared(pipe, data, 2), data, target="noise")
-    with pytest.raises(SpecError, match="error: latent needs inputs: trajectory"):
+    with pytest.raises(ValidationError, match="error: latent needs inputs: trajectory"):
         searched(prepared(pipe, data, 2), data, inputs="noised", error="latent")
 
 

@@ -24,6 +24,7 @@ from diffquant.core.spec import CheckpointError, LayerRule
 from diffquant.core.surgery import freeze, prepare, quantized_layers, quantizers
 from diffquant.runtime import checkpoint
 from diffquant.runtime.checkpoint import file_size, float32_size, load, save, verify
+from diffquant.runtime.hf import CONFIG_DIGEST
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 W4A8 = (
@@ -349,6 +350,12 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     ],
 )
 def test_edited_config(folder: Path, change: Any, text: str) -> None:
+    """Of a file of version 0.1, which states no digest of the config."""
+    file = folder / "unet" / WEIGHTS
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, file, {name: value for name, value in metadata.items() if name != CONFIG_DIGEST})
     edit_config(folder, change)
     for read in (verify, DiffusionPipeline.from_pretrained):
         with pytest.raises(CheckpointError, match=text) as error:

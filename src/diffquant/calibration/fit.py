@@ -6,6 +6,7 @@ same fit, bit for bit at an equal number of threads.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -16,13 +17,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffquant.calibration.memory import BUDGET
-from diffquant.calibration.trajectory import renamed_when_done
+from diffquant.calibration.progress import Bars, Shown, bars
+from diffquant.calibration.trajectory import DIGEST, digest_tensor, renamed_when_done
 from diffquant.core.spec import CalibrationError
 
 Schedule = Callable[[int, int], float]
@@ -37,7 +38,7 @@ class Run:
     ``memory``: bytes that the recorded inputs and outputs of a unit may take; more go to files, in the folder or a temporary one.
     """
 
-    progress: Progress
+    progress: Bars
     folder: Path | None = None
     memory: float = BUDGET
 
@@ -47,16 +48,9 @@ class Run:
 
 
 @contextmanager
-def run(folder: Path | None = None, show: bool = True, memory: float = BUDGET) -> Iterator[Run]:
-    """A `Run` with a live progress bar (or a silent one)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not show, transient=False) as progress:
+def run(folder: Path | None = None, show: Shown = True, memory: float = BUDGET) -> Iterator[Run]:
+    """A `Run` with live progress bars, silent ones, or those of a larger job."""
+    with bars(show) as progress:
         yield Run(progress, folder, memory)
 
 
@@ -171,16 +165,30 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     """Write a safetensors file under a temporary name and rename it: a kill leaves the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with renamed_when_done(path) as partial:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, partial, metadata | {DIGEST: _digest(kept, metadata)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; `CalibrationError` where it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+        stated = metadata.pop(DIGEST, None)  # which version 0.1 did not write
+        if stated not in (None, _digest(tensors, metadata)):
+            raise ValueError("its contents are not those that were written")
+        return tensors, metadata
+    except (OSError, SafetensorError, ValueError) as error:
         raise CalibrationError(f"{path}: damaged ({error}); delete it to start this stage again") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest_tensor(digest, tensors[name])
+    return digest.hexdigest()
 
 
 def lp_loss(output: list[Float[Tensor, "n ..."]], target: list[Float[Tensor, "n ..."]], power: float = 2.0) -> Tensor:

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diffquant.calibration.observe import (
     Calibration,
@@ -30,6 +28,7 @@ from diffquant.calibration.observe import (
     run_pipeline,
     timestep_name,
 )
+from diffquant.calibration.progress import Shown, bars
 from diffquant.calibration.recorded_batch import BudgetCheck, RecordedBatch, Shapes
 from diffquant.calibration.scheduling import clipping
 from diffquant.calibration.trajectory import (
@@ -54,7 +53,7 @@ def record(
     *,
     folder: Path | str | None = None,
     run: Run | None = None,
-    progress: bool = True,
+    progress: Shown = True,
 ) -> Trajectory:
     """Run the pipeline and keep every denoiser call and scheduler step on disk.
 
@@ -81,7 +80,7 @@ def record(
     return trajectory
 
 
-def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | None, progress: bool) -> None:
+def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | None, progress: Shown) -> None:
     manifest = _describe(pipe, calibration, run)
     _prepare(folder, manifest)
     count = math.ceil(calibration.samples / calibration.batch_size)
@@ -89,14 +88,12 @@ def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | N
     if not missing and read_manifest(folder)["complete"]:
         return
 
-    columns = TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeRemainingColumn()
-    bar = Progress(*columns, console=Console(stderr=True), disable=not progress)
-    with bar, evaluation_mode(pipe), _quiet(pipe):
-        task = bar.add_task("", total=count, completed=count - len(missing))
+    with bars(progress) as bar, bar.part("recording", 0.0, 1.0), evaluation_mode(pipe), _quiet(pipe):
+        task = bar.add_task("batches", total=count, completed=count - len(missing))
         shapes = _shapes_of_another_size(pipe, calibration, run, _rows_of_batch(calibration, missing[0])) if missing else NO_SHAPES
         for b in missing:
             rows = _rows_of_batch(calibration, b)
-            budget = BudgetCheck(calibration, rows) if b == missing[0] else None
+            budget = BudgetCheck(calibration, rows, folder) if b == missing[0] else None
             batch = RecordedBatch(find_denoiser(pipe)[1], rows, b, budget, shapes)
             with observe(pipe, on_call=batch.add_call, on_step=batch.add_step, on_timetable=batch.add_timetable):
                 _sample(pipe, calibration, run, b, rows)
@@ -106,6 +103,7 @@ def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | N
                 write_manifest(folder, manifest)
             batch.write(batch_path(folder, b))
             bar.advance(task)
+        bar.remove_task(task)
     timesteps = Trajectory(folder, manifest).timesteps
     write_manifest(folder, manifest | {"complete": True, "timesteps": timesteps})
 

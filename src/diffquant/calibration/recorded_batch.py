@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffquant.calibration.memory import GIB
 from diffquant.calibration.observe import Calibration, timestep_name
-from diffquant.calibration.trajectory import PLACE, digest_tensor, renamed_when_done
+from diffquant.calibration.trajectory import PLACE, content_name, renamed_when_done, with_digest
 from diffquant.core.spec import CalibrationError
 
-GIB = 2**30
+
+def free_bytes(place: Path) -> int:
+    """Bytes that are free where `place` is, or will be made."""
+    place = place.resolve()
+    return shutil.disk_usage(next(above for above in (place, *place.parents) if above.exists())).free
 
 
 @dataclass
@@ -26,6 +31,7 @@ class BudgetCheck:
 
     calibration: Calibration
     rows: int
+    folder: Path  # where the recording goes
     first: int = 0  # bytes after the first step, with all that is stored once
 
     def after_step(self, steps: int, size: int) -> None:
@@ -42,6 +48,12 @@ class BudgetCheck:
             raise CalibrationError(
                 f"calibration.budget_gib: {self.calibration.samples} trajectories of {self.calibration.steps} steps need about "
                 f"{needed:.3g} GiB; the budget is {self.calibration.budget_gib:g} GiB; record fewer samples or steps, or raise it"
+            )
+        free = free_bytes(self.folder) / GIB
+        if needed > free:
+            raise CalibrationError(
+                f"{self.folder}: a recording of {self.calibration.samples} trajectories needs about {needed:.3g} GiB; "
+                f"{free:.3g} GiB are free; free some space, record fewer, or record elsewhere"
             )
 
 
@@ -154,14 +166,12 @@ class RecordedBatch:
         """All of it, under a temporary name first."""
         layout = {"calls": self.calls, "steps": self.steps, "step_options": self.step_options, "timetable": self.timetable}
         with renamed_when_done(path) as partial:
-            save_file(self.tensors, partial, metadata={"layout": json.dumps(layout)})
+            save_file(self.tensors, partial, metadata={"layout": json.dumps(with_digest(layout))})
 
     def _keep(self, tensor: Tensor) -> str:
         """Store a copy of the tensor unless an equal one is there already; return its name."""
         tensor = tensor.detach().cpu().contiguous()
-        digest = hashlib.sha256()
-        digest_tensor(digest, tensor)
-        name = digest.hexdigest()[:24]
+        name = content_name(tensor)
         if name not in self.tensors:
             self.tensors[name] = tensor.clone()
         return name

@@ -35,6 +35,23 @@ def call_recorded(model: nn.Module, data: Trajectory, picked: Int[Tensor, " n"])
         return model(**data.batch(picked, device_of(model))[0])
 
 
+def never_called(model: nn.Module, names: Sequence[str], data: Trajectory) -> list[str]:
+    """Which of the modules `names` of `model` no recorded call of the first trajectory reaches."""
+    left, modules = dict.fromkeys(names), dict(model.named_modules())
+    handles = [modules[name].register_forward_pre_hook(lambda *_, name=name: left.pop(name, None)) for name in names]
+    own = (data.trajectory_of() == 0).nonzero()[:, 0]
+    calls = data.call_of()[own]
+    try:
+        with torch.no_grad():
+            for call in calls.unique():
+                if left:
+                    call_recorded(model, data, own[calls == call])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(left)
+
+
 class _Stop(Exception):
     """Raised inside a forward pass to end it: everything that was wanted has been seen."""
 

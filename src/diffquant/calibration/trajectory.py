@@ -33,6 +33,7 @@ from diffquant.core.spec import CalibrationError
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+DIGEST = "sha256"  # key, in a JSON object, of the digest of the rest
 PARTIAL = ".partial"  # suffix of a file that is being written
 PLACE = re.compile(r"\[\d+\]|\(\d+\)")  # in a dotted name: a list's member or a tuple's
 
@@ -84,6 +85,7 @@ class Trajectory:
         calibration = manifest["calibration"]
         self.batches = math.ceil(calibration["samples"] / calibration["batch_size"])
         self._files, self._layouts = [], []
+        self._intact: set[tuple[int, str]] = set()  # tensors that were read and are what their names say
         for b in range(self.batches):
             file, layout = _open_batch(batch_path(folder, b))
             self._files.append(file)
@@ -251,7 +253,16 @@ class Trajectory:
         return RecordedStep(timestep=timestep, options=options, **rows)
 
     def _tensor(self, batch: int, key: str) -> Tensor:
-        tensor: Tensor = self._files[batch].get_tensor(key)
+        try:
+            tensor: Tensor = self._files[batch].get_tensor(key)
+        except SafetensorError as error:
+            raise CalibrationError(f"{batch_path(self.folder, batch)}: damaged ({error}); delete it and record again") from error
+        if (batch, key) not in self._intact:
+            if content_name(tensor) != key:
+                raise CalibrationError(
+                    f"{batch_path(self.folder, batch)}: damaged: tensor {key} is not what was recorded; delete it and record again"
+                )
+            self._intact.add((batch, key))
         return tensor
 
     def _rows(self, places: list[tuple[int, str, int]]) -> Tensor:
@@ -285,6 +296,27 @@ def _sequences(value: Any) -> Any:
     return ordered if next(iter(members)).startswith("[") else tuple(ordered)
 
 
+def content_name(tensor: Tensor) -> str:
+    """The name of a CPU tensor in a recording: a hash of its shape, dtype and values."""
+    digest = hashlib.sha256()
+    digest_tensor(digest, tensor)
+    return digest.hexdigest()[:24]
+
+
+def with_digest(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object and, in it, a digest of the rest."""
+    return value | {DIGEST: _digest_of_json(value)}
+
+
+def has_its_digest(value: dict[str, Any]) -> bool:
+    """Take the digest out of what `with_digest` made: whether it is that of the rest, or there is none, as in version 0.1."""
+    return value.pop(DIGEST, None) in (None, _digest_of_json(value))
+
+
+def _digest_of_json(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def digest_tensor(digest: Any, tensor: Tensor) -> None:
     """Add shape, dtype and bytes of a CPU tensor to a hashlib digest."""
     digest.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -311,10 +343,18 @@ def batch_path(folder: Path, batch: int) -> Path:
     return folder / f"batch-{batch:05d}.safetensors"
 
 
+def has_batches(folder: Path) -> bool:
+    """Whether a recording was begun in `folder`."""
+    return (folder / MANIFEST).is_file() and any(folder.glob("batch-*.safetensors"))
+
+
 def _open_batch(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         file: Any = safe_open(path, framework="pt")
-        layout = json.loads((file.metadata() or {})["layout"])
+        metadata = file.metadata() or {}
+        layout = json.loads(metadata["layout"])
+        if not has_its_digest(layout):
+            raise ValueError("its layout is not the one that was written")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CalibrationError(
             f"{path}: missing, truncated or damaged ({type(error).__name__}: {error}); delete it and record again"
@@ -325,7 +365,7 @@ def _open_batch(path: Path) -> tuple[Any, dict[str, Any]]:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write a recording's manifest; it is replaced whole."""
     with renamed_when_done(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps(manifest, indent=1) + "\n")
+        partial.write_text(json.dumps(with_digest(manifest), indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -338,4 +378,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CalibrationError(f"{path}: is not a recording's manifest ({type(error).__name__}); record again") from error
     if version != FORMAT_VERSION:
         raise CalibrationError(f"{path}: format_version is {version}; {FORMAT_VERSION} is supported; record again")
+    if not has_its_digest(manifest):
+        raise CalibrationError(f"{path}: is not the manifest that was written; record again")
     return manifest

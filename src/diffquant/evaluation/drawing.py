@@ -1,75 +1,25 @@
-"""The pictures of an evaluation: grids of what was drawn, and plots of errors over the steps."""
+"""The plots of an evaluation: errors over the steps, by settings and by layer. Needs matplotlib, of the extra ``evaluate``."""
 
 from __future__ import annotations
 
 import io
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from diffquant.evaluation.accumulation import Accumulation
+from diffquant.evaluation.grids import GREY, INK, RULE, folded
 from diffquant.runtime.sensitivity import Sensitivity
 
-CELL = 96  # pixels: smaller pictures are enlarged by a whole factor up to this side
-GAP = 2  # pixels between pictures
 LABEL_GAP = 25.0  # pixels between the names of lines: their height at 150 dots an inch
-NAME_WIDTH, NAME_LINES = 34, 4  # letters in a line of a name, and lines
 MAP_LINES, MAP_RANGE = 36, 1e4  # of a sensitivity map: quantizers shown, and largest value over the least that is told apart
-INK, GREY, RULE = "#1a1a1a", "#6b6b6b", "#dddddd"
 LINES = ("#0b62a4", "#d1495b", "#2e8540", "#b8860b", "#7b4fa3", "#007c89", "#8c564b", "#555555")
-
-
-def draw_pairs(pictures: Mapping[str, UInt8[np.ndarray, "n c h w"]], captions: Mapping[str, str]) -> Image.Image:
-    """One row of pictures per model, name and caption at the left, the same noise in each column; enlarged without smoothing."""
-    first = next(iter(pictures.values()))
-    columns, _, height, width = first.shape
-    factor = max(1, CELL // max(height, width))
-    cell_height, cell_width = height * factor, width * factor
-    large, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
-    folded = {name: _folded(name) for name in pictures}
-    texts = [(line, large) for lines in folded.values() for line in lines] + [(text, small) for text in captions.values()]
-    margin = 12
-    left = 2 * margin + math.ceil(max(font.getlength(text) for text, font in texts))
-    size = (left + columns * (cell_width + GAP) - GAP + margin, 2 * margin + len(pictures) * (cell_height + GAP) - GAP)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.rectangle((left, margin, size[0] - margin - 1, size[1] - margin - 1), fill=RULE)  # shows through the gaps
-    for row, (name, batch) in enumerate(pictures.items()):
-        top = margin + row * (cell_height + GAP)
-        caption = captions.get(name, "")
-        middle = top + cell_height // 2 - (9 if caption else 0)  # of the name
-        draw.multiline_text((margin, middle), "\n".join(folded[name]), fill=INK, font=large, anchor="lm")
-        draw.text((margin, middle + 9 * len(folded[name]) + 14), caption, fill=GREY, font=small, anchor="ls")
-        for column, picture in enumerate(batch):
-            canvas.paste(_enlarged(picture, cell_width, cell_height), (left + column * (cell_width + GAP), top))
-    return canvas
-
-
-def draw_grid(pictures: UInt8[np.ndarray, "n c h w"]) -> Image.Image:
-    """The pictures in a nearly square grid, small ones enlarged without smoothing."""
-    count, _, height, width = pictures.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    factor = max(1, CELL // max(height, width))
-    cell_height, cell_width = height * factor, width * factor
-    canvas = Image.new("RGB", (columns * (cell_width + GAP) - GAP, rows * (cell_height + GAP) - GAP), RULE)
-    for index, picture in enumerate(pictures):
-        place = (index % columns * (cell_width + GAP), index // columns * (cell_height + GAP))
-        canvas.paste(_enlarged(picture, cell_width, cell_height), place)
-    return canvas
-
-
-def _enlarged(picture: UInt8[np.ndarray, "c h w"], width: int, height: int) -> Image.Image:
-    pixels = picture[0] if len(picture) == 1 else picture[:3].transpose(1, 2, 0)  # [h, w] or [h, w, 3]
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
 
 
 def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
@@ -77,9 +27,9 @@ def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
 
     Zeros have no place on a logarithmic axis.
     """
-    names = {name: _folded(name) for name in lines}
-    rows = sum(len(folded) + 1 for folded in names.values())  # of text, where names are long
-    beside = any(len(folded) > 1 for folded in names.values())
+    names = {name: folded(name) for name in lines}
+    rows = sum(len(name) + 1 for name in names.values())  # of text, where names are long
+    beside = any(len(name) > 1 for name in names.values())
     figure = Figure(figsize=(8, max(4.6, rows * LABEL_GAP / 150) if beside else 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     longest = max(len(line) for line in lines.values())
@@ -133,7 +83,7 @@ def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
             "o-",
             color=color,
             markersize=4,
-            label="\n".join(_folded(name)),
+            label="\n".join(folded(name)),
         )
     for style, what in (("-", "accumulated"), ("--", "as local errors predict"), (":", "local: one step")):
         over_steps.plot([], [], style, color=GREY, label=what)
@@ -168,7 +118,7 @@ def draw_matrix(
         axes.set_xticks(range(len(columns[1])), columns[1], fontsize=9)
         axes.set_yticks(range(len(rows[1])), rows[1], fontsize=9)
         axes.set_xlabel(columns[0], color=GREY)
-        axes.set_title("\n".join(_folded(name)), loc="left", fontsize=11, color=INK)
+        axes.set_title("\n".join(folded(name)), loc="left", fontsize=11, color=INK)
         axes.tick_params(length=0, labelcolor=INK)
         axes.spines[:].set_visible(False)
     figure.supylabel(rows[0], fontsize=10, color=GREY)
@@ -208,12 +158,6 @@ def draw_sensitivity(found: Sensitivity) -> Image.Image:
     if rest:
         figure.supxlabel(f"{len(rest)} more quantizers together: {sum(rest):.1%}", x=0.99, ha="right", fontsize=9, color=GREY)
     return rendered(figure)
-
-
-def _folded(name: str) -> list[str]:
-    """A name in lines that leave room for what it names; of a very long one the beginning and the last line."""
-    lines = textwrap.wrap(name, NAME_WIDTH)
-    return lines if len(lines) <= NAME_LINES else [*lines[: NAME_LINES - 2], "...", lines[-1]]
 
 
 def dress(axes: Axes, title: str, horizontal: str) -> None:

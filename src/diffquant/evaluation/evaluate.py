@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffquant.calibration.observe import Pipeline, find_denoiser
 from diffquant.evaluation.compare import compare_to
+from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer
 from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import Report, make_report
@@ -39,8 +40,9 @@ def evaluate(
     With `work` full precision's samples and trajectories are kept in that folder, and taken from it where nothing that decides them
     has changed; the report then has no sampling time of full precision.
 
-    Raises `EvaluationError` where samples are not finite or the schedulers differ.
+    Raises `EvaluationError` where samples are not finite, the schedulers differ, or the extra ``evaluate`` is not installed.
     """
+    require_extra()
     protocol = protocol or (SamplingProtocol() if samples is None else SamplingProtocol(samples=samples))
     named = dict(quantized) if isinstance(quantized, Mapping) else {"quantized": quantized}
     full = load(reference) if isinstance(reference, str | Path) else reference

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from diffquant.core.spec import EvaluationError
@@ -61,6 +60,8 @@ def mean_squared_error(reference: UInt8[Tensor, "n c h w"], other: UInt8[Tensor,
 
 def psnr(reference: UInt8[Tensor, "n c h w"], other: UInt8[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
     """Peak signal to noise ratio of each pair, in dB, peak 255; inf for equal pictures."""
+    from skimage.metrics import peak_signal_noise_ratio  # comes with an extra
+
     values = [
         math.inf if np.array_equal(a, b) else float(peak_signal_noise_ratio(a, b, data_range=255))  # type: ignore[no-untyped-call]
         for a, b in zip(reference.cpu().numpy(), other.cpu().numpy(), strict=True)
@@ -88,6 +89,8 @@ def ssim(reference: UInt8[Tensor, "n c h w"], other: UInt8[Tensor, "n c h w"]) -
     if min(reference.shape[2:]) < SSIM_WINDOW:
         size = "x".join(str(side) for side in reference.shape[2:])
         raise EvaluationError(f"ssim: pictures are {size}; at least {SSIM_WINDOW}x{SSIM_WINDOW} are needed")
+    from skimage.metrics import structural_similarity  # comes with an extra
+
     values = [
         float(structural_similarity(a, b, win_size=SSIM_WINDOW, data_range=255, channel_axis=0))  # type: ignore[no-untyped-call]
         for a, b in zip(reference.cpu().numpy(), other.cpu().numpy(), strict=True)

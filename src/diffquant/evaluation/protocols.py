@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,8 +22,6 @@ from diffusers import DDIMPipeline
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from diffquant.calibration.observe import Calibration, Pipeline
-from diffquant.calibration.record import record
-from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.spec import DiffquantError, EvaluationError
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_of
 
@@ -92,8 +91,12 @@ def varied_fields(given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def record_under(pipe: Pipeline, protocol: ProtocolFile, folder: Path | None = None) -> Trajectory:
-    """Record `pipe` with the sampler of the protocol. Raises `EvaluationError` where it cannot sample as the protocol says."""
+@contextmanager
+def recording_scheduler(pipe: Pipeline, protocol: ProtocolFile) -> Iterator[None]:
+    """Give `pipe` the sampler of the protocol while the block runs, for recording.
+
+    Raises `EvaluationError` where it cannot sample as the protocol says.
+    """
     sampling = dataclasses.replace(protocol.sampling, steps=protocol.calibration.steps, clip_sample=None)  # `record` sees to it
     if isinstance(pipe, DDIMPipeline) and sampling.sampler not in ("pipeline", "ddim"):
         raise EvaluationError(f'protocol.sampler: is "{sampling.sampler}"; DDIMPipeline itself, which is recorded, takes ddim only')
@@ -101,7 +104,7 @@ def record_under(pipe: Pipeline, protocol: ProtocolFile, folder: Path | None = N
     if eta > 0 and "eta" not in inspect.signature(pipe.__call__).parameters:
         raise EvaluationError(f"protocol.eta: is {eta}; {type(pipe).__name__} takes none; record with eta=0")
     with scheduler_of(pipe, sampling):
-        return record(pipe, protocol.calibration, folder=folder)
+        yield
 
 
 def _read(name: str) -> tuple[dict[str, Any], str]:

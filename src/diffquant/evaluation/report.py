@@ -22,7 +22,7 @@ from diffquant.core.spec import EvaluationError
 from diffquant.evaluation import rendering
 from diffquant.evaluation.compare import Comparison
 from diffquant.evaluation.distances import GROUPS
-from diffquant.evaluation.drawing import draw_accumulation, draw_drift, draw_pairs
+from diffquant.evaluation.grids import draw_pairs
 from diffquant.evaluation.metrics import RESAMPLES, SSIM_RULE, UINT8_RULE
 from diffquant.evaluation.reference import ReferenceRun
 from diffquant.evaluation.rows import Protocol, Row
@@ -56,6 +56,8 @@ class Report(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write report.json, report.md, drift.png and, where they were measured, pairs.png and accumulation.png; each whole."""
+        from diffquant.evaluation.drawing import draw_accumulation, draw_drift  # matplotlib comes with an extra
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.pictures:

@@ -21,9 +21,9 @@ from rich.table import Table
 from diffquant.calibration.observe import Pipeline
 from diffquant.core.spec import DiffquantError, EvaluationError
 from diffquant.evaluation import rendering
-from diffquant.evaluation.drawing import draw_matrix
 from diffquant.evaluation.draws import identity
 from diffquant.evaluation.evaluate import evaluate
+from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import FeatureExtractor
 from diffquant.evaluation.report import Report, save_image, write_whole
 from diffquant.evaluation.rows import Row
@@ -111,6 +111,8 @@ class Robustness(BaseModel):
         """Write robustness.json, robustness.md and, where anything was measured, robustness.png; each whole."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.models:
+            from diffquant.evaluation.drawing import draw_matrix  # matplotlib comes with an extra
+
             *fixed, last = self.varied
             rows = [", ".join(str(value) for value in values) for values in self._combinations(fixed)]
             columns = [str(value) for value in self.varied[last]]
@@ -180,6 +182,7 @@ def robustness(
     Raises `EvaluationError` for fields that cannot be varied, for values that no protocol has, and where `out` holds the result of
     other models or another protocol. Combinations with which the pipeline cannot be sampled are part of the result.
     """
+    require_extra()
     varied = {name: tuple(values) for name, values in (vary or DEFAULT).items()}
     base = dataclasses.replace(protocol or SamplingProtocol(samples=SAMPLES), accumulation_samples=0)
     asked = [Cell(settings=settings) for settings in _checked(varied)]

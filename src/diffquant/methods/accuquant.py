@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, final
 
 import torch
@@ -26,12 +26,21 @@ from torch import Tensor, nn
 from diffquant.calibration.fit import Run, cosine, fit
 from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.spec import SpecError
+from diffquant.core.planning import PlannedLayer
 from diffquant.core.surgery import full_precision, quantized_layers, quantizers, switched
 from diffquant.methods.gradients import Distance, Gradient, gradient_of, segment_gradient, squared
 from diffquant.methods.last_sample import LastSample
 from diffquant.methods.learned import Learned, LearnedOffset, LearnedRounding, LearnedSmooth, float_weight
-from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
+from diffquant.methods.passes import (
+    Figures,
+    Pass,
+    draw_seed,
+    evaluating,
+    quantizer_state,
+    require_smooth,
+    restore_quantizers,
+    scaled_layers,
+)
 from diffquant.methods.starts import Starts
 from diffquant.methods.steps import LearnedSteps
 
@@ -101,6 +110,12 @@ class AccuQuant(Pass):
         """A forward, and one with its backward and what it computes again, for each step; the measuring beside it is small."""
         again = 1.0 if self.checkpointing or self.split_guidance else 0.0
         return (4.0 + again) * self.iterations * self.batch_size * self.steps_per_segment
+
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise `CalibrationError` where the recording cannot be replayed, `SpecError` where no layer has the vector to learn."""
+        if self.smooth:
+            require_smooth("AccuQuant", scaled_layers(rows))
+        Rollout(model, data).verify()
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Learn on the recorded trajectories.
@@ -174,8 +189,7 @@ class AccuQuant(Pass):
                     learned.append(LearnedSteps.of(quantizer, self.weight_rate, zero_points=False))
         if self.smooth:
             scaled = [layer for layer in layers.values() if layer.input_quantizer is not None and layer.smooth is not None]
-            if not scaled:
-                raise SpecError("AccuQuant: no layer has smooth: true and quantizes both operands; add it to a rule")
+            require_smooth("AccuQuant", scaled)
             learned += [LearnedSmooth.of(layer, self.smooth_rate) for layer in scaled]
         if self.biases:
             live = (layer for layer in layers.values() if layer.input_quantizer is not None and layer.bias is not None)

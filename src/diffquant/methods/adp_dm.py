@@ -17,13 +17,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, fit, iteration_generator
@@ -34,6 +34,7 @@ from diffquant.calibration.rollout import leading_channels
 from diffquant.calibration.scheduling import build_scheduler
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.clock import StepClock
+from diffquant.core.planning import PlannedLayer
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import SpecError
 from diffquant.core.surgery import device_of, full_precision, quantizers, switched
@@ -45,6 +46,7 @@ from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.steps import LearnedSteps
 
 _log = logging.getLogger(__name__)
+NO_SETS = "SearchParameterSets: no quantizer has several parameter sets; add sets: 8 to a rule"
 ONE_HOT = 100.0  # a lead, in nats, at which the shares of all other sets are zero
 
 
@@ -89,12 +91,23 @@ class SearchParameterSets(Pass):
     error: Literal["output", "latent"] = "output"
     table: Literal["searched", "clusters"] = "searched"
 
+    @model_validator(mode="after")
+    def _options_that_fit(self) -> SearchParameterSets:
+        if self.target == "noise" and self.inputs == "trajectory":
+            raise ValueError("target: noise needs inputs: noised; recorded latents have no known noise")
+        if self.error == "latent" and self.inputs != "trajectory":
+            raise ValueError("error: latent needs inputs: trajectory; noised latents have no step")
+        return self
+
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise `SpecError` where no input has several sets, or steps of the sampler are needed and cannot be replayed."""
+        if self.table == "searched" and all(row.spec is None or row.spec.sets == 1 for row in rows):
+            raise SpecError(NO_SETS)
+        if self.error == "latent":
+            step_gain("SearchParameterSets", model, data)
+
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Search with all quantizers on. Raises `SpecError` where ranges were not calibrated or no quantizer has several sets."""
-        if self.target == "noise" and self.inputs == "trajectory":
-            raise SpecError("SearchParameterSets: target: noise needs inputs: noised; recorded latents have no known noise")
-        if self.error == "latent" and self.inputs != "trajectory":
-            raise SpecError("SearchParameterSets: error: latent needs inputs: trajectory; noised latents have no step")
         seed = draw_seed(generator)
         with evaluating(model), switched(model, True):
             fewest = 2 if self.table == "searched" else 1
@@ -104,7 +117,7 @@ class SearchParameterSets(Pass):
                 _log.warning("SearchParameterSets: %s", note)
                 return {"note": note}
             if not searched:
-                raise SpecError("SearchParameterSets: no quantizer has several parameter sets; add sets: 8 to a rule")
+                raise SpecError(NO_SETS)
             with torch.no_grad():
                 nearest = self._initialise(model, searched, data, generator, run)
             search = _Search(self, model, data, searched, nearest)

@@ -10,7 +10,7 @@ one number for each channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, final
 
 import torch
@@ -35,6 +35,7 @@ from diffquant.core.correction import (
     noised_to,
     sampler_name,
 )
+from diffquant.core.planning import PlannedLayer
 from diffquant.core.surgery import full_precision, switched
 from diffquant.methods.passes import Figures, Pass, evaluating
 
@@ -42,6 +43,10 @@ from diffquant.methods.passes import Figures, Pass, evaluating
 class _Fitted(Pass):
     samples: int = Field(default=64, ge=2)
     batch_size: int = Field(default=32, ge=1)
+
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise `SpecError` for a scheduler that is not supported, `CalibrationError` where the recording cannot be replayed."""
+        checked(model, data)
 
     def sample_forwards(self, blocks: int) -> float:
         """A call for each step of every trajectory: a recording of 50 steps is assumed."""
@@ -61,6 +66,13 @@ class RuntimeNoiseEstimate(_Fitted):
     scope: Literal["image", "batch"] = "image"
     zero_mean: bool = True
     baseline: Literal["none", "calibrated"] = "none"
+
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise as the others do, of the replay only where a baseline is measured."""
+        if self.baseline == "none":
+            check_scheduler(build_scheduler(data))
+        else:
+            super().check(model, rows, data)
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Measure the baseline. Raises `SpecError` where the recorded scheduler is not supported."""

@@ -12,6 +12,8 @@ whatever calibrated it. Linear and quadratic weighting have no formula in the ma
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -26,12 +28,15 @@ from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
 from diffquant.core.clock import StepClock, spread
 from diffquant.core.layers import QuantizedLayer
+from diffquant.core.planning import PlannedLayer
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import MAX_BITS, SpecError
 from diffquant.core.surgery import Unit, quantized_layers, switched, units
-from diffquant.methods.passes import Figures, Pass, evaluating
+from diffquant.methods.passes import Figures, Pass, evaluating, require_smooth, scaled_layers
 from diffquant.methods.scaling import Live, has_both, live_output, relative_error, sample_errors, searched_shrink
 from diffquant.methods.units import Fitted, UnitPass, in_order, thinned
+
+_log = logging.getLogger(__name__)
 
 Weighting = Literal["adaptive", "uniform", "linear", "quadratic"]
 
@@ -68,10 +73,14 @@ class LearnEquivalentScaling(UnitPass):
         """The vector that is chosen."""
         return "smooth"
 
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise `SpecError` where no layer has the vector to learn, or steps of the sampler are needed and cannot be replayed."""
+        require_smooth("LearnEquivalentScaling", scaled_layers(rows))
+        super().check(model, rows, data)
+
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Learn the vectors; ranges have to be calibrated afterwards. Raises `SpecError` where no layer has one."""
-        if not any(map(has_both, (layer for _, layer in quantized_layers(model)))):
-            raise SpecError("LearnEquivalentScaling: no layer has smooth: true and quantizes both operands; add it to a rule")
+        require_smooth("LearnEquivalentScaling", [name for name, layer in quantized_layers(model) if has_both(layer)])
         clock = model.step_clock
         assert isinstance(clock, StepClock)
         weights = TimestepWeights(self, clock)
@@ -178,13 +187,14 @@ class PowerOfTwoScaling(Pass):
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Choose the factors layer by layer, on inputs from the quantized layers before.
 
-        Raises `SpecError` where no layer has ``shift``, or one already has factors.
+        A model without the layers that the rules give ``shift``, such as a transformer without shortcuts, is left as it is, which a
+        line says. Raises `SpecError` where a layer already has factors.
         """
         with_shift = [unit for unit in in_order(model, units(model), data, "layer") if _shift(unit) is not None]
         if not with_shift:
-            raise SpecError(
-                "PowerOfTwoScaling: no layer has shift: true; add it to a rule, as in {match: '@shortcut', shift: true}"
-            )
+            note = "the model has none of the layers that the recipe gives shift: true; nothing is scaled"
+            _log.warning("PowerOfTwoScaling: %s", note)
+            return {"note": note}
         indices = data.subset(min(self.samples, len(data)), generator)
         rows: list[dict[str, object]] = []
         task = run.progress.add_task("power-of-two scaling", total=len(with_shift))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run
 from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.planning import PlannedLayer
+from diffquant.core.spec import LayerSpec, SpecError
 from diffquant.core.surgery import device_of, quantized_layers, quantizers
 
 Figures = dict[str, Any]
+EFFORT = {"iterations": 20, "samples": 64, "rounds": 16, "images": 64, "trajectories": 8}  # what buys quality with time; least
 OF_LAYERS = ("smooth", "offset")  # buffers that passes change
 
 
@@ -44,13 +47,36 @@ class Pass(BaseModel):
         """What a rule of the recipe has to give some layer, or the pass has nothing to work on."""
         return None
 
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise what `apply` would, of what can be known before anything is learned.
+
+        `model` is not quantizable yet, `rows` are its plan, and `data` may be a single trajectory.
+        """
+
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Change the quantizers of `model` in place; return figures that JSON can hold, ``layers`` among them a row per layer."""
         raise TypeError(f"{type(self).__name__}: not a pass")
 
+    def thinned(self, share: float) -> Pass:
+        """The same pass with a `share` of its iterations and samples, as far as what is the least of each."""
+        given = {name: getattr(self, name) for name in EFFORT if name in type(self).model_fields}
+        return self.model_copy(update={name: max(min(EFFORT[name], n), round(n * share)) for name, n in given.items()})
+
     def sample_forwards(self, blocks: int) -> float:
         """About how many times one sample goes through a model of `blocks` units, a backward pass counted as two: for estimates."""
         raise TypeError(f"{type(self).__name__}: not a pass")
+
+
+def scaled_layers(rows: Sequence[PlannedLayer]) -> set[str]:
+    """Layers of a plan that equivalent scaling means anything for: they have the vector, and both operands are quantized."""
+    specs = {row.name: row.spec for row in rows if isinstance(row.spec, LayerSpec)}
+    return {name for name, spec in specs.items() if spec.smooth and spec.weight is not None and spec.input is not None}
+
+
+def require_smooth(kind: str, layers: Collection[object]) -> None:
+    """Raise `SpecError` where a pass called `kind` has no layers with the vector."""
+    if not layers:
+        raise SpecError(f"{kind}: no layer has smooth: true and quantizes both operands; add it to a rule")
 
 
 def draw_seed(generator: torch.Generator) -> int:

@@ -12,6 +12,7 @@ and texts enter by the mean over recorded calls. Vectors of several methods on o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -23,11 +24,16 @@ from diffquant.calibration.fit import Run
 from diffquant.calibration.replay import call_recorded, observe_unit
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.clock import StepClock
+from diffquant.core.planning import PlannedLayer
 from diffquant.core.spec import SpecError
 from diffquant.core.surgery import full_precision
-from diffquant.methods.passes import Figures, Pass, evaluating
+from diffquant.methods.passes import Figures, Pass, evaluating, scaled_layers
 from diffquant.methods.scaling import Live, has_both, relative_error
 
+NO_BLOCK = (
+    "EmbeddingSmoothing: no residual block with a time embedding has smooth: true and both operands quantized on conv2; without "
+    "such blocks take brecq, which does the rest of qncd"
+)
 SMALLEST = 1e-2  # of a norm's weight, and of the vector where nothing else floors it
 Form = Literal["floored", "unfloored", "released"]
 
@@ -52,13 +58,16 @@ class EmbeddingSmoothing(Pass):
         """The vector that is chosen."""
         return "smooth"
 
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise `SpecError` where no layer is of the kind that is smoothed."""
+        if scaled_layers(rows).isdisjoint(f"{name}.conv2" for name in residual_blocks(model)):
+            raise SpecError(NO_BLOCK)
+
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Set the vectors; ranges have to be calibrated afterwards. Raises `SpecError` where no layer is of that kind."""
         blocks = {name: block for name, block in residual_blocks(model).items() if has_both(block.conv2)}
         if not blocks:
-            raise SpecError(
-                "EmbeddingSmoothing: no residual block with a time embedding has smooth: true and both operands quantized on conv2"
-            )
+            raise SpecError(NO_BLOCK)
         indices = data.subset(min(self.samples, len(data)), generator)
         rows: list[dict[str, object]] = []
         task = run.progress.add_task("embedding smoothing", total=len(blocks))

@@ -11,7 +11,7 @@ later ones make of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from diffquant.calibration.observe import predicted
 from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.planning import PlannedLayer
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.surgery import full_precision, switched
 from diffquant.methods.gradients import carried_back
@@ -51,6 +52,11 @@ class SensitivityPass(Pass):
     def sample_forwards(self, blocks: int) -> float:
         """A forward pass, and a backward pass for each direction; of trajectories, both and a forward pass for each step."""
         return float(self.samples * (1 + 2 * self.directions)) if self.of == "prediction" else 200.0 * self.trajectories
+
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise `CalibrationError` where trajectories are needed and cannot be replayed."""
+        if self.of == "sample":
+            Rollout(model, data).verify()
 
     def squares(
         self, model: nn.Module, quantizers: Mapping[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run

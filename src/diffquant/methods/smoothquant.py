@@ -5,6 +5,7 @@ Source: Xiao et al. 2023 (arXiv 2211.10438), eq. 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -16,9 +17,10 @@ from diffquant.calibration.fit import Run
 from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
-from diffquant.core.spec import SpecError
+from diffquant.core.planning import PlannedLayer
+from diffquant.core.spec import LayerSpec
 from diffquant.core.surgery import full_precision, quantized_layers
-from diffquant.methods.passes import Figures, Pass, evaluating
+from diffquant.methods.passes import Figures, Pass, evaluating, require_smooth
 
 SMALLEST = 1e-5  # of a channel's magnitude, and of the vector's entries
 
@@ -38,11 +40,14 @@ class SmoothQuant(Pass):
         """The vector that is chosen."""
         return "smooth"
 
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise `SpecError` where no layer has the vector that is chosen."""
+        require_smooth("SmoothQuant", [row for row in rows if isinstance(row.spec, LayerSpec) and row.spec.smooth])
+
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Set the vectors; ranges have to be calibrated afterwards. Raises `SpecError` where no layer has one."""
         layers = {name: layer for name, layer in quantized_layers(model) if layer.smooth is not None}
-        if not layers:
-            raise SpecError("SmoothQuant: no layer has smooth: true; add it to a rule")
+        require_smooth("SmoothQuant", layers)
         indices = data.subset(min(self.samples, len(data)), generator)
         with evaluating(model), torch.no_grad():
             maxima = input_maxima(model, layers, data, indices.split(self.batch_size), run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from diffquant.calibration.fit import Run, load_tensors, lp_loss, save_tensors
 from diffquant.calibration.gain import step_gain
 from diffquant.calibration.replay import UnitInputs, call_recorded, observe_outputs, observe_unit, output_tensors
 from diffquant.calibration.trajectory import Trajectory
+from diffquant.core.planning import PlannedLayer
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.surgery import Unit, full_precision, quantizers, switched, units
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
@@ -52,6 +53,11 @@ class UnitPass(Pass):
     def sample_forwards(self, blocks: int) -> float:
         """Inputs of every unit, half the model each, targets of all, and three times the unit's own pass an iteration."""
         return (0.5 * blocks + 1.0) * self.samples + 3.0 * self.iterations * self.batch_size
+
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise `SpecError` where steps of the sampler are needed and cannot be replayed."""
+        if self.error == "latent":
+            step_gain(type(self).__name__, model, data)
 
     def walk(
         self,

@@ -25,14 +25,16 @@ from torch import Tensor, nn
 
 from diffquant.calibration.observe import class_names
 from diffquant.core.planning import first_adapter
-from diffquant.core.spec import CheckpointError
+from diffquant.core.spec import CheckpointError, DiffquantError
 from diffquant.core.surgery import is_frozen, quantized_layers, quantizers
 from diffquant.runtime import engines
 from diffquant.runtime.config import AGAIN, Method, QuantizationConfig, describe
 from diffquant.runtime.correction import attach
 from diffquant.runtime.hf import DiffquantQuantizer, mark_quantized, written_digest
+from diffquant.runtime.sums import altered, write_sums
 
 DENOISER_FOLDERS = ("unet", "transformer")
+SMALL = (".json", ".txt", ".jinja")  # endings of files without weights
 
 
 def save(
@@ -43,6 +45,8 @@ def save(
     max_shard_size: int | str = "10GB",
 ) -> Path:
     """Write a pipeline with a frozen denoiser, or a frozen model, and check that the files reproduce it; the folder is returned.
+
+    ``SHA256SUMS`` in it lists every file, for `verify`.
 
     An existing `folder` is replaced when it is empty or a checkpoint of diffusers; until everything is written and checked it stays
     as it was. `recipe_name` goes into the config; without it the name of the recipe
@@ -67,6 +71,7 @@ def save(
         writer.save_pretrained(temporary, max_shard_size=max_shard_size)
         for name, model in models.items():
             _check_reproduced(model, temporary / name)
+        write_sums(temporary)
         _replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written ({error}); what was there before is unchanged") from error
@@ -80,26 +85,37 @@ def load(folder: str | Path, *, engine: str | None = None, **arguments: Any) -> 
 
     `arguments` go to its `from_pretrained`.
 
-    Raises `CheckpointError` where a quantized model in it is damaged, there is nothing to load, or the engine does not run here.
+    Raises `CheckpointError` where anything in it is damaged, there is nothing to load, an argument does not fit, or the engine does
+    not run here.
     """
     folder = Path(folder).expanduser()
     for component in _quantized_folders(folder):
         for file in _weights_files(component):
             written_digest(file)
     with engines.engine(engine):
-        if (folder / "model_index.json").is_file():
+        try:
+            if not (folder / "model_index.json").is_file():
+                return _model_class(folder).from_pretrained(folder, **arguments)
             pipe = DiffusionPipeline.from_pretrained(folder, **arguments)
-            if any(hasattr(model, "correction") for model in pipe.components.values()):
-                attach(pipe)
-            return pipe
-        return _model_class(folder).from_pretrained(folder, **arguments)
+        except (DiffquantError, MemoryError):
+            raise
+        except Exception as error:  # damaged files end in diffusers and transformers in many ways
+            raise CheckpointError(f"{folder}: not loaded: {altered(folder, SMALL) or _first_line(error)}") from error
+        if any(hasattr(model, "correction") for model in pipe.components.values()):
+            attach(pipe)
+        return pipe
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def verify(folder: str | Path) -> None:
     """Read every quantized model in `folder` with all checks, and forget it.
 
-    Raises `CheckpointError` for truncated or altered files; missing, unknown or misshapen tensors; values that cannot be; another
-    version of the format; and when nothing in `folder` is quantized.
+    Raises `CheckpointError` for truncated or altered files, of the other components too where `save` wrote the folder; missing,
+    unknown or misshapen tensors; values that cannot be; another version of the format; and when nothing in `folder` is quantized.
     """
     folder = Path(folder).expanduser()
     found = _quantized_folders(folder)
@@ -107,6 +123,8 @@ def verify(folder: str | Path) -> None:
         raise CheckpointError(f"{folder}: holds no model that diffquant quantized; give the folder that save wrote")
     for component in found:
         _read(component, _model_class(component))
+    if (difference := altered(folder)) is not None:
+        raise CheckpointError(f"{folder}: {difference}; {AGAIN}")
 
 
 def file_size(folder: str | Path) -> int:

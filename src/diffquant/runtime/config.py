@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -65,6 +67,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     conditional_half: int | None = None
     recipe: str = ""
     correction: Correction | None = None
+    read_digest: str | None = field(default=None, compare=False)  # of the JSON that it was read from
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -88,6 +91,7 @@ class QuantizationConfig(QuantizationConfigMixin):
             conditional_half=read.conditional_half,
             recipe=read.recipe,
             correction=read.correction,
+            read_digest=digest_of_json(config_dict),
         )
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -122,6 +126,11 @@ class QuantizationConfig(QuantizationConfigMixin):
         for name, attention in self.attentions.items():
             found |= {f"{name}.attention_products.{operand}": getattr(attention, operand) for operand in OPERANDS}
         return {name: spec for name, spec in found.items() if spec is not None}
+
+
+def digest_of_json(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(dict(value), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def describe(model: nn.Module, recipe: str = "") -> QuantizationConfig:

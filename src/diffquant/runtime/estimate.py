@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffquant.calibration.observe import Calibration, Pipeline, evaluation_mode, find_denoiser, first_call, run_pipeline
+from diffquant.budget import recipe_forwards
+from diffquant.calibration.memory import GIB
+from diffquant.calibration.observe import Calibration, Pipeline, find_denoiser
+from diffquant.calibration.recorded_batch import free_bytes
+from diffquant.calibration.timing import timed
 from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
-from diffquant.core.spec import AttentionSpec, LayerSpec, SpecError
-from diffquant.core.surgery import unit_count
+from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, SpecError
 from diffquant.recipe import Recipe
 from diffquant.runtime.packing import SHIFT_BITS, packed_size
 
-TIMED_ROWS = 4  # samples in the timed call for every one of the pipeline's
 INTERVALS = Calibration().steps  # that parameter sets are divided over, where nothing was recorded yet
-TIMED_CALLS = 3  # calls of the denoiser whose fastest is taken
 
 
 @dataclass(frozen=True)
@@ -44,79 +43,39 @@ def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
     if hasattr(model, "step_clock"):
         raise SpecError(f"{type(model).__name__}: is quantized already; inspect the full-precision model that it came from")
     rows = plan(model, recipe.layers)
-    arguments = {name: _repeated(value) for name, value in first_arguments(pipe).items()}
-    operations, activations, seconds = _measure(model, arguments)
-    total = sum(operations.values()) or 1
-    rows_per_call = max(value.shape[0] for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1)
+    timing = timed(pipe)
+    total = sum(timing.operations.values()) or 1
     steps = recipe.steps()
-    forwards = sum(step.sample_forwards(unit_count(model)) for step in steps)
     kept = max((getattr(step, "samples", 0) for step in steps if hasattr(step, "iterations")), default=0)
     parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = max((4 * math.prod(row.shape) for row in rows), default=0)
     return Inspection(
         layers=tuple(rows),
-        shares={name: count / total for name, count in operations.items()},
+        shares={name: count / total for name, count in timing.operations.items()},
         file_bytes=_file_bytes(model, rows),
         float32_bytes=parameters,
-        memory_bytes=int(1.25 * parameters + 4 * largest + 2 * kept * activations / rows_per_call),
-        seconds=forwards * seconds / rows_per_call,
+        memory_bytes=int(1.25 * parameters + 4 * largest + 2 * kept * timing.activation_bytes),
+        seconds=recipe_forwards(recipe, model) * timing.seconds,
     )
-
-
-def _repeated(value: Any) -> Any:
-    """A batched tensor with every row repeated, so that the timed call is of a batch, as calibration's are."""
-    if isinstance(value, dict):
-        return {name: _repeated(member) for name, member in value.items()}
-    return value.repeat_interleave(TIMED_ROWS, dim=0) if isinstance(value, Tensor) and value.dim() > 0 else value
-
-
-def first_arguments(pipe: Pipeline) -> dict[str, Any]:
-    """The arguments of the first denoiser call of a short run of the pipeline."""
-    calibration = Calibration(samples=1, steps=2, batch_size=1)
-    with evaluation_mode(pipe):
-        call = first_call(pipe, lambda: run_pipeline(pipe, calibration, torch.Generator().manual_seed(0), range(1)))
-    if call is None:
-        raise SpecError(f"{type(pipe).__name__}: ran without calling its denoiser")
-    return call[0]
-
-
-def _measure(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, int], int, float]:
-    """Multiply-accumulates of one call by layer, bytes of the largest input and output of a module, and seconds of one call."""
-    operations: dict[str, int] = {}
-    largest = 0
-
-    def count(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            nonlocal largest
-            tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, Tensor)]
-            largest = max(largest, 4 * sum(tensor.numel() for tensor in tensors))
-            if isinstance(module, nn.Conv2d | nn.Linear) and isinstance(output, Tensor):
-                weight = module.weight
-                positions = output.numel() // weight.shape[0]
-                operations[name] = operations.get(name, 0) + positions * weight.numel()
-
-        return hook
-
-    handles = [module.register_forward_hook(count(name)) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            model(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    seconds = math.inf
-    with torch.no_grad():
-        for _ in range(TIMED_CALLS):
-            begun = time.perf_counter()
-            model(**arguments)
-            seconds = min(seconds, time.perf_counter() - begun)
-    return operations, largest, seconds
 
 
 def _sets_bytes(spec: LayerSpec | AttentionSpec, parts: int, branches: int) -> int:
     """Scales, zero points and the table of an input's parameter sets."""
     sets = min(spec.sets, INTERVALS) * (branches if spec.guidance_sets else 1)
     return sets * parts * 5 + (INTERVALS * branches if sets > 1 else 0)
+
+
+def check_space(pipe: Pipeline, recipe: Recipe, folder: Path) -> None:
+    """Raise `CheckpointError` where the checkpoint that `recipe` makes of `pipe` will not fit on the disk of `folder`."""
+    name, model = find_denoiser(pipe)
+    others = (part for key, part in pipe.components.items() if key != name and isinstance(part, nn.Module))
+    kept = sum(tensor.nbytes for part in others for tensor in (*part.parameters(), *part.buffers()))
+    needed, free = kept + _file_bytes(model, plan(model, recipe.layers)), free_bytes(folder)
+    if needed > free:
+        raise CheckpointError(
+            f"{folder}: the checkpoint will take about {needed / GIB:.2g} GiB; {free / GIB:.2g} GiB are free; free some space, or "
+            "choose another place"
+        )
 
 
 def _file_bytes(model: nn.Module, rows: Sequence[PlannedLayer]) -> int:

@@ -28,7 +28,7 @@ from diffquant.core.frozen import forget_weight
 from diffquant.core.planning import PlannedLayer
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, SpecError
 from diffquant.core.surgery import device_of, enable, is_frozen, leave_inference_mode, prepare, quantized_layers, quantizers
-from diffquant.runtime.config import AGAIN, Method, QuantizationConfig, describe
+from diffquant.runtime.config import AGAIN, Method, QuantizationConfig, describe, digest_of_json
 from diffquant.runtime.engines import requested
 from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
 from diffquant.runtime.engines.openvino import PRECISIONS, install
@@ -44,7 +44,8 @@ from diffquant.runtime.packing import (
     unpack,
 )
 
-DIGEST = "diffquant_sha256"  # key of the safetensors metadata
+DIGEST = "diffquant_sha256"  # keys of the safetensors metadata: over all tensors,
+CONFIG_DIGEST = "diffquant_config_sha256"  # and over the quantization_config; files of version 0.1 lack it
 LARGE = 1 << 20  # values of a weight after whose loading freed memory is given back
 
 
@@ -108,6 +109,11 @@ class DiffquantQuantizer(DiffusersQuantizer):
             if file.suffix != ".safetensors":
                 raise CheckpointError(f"{file}: not a safetensors file; diffquant never reads pickles; {AGAIN}")
         self._load = _Load(files[0].parent, set(loaded_keys), [written_digest(file) for file in files])
+        read = self.quantization_config.read_digest
+        if any(_metadata(file).get(CONFIG_DIGEST, read) != read for file in files):
+            raise CheckpointError(
+                f"{files[0].parent}: the quantization_config of config.json is not the one that was written; {AGAIN}"
+            )
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -191,7 +197,10 @@ class DiffquantQuantizer(DiffusersQuantizer):
         if not safe_serialization:
             raise CheckpointError("safe_serialization: False; diffquant never writes pickles; leave it True")
         stored = packed_state(state_dict, self.quantization_config.quantizer_specs())
-        return stored, {DIGEST: combined_digest({name: digest_of_tensor(name, tensor) for name, tensor in stored.items()})}
+        return stored, {
+            DIGEST: combined_digest({name: digest_of_tensor(name, tensor) for name, tensor in stored.items()}),
+            CONFIG_DIGEST: digest_of_json(self.quantization_config.to_dict()),
+        }
 
     def _loading(self) -> _Load:
         assert self._load is not None, "diffusers calls maybe_update_loaded_keys first"
@@ -243,14 +252,18 @@ def _refuse_missing(load: _Load, names: Collection[str]) -> None:
 
 def written_digest(file: Path) -> str:
     """The digest that a safetensors file states. Raises `CheckpointError` when it cannot be read, or states none."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            digest = (opened.metadata() or {}).get(DIGEST)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: truncated or damaged ({error}); {AGAIN}") from error
+    digest = _metadata(file).get(DIGEST)
     if digest is None:
         raise CheckpointError(f"{file}: has no digest of its contents; it was not written by diffquant; {AGAIN}")
-    return str(digest)
+    return digest
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: truncated or damaged ({error}); {AGAIN}") from error
 
 
 register()

@@ -21,12 +21,12 @@ from diffquant.calibration import fit
 from diffquant.calibration.observe import Pipeline, find_denoiser
 from diffquant.calibration.rollout import conditional_half
 from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.planning import first_with_guidance_sets, plan
+from diffquant.core.planning import first_with_guidance_sets
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.surgery import prepare, quantizers
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.sensitivity import changes_of_last_samples, relative
-from diffquant.quantization import pass_names, restore_passes
+from diffquant.quantization import pass_names, plan_on, restore_passes
 from diffquant.recipe import Recipe, load_recipe
 
 TRAJECTORIES = 16
@@ -105,8 +105,8 @@ def sensitivity(
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     _, model = find_denoiser(pipe)
-    rows = plan(model, recipe.layers)
     data.verify(model)
+    rows = plan_on(model, recipe, data)
     conditional = None if first_with_guidance_sets(rows) is None else conditional_half(data)
     model = copy.deepcopy(model)
     prepare(model, rows, data.timesteps, conditional)

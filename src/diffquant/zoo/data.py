@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fontTools.ttLib import TTFont, TTLibError
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
@@ -118,6 +117,8 @@ def render_font(path: Path) -> Face | None:
 
     A font is refused when it is unreadable, lacks a letter, maps two letters to one picture, or draws (nearly) blank or black ones.
     """
+    from fontTools.ttLib import TTFont, TTLibError  # comes with an extra
+
     try:
         with path.open("rb") as file, TTFont(file, fontNumber=0, lazy=True) as tables:
             coverage, style = tables.getBestCmap() or {}, style_of(tables)

@@ -7,8 +7,8 @@ Nobody labelled a picture: weight, width, slant and family come from the tables 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from fontTools.ttLib import TTFont
 from jaxtyping import Int
 from torch import Tensor, tensor
 from transformers import CLIPTokenizer
@@ -32,15 +32,15 @@ SERIF_PANOSE, SANS_PANOSE = range(2, 11), range(11, 16)  # bSerifStyle of Latin 
 SERIF_CLASSES, SANS_CLASS, SCRIPT_CLASS = (1, 2, 3, 4, 5, 7), 8, 10  # high byte of sFamilyClass
 
 
-def style_of(font: TTFont) -> str:
-    """The words that the metadata of `font` support, weight, width, slant, family; empty where it says nothing."""
+def style_of(font: Any) -> str:
+    """The words that the metadata of `font` (a fontTools ``TTFont``) support: weight, width, slant, family."""
     os2, post = (font.get(table) for table in ("OS/2", "post"))
     subfamily = _name(font, 17, 2)
     words = (_weight(os2, subfamily), _width(os2, subfamily), _slant(os2, post, subfamily), _family(os2, post, _name(font, 16, 1)))
     return " ".join(word for word in words if word)
 
 
-def _name(font: TTFont, *identifiers: int) -> str:
+def _name(font: Any, *identifiers: int) -> str:
     """The first name there is among `identifiers`, lower case (16 and 17 are the typographic ones, 1 and 2 the legacy ones)."""
     found = (font["name"].getDebugName(identifier) for identifier in identifiers if "name" in font)
     return next((str(name).lower() for name in found if name), "")

@@ -1,0 +1,92 @@
+"""What one sample costs on its way through a pipeline's denoiser: time, multiplications and memory, of one call made here."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffquant.calibration.observe import Calibration, Pipeline, evaluation_mode, find_denoiser, first_call, run_pipeline
+from diffquant.core.spec import SpecError
+
+TIMED_ROWS = 4  # samples in the timed call for every one of the pipeline's
+TIMED_CALLS = 3  # calls of the denoiser whose fastest is taken
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one sample in one call, in a batch: seconds, and bytes of a module's largest input and output; multiplications by layer.
+
+    ``rows``: samples of a call for every one that the pipeline draws: 2 with guidance.
+    """
+
+    seconds: float
+    activation_bytes: float
+    operations: dict[str, int]
+    rows: int
+
+    def recording(self, calibration: Calibration) -> float:
+        """Seconds that a recording takes."""
+        return calibration.samples * calibration.steps * self.rows * self.seconds
+
+
+def timed(pipe: Pipeline) -> Timing:
+    """Run `pipe` as far as its first denoiser call, and time that call. Raises `SpecError` where it makes none."""
+    arguments = {name: _repeated(value) for name, value in first_arguments(pipe).items()}
+    rows = max(value.shape[0] for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1)
+    operations, activations, seconds = _measure(find_denoiser(pipe)[1], arguments)
+    return Timing(seconds / rows, activations / rows, operations, rows // TIMED_ROWS)
+
+
+def _repeated(value: Any) -> Any:
+    """A batched tensor with every row repeated, so that the timed call is of a batch, as calibration's are."""
+    if isinstance(value, dict):
+        return {name: _repeated(member) for name, member in value.items()}
+    return value.repeat_interleave(TIMED_ROWS, dim=0) if isinstance(value, Tensor) and value.dim() > 0 else value
+
+
+def first_arguments(pipe: Pipeline) -> dict[str, Any]:
+    """The arguments of the first denoiser call of a short run of the pipeline."""
+    calibration = Calibration(samples=1, steps=2, batch_size=1)
+    with evaluation_mode(pipe):
+        call = first_call(pipe, lambda: run_pipeline(pipe, calibration, torch.Generator().manual_seed(0), range(1)))
+    if call is None:
+        raise SpecError(f"{type(pipe).__name__}: ran without calling its denoiser")
+    return call[0]
+
+
+def _measure(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, int], int, float]:
+    """Multiply-accumulates of one call by layer, bytes of the largest input and output of a module, and seconds of one call."""
+    operations: dict[str, int] = {}
+    largest = 0
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            nonlocal largest
+            tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, Tensor)]
+            largest = max(largest, 4 * sum(tensor.numel() for tensor in tensors))
+            if isinstance(module, nn.Conv2d | nn.Linear) and isinstance(output, Tensor):
+                weight = module.weight
+                positions = output.numel() // weight.shape[0]
+                operations[name] = operations.get(name, 0) + positions * weight.numel()
+
+        return hook
+
+    handles = [module.register_forward_hook(count(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seconds = math.inf
+    with torch.no_grad():
+        for _ in range(TIMED_CALLS):
+            begun = time.perf_counter()
+            model(**arguments)
+            seconds = min(seconds, time.perf_counter() - begun)
+    return operations, largest, seconds

@@ -324,7 +324,8 @@ def attempt(number: int, seed: int, honest: Path, digests: dict[str, str]) -> di
             outcome, line = "refused", str(error)
         except Exception as error:
             outcome, line = "traceback", "".join(traceback.format_exception(error)[-4:])
-            if by_diffusers and "diffquant" not in traceback.format_exc().replace("tests/", "").split("fuzzing.py")[-1]:
+            own = Path(dq.__file__).parent
+            if by_diffusers and not any(own in Path(one.filename).parents for one in traceback.extract_tb(error.__traceback__)):
                 outcome = "refused"  # by diffusers, before it asked us
     return {"number": number, "kind": kind, "damage": said, "outcome": outcome, "line": line[-600:]}
 

@@ -33,7 +33,7 @@ import pipelines
 from diffquant.cli import app
 from diffquant.core.spec import DiffquantError
 
-TIMES = ("seconds", "sampling_seconds", "memory", "date")  # keys of reports that differ between equal runs
+TIMES = ("seconds", "memory", "date", "_name_or_path")  # parts of keys that differ between equal runs
 RECIPE = ("--set", "passes.0.samples=32", "--set", "passes.1.iterations=30", "--set", "passes.1.samples=32")
 RECIPE = (*RECIPE, "--set", "passes.2.iterations=10", "--set", "passes.2.samples=32")
 
@@ -68,6 +68,7 @@ def run_forked(work: Callable[[], None], seconds: float | None = None) -> tuple[
         code = 1
         with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
             work()
             code = 0
         os._exit(code)

@@ -22,7 +22,7 @@ from diffquant.budget import Budget, remembered, within
 from diffquant.calibration import fit
 from diffquant.calibration.memory import BUDGET, GIB
 from diffquant.calibration.observe import Calibration, find_denoiser
-from diffquant.calibration.progress import Shown
+from diffquant.calibration.progress import Shown, bars
 from diffquant.calibration.record import record
 from diffquant.calibration.replay import never_called
 from diffquant.calibration.rollout import conditional_half
@@ -116,7 +116,8 @@ def quantize(
         if not isinstance(data, Trajectory):
             place = None if folder is None else folder / "recording"
             data = _recorded(pipe, model, chosen, data, place, progress)
-        return replace(_quantize(model, chosen, data, seed, folder, memory_gib, progress), given_up=given_up)
+        with bars(progress) as shown, shown.part(chosen.full_name, 0.0, 1.0):
+            return replace(_quantize(model, chosen, data, seed, folder, memory_gib, shown), given_up=given_up)
 
 
 def _within(
@@ -201,7 +202,7 @@ def _quantize(
                 if "correction" in (figures := report.passes[-1]["figures"]):
                     give(model, Stored.model_validate({"correction": figures["correction"]}).correction)
                 continue
-            about = f"{recipe.full_name}, pass {index + 1} of {len(steps)}, {type(step).__name__}"
+            about = f"pass {index + 1} of {len(steps)}, {type(step).__name__}"
             with run.progress.part(about, work[index] / whole, work[index + 1] / whole):
                 figures = step.apply(model, data, generator, run.below(name))
             row = {

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diffquant.core.files import read_text
 from diffquant.core.spec import LayerRule, RecipeError
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm import SearchParameterSets
@@ -124,7 +125,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     for path, value in given:
         _assign(raw, path, value)
     raw["bits"] = chosen.model_dump()
-    raw["layers"] = [_with_bits(rule, chosen) for rule in raw.get("layers", [])]
+    if isinstance(raw.get("layers"), list):
+        raw["layers"] = [_with_bits(rule, chosen) for rule in raw["layers"]]
     recipe: Recipe = _validated(Recipe, raw, where)
     _check_order(recipe)
     _check_needs(recipe)
@@ -137,7 +139,7 @@ def _find(name: str) -> tuple[str, str, Bits | None]:
         path = Path(name)
         if not path.is_file():
             raise RecipeError(f"recipe {name!r}: no such file")
-        return path.read_text(), name, None
+        return read_text(path, f"recipe {name!r}", RecipeError), name, None
     match = _NAME.fullmatch(name)
     method = match["method"] if match else name
     known = shipped()

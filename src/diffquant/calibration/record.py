@@ -37,6 +37,7 @@ from diffquant.calibration.trajectory import (
     PARTIAL,
     Trajectory,
     batch_path,
+    identity,
     model_hash,
     read_manifest,
     write_manifest,
@@ -101,7 +102,7 @@ def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | N
             if not (folder / MANIFEST).exists():  # a refused recording leaves nothing behind
                 folder.mkdir(parents=True, exist_ok=True)
                 write_manifest(folder, manifest)
-            batch.write(batch_path(folder, b))
+            batch.write(batch_path(folder, b), identity(manifest))
             bar.advance(task)
         bar.remove_task(task)
     timesteps = Trajectory(folder, manifest).timesteps

@@ -162,9 +162,14 @@ class RecordedBatch:
         if self.budget:
             self.budget.require(self._size())
 
-    def write(self, path: Path) -> None:
-        """All of it, under a temporary name first."""
-        layout = {"calls": self.calls, "steps": self.steps, "step_options": self.step_options, "timetable": self.timetable}
+    def write(self, path: Path, recording: str) -> None:
+        """All of it, as a part of `recording` (`identity`), under a temporary name first."""
+        layout = {"of": {"recording": recording, "batch": self.number}} | {
+            "calls": self.calls,
+            "steps": self.steps,
+            "step_options": self.step_options,
+            "timetable": self.timetable,
+        }
         with renamed_when_done(path) as partial:
             save_file(self.tensors, partial, metadata={"layout": json.dumps(with_digest(layout))})
 

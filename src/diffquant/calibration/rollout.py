@@ -78,9 +78,12 @@ class Rollout:
         vars(other).update(vars(self) | {"model": model})
         return other
 
-    def verify(self) -> None:
-        """Replay recorded stretches in full precision. Raises `CalibrationError` where they do not come out as recorded."""
-        probe = torch.arange(min(self.trajectories, self.data.manifest["calibration"]["batch_size"]))
+    def verify(self, trajectories: int | None = None) -> None:
+        """Replay recorded stretches in full precision, of the first batch or the first `trajectories`.
+
+        Raises `CalibrationError` where they do not come out as recorded.
+        """
+        probe = torch.arange(min(self.trajectories, trajectories or self.data.manifest["calibration"]["batch_size"]))
         middle, last = self.steps // 2, max(0, self.steps - VERIFIED_STEPS)
         if self._stochastic:
             self._check_additive(probe)

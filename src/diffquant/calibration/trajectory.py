@@ -88,6 +88,8 @@ class Trajectory:
         self._intact: set[tuple[int, str]] = set()  # tensors that were read and are what their names say
         for b in range(self.batches):
             file, layout = _open_batch(batch_path(folder, b))
+            if layout.get("of", own := {"recording": identity(manifest), "batch": b}) != own:
+                raise CalibrationError(f"{batch_path(folder, b)}: is another batch, or of another recording; record again")
             self._files.append(file)
             self._layouts.append(layout)
         places = [(b, c, call) for b, layout in enumerate(self._layouts) for c, call in enumerate(layout["calls"])]
@@ -360,6 +362,13 @@ def _open_batch(path: Path) -> tuple[Any, dict[str, Any]]:
             f"{path}: missing, truncated or damaged ({type(error).__name__}: {error}); delete it and record again"
         ) from error
     return file, layout
+
+
+def identity(manifest: Mapping[str, Any]) -> str:
+    """A digest of what a recording is of: the model, the scheduler, and how it was sampled."""
+    kept = {key: manifest[key] for key in ("model_hash", "scheduler", "calibration", "run")}
+    kept["calibration"] = {key: value for key, value in kept["calibration"].items() if key != "budget_gib"}
+    return _digest_of_json(kept)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

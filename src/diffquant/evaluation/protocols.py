@@ -22,6 +22,7 @@ from diffusers import DDIMPipeline
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from diffquant.calibration.observe import Calibration, Pipeline
+from diffquant.core.files import read_text
 from diffquant.core.spec import DiffquantError, EvaluationError
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_of
 
@@ -119,7 +120,7 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
         raise EvaluationError(f"protocol {name!r}: no such file")
     source = Path(name) if own else resources.files("diffquant") / "protocols" / f"{name}.yaml"
     try:
-        raw = yaml.safe_load(source.read_text(encoding="utf-8"))
+        raw = yaml.safe_load(read_text(source, f"protocol {name!r}", EvaluationError))
     except yaml.YAMLError as error:
         raise EvaluationError(f"protocol {name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -173,7 +174,8 @@ def _prompts(value: Any, where: str) -> tuple[str, ...] | None:
     path = Path(value)
     if not path.is_file():
         raise EvaluationError(f"{where}: prompts {str(value)!r}: no such file; a text file with a prompt a line, or {BUILTIN}")
-    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    text = read_text(path, f"{where}: prompts {str(value)!r}", EvaluationError)
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
         raise EvaluationError(f"{where}: prompts {str(value)!r}: holds no line; write a prompt a line")
     return lines

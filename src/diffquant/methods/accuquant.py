@@ -115,7 +115,7 @@ class AccuQuant(Pass):
         """Raise `CalibrationError` where the recording cannot be replayed, `SpecError` where no layer has the vector to learn."""
         if self.smooth:
             require_smooth("AccuQuant", scaled_layers(rows))
-        Rollout(model, data).verify()
+        Rollout(model, data).verify(trajectories=1)
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Learn on the recorded trajectories.

@@ -46,7 +46,7 @@ class _Fitted(Pass):
 
     def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
         """Raise `SpecError` for a scheduler that is not supported, `CalibrationError` where the recording cannot be replayed."""
-        checked(model, data)
+        checked(model, data, trajectories=1)
 
     def sample_forwards(self, blocks: int) -> float:
         """A call for each step of every trajectory: a recording of 50 steps is assumed."""
@@ -191,11 +191,11 @@ class FitCoefficients(_Fitted):
         return found
 
 
-def checked(model: nn.Module, data: Trajectory) -> Rollout:
+def checked(model: nn.Module, data: Trajectory, trajectories: int | None = None) -> Rollout:
     """A rollout that was verified, of a scheduler that is supported."""
     rollout = Rollout(model, data)
     check_scheduler(rollout.scheduler)
-    rollout.verify()
+    rollout.verify(trajectories)
     return rollout
 
 

@@ -56,7 +56,7 @@ class SensitivityPass(Pass):
     def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
         """Raise `CalibrationError` where trajectories are needed and cannot be replayed."""
         if self.of == "sample":
-            Rollout(model, data).verify()
+            Rollout(model, data).verify(trajectories=1)
 
     def squares(
         self, model: nn.Module, quantizers: Mapping[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run

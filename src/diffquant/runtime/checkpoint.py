@@ -122,7 +122,12 @@ def verify(folder: str | Path) -> None:
     if not found:
         raise CheckpointError(f"{folder}: holds no model that diffquant quantized; give the folder that save wrote")
     for component in found:
-        _read(component, _model_class(component))
+        try:
+            _read(component, _model_class(component))
+        except (DiffquantError, MemoryError):
+            raise
+        except Exception as error:  # of a config that is diffusers'
+            raise CheckpointError(f"{component}: not read: {altered(folder) or _first_line(error)}") from error
     if (difference := altered(folder)) is not None:
         raise CheckpointError(f"{folder}: {difference}; {AGAIN}")
 

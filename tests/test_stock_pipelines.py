@@ -143,10 +143,12 @@ def test_a_step_cache_is_for_the_quantized_model_only(tmp_path):
 
 COMPILED = """
 import sys
+import threading
 from pathlib import Path
 
 import torch
 import diffquant as dq
+from diffquant.core.surgery import quantizers
 from tests import pipelines
 
 pipe = pipelines.stable_diffusion(Path(sys.argv[1]))
@@ -158,14 +160,39 @@ dq.quantize(pipe, dq.load_recipe("mse-w4a8", options), dq.record(pipe, calibrati
 def sample():
     return pipe("a letter", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
 
+given = []
+handle = pipe.unet.register_forward_pre_hook(lambda module, *call: given.append(call), with_kwargs=True)
 before = sample()
+handle.remove()
+(x, *_), options = given[0]
+times = [arguments[1] for arguments, _ in given]
 pipe.unet.compile(backend="eager", fullgraph=True)
 assert (sample() == before).all()
+
+for _, quantizer in quantizers(pipe.unet):
+    if quantizer.rows == 2:
+        quantizer.scale.mul_(torch.tensor([1.0, 3.0])[:, None])
+
+def called(timestep):
+    with torch.no_grad():
+        return pipe.unet(x, timestep, **options)[0]
+
+alone = [called(timestep) for timestep in times]
+assert not torch.equal(*alone)
+wrong = []
+
+def calls(timestep, expected):
+    wrong.extend(1 for _ in range(10) if not torch.equal(called(timestep), expected))
+
+sys.setswitchinterval(1e-5)
+threads = [threading.Thread(target=calls, args=pair) for pair in zip(times, alone)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+assert not wrong, len(wrong)
 """
 
 
 def test_the_simulation_compiles_as_one_graph(tmp_path):
-    """With a parameter set for each timestep, two of which are sampled at; no code is generated.
+    """With a parameter set for each timestep, two of which are sampled at, also by threads; no code is generated.
 
     In a process of its own: the shape checks of these tests cannot be compiled.
     """

@@ -23,6 +23,8 @@ class _OfThread(threading.local):
     def __init__(self) -> None:
         self.interval: Interval | None = None
         self.calls: list[Interval | None] = []  # the interval before each call that has not ended
+        with torch.inference_mode(False):  # it is written at every call, also outside of inference mode
+            self.position = torch.zeros(1, dtype=torch.long)  # the interval as a tensor, which compiled code reads
 
 
 class StepClock:
@@ -44,8 +46,6 @@ class StepClock:
         self.given: Int[Tensor, " batch"] | None = None  # the half of each row, while calibration says so
         self._last: Interval = 0  # of whatever thread
         self._mine = _OfThread()
-        with torch.inference_mode(False):  # it is written at every call, also outside of inference mode
-            self.position = torch.zeros(1, dtype=torch.long)  # the interval as a tensor, so that compiled code follows it
         self.divide(timesteps)
 
     @property
@@ -57,6 +57,11 @@ class StepClock:
     @interval.setter
     def interval(self, interval: Interval) -> None:
         self._last = self._mine.interval = interval
+
+    @property
+    def position(self) -> Int[Tensor, " 1"]:
+        """The present interval of this thread as a tensor, so that compiled code follows it."""
+        return self._mine.position
 
     @contextmanager
     def at(self, interval: Interval) -> Iterator[None]:
@@ -147,7 +152,7 @@ class StepClock:
                 raise SpecError("guidance_sets: the halves of a call are told by its values, which torch.compile cannot follow")
             index = index + self.times * (torch.tensor([self.conditional]) if halves is None else halves)
         if torch.compiler.is_compiling():
-            self.position.copy_(index[:1])
+            self.position.copy_(index[:1])  # in place: dynamo does not set attributes of a thread's own
         else:
             self.set_interval(index)
 

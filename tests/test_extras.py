@@ -1,5 +1,6 @@
 """What the package needs for which work: quantizing and running without plots and metrics, and a line where these are missing."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -35,7 +36,8 @@ for arguments in %r:
 def without(*commands: list[str]) -> str:
     """What the commands print, one after the other, where no optional package is installed."""
     script = SCRIPT % (OPTIONAL, OPTIONAL, list(commands))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    wide = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False, env=wide)
     return done.stdout + done.stderr
 
 
@@ -52,6 +54,7 @@ def test_quantize_and_sample_need_no_extra(tmp_path: Path) -> None:
     assert printed.count("ended with 0") == 3 and "ended with 1" in printed, printed
     assert "error: scikit-image, matplotlib: not installed; pip install 'diffquant[evaluate]'" in printed
     assert not (tmp_path / "report").exists()
+    assert "the package openvino is missing; pip install 'diffquant[openvino]'" in printed  # brackets are no markup
 
 
 @pytest.mark.parametrize("name", ["evaluate", "openvino", "onnx", "dev"])

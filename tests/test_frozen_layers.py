@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,24 @@ def test_a_pickled_model_computes_the_same(engine: str) -> None:
         assert isinstance(again, UNet2DModel) and engine_of(again) == engine
         assert torch.equal(called(again), expected) and set(again.state_dict()) == names
     assert torch.equal(called(model), expected)
+
+
+SPAWNED = """
+import pickle, sys
+model, x, timestep, expected = pickle.load(sys.stdin.buffer)  # nothing else is imported by hand, as in a spawned worker
+import torch
+torch.set_num_threads(1)
+with torch.no_grad():
+    sys.exit(not torch.equal(model(x, timestep).sample, expected))
+"""
+
+
+def test_a_model_goes_to_a_spawned_process() -> None:
+    model = unet()
+    dq.use_engine(model, ENGINES[-1] if len(ENGINES) == 1 else "int8")
+    given = pickle.dumps((model, X, 500, called(model)))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SPAWNED], input=given, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
 def test_a_transformers_gated_halves_survive_pickling(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Column, Table
 
 from diffquant.core.spec import AttentionSpec, LayerSpec
@@ -19,7 +20,7 @@ def plan_table(found: Inspection, measured: Sensitivity | None = None) -> Table:
     for row in found.layers:
         share = _percent(found.shares.get(row.name))
         errors = [_percent(measured.of_layer(row.name, weight)) for weight in (True, False)] if measured else []
-        table.add_row(row.name, "x".join(map(str, row.shape)), *_described(row.spec), share, *errors, row.reason)
+        table.add_row(escape(row.name), "x".join(map(str, row.shape)), *_described(row.spec), share, *errors, escape(row.reason))
     return table
 
 

@@ -12,6 +12,7 @@ import psutil
 import torch
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from diffquant.core.spec import DiffquantError
@@ -67,10 +68,10 @@ class Info(BaseModel):
         for kernel in self.kernels:
             speed = "" if kernel.speed is None else f"{kernel.speed:.1f}"
             cells = kernel.name, str(kernel.largest_weight[8]), str(kernel.largest_weight[7]), speed, kernel.reason
-            kernels.add_row(*cells[: len(kernels.columns)])
+            kernels.add_row(*map(escape, cells[: len(kernels.columns)]))
         rows = Table("engine", "runs", "what it does here", title="engines")
         for engine in self.engines:
-            rows.add_row(engine.name, "yes" if engine.runs else "no", engine.says)
+            rows.add_row(engine.name, "yes" if engine.runs else "no", escape(engine.says))
         sets = ", ".join(self.instructions) or "no known sets"
         lines = [
             f"{self.processor}, {self.architecture}, {self.system}",

@@ -40,8 +40,8 @@ clean: ## remove what the other targets made, except .venv
 # torch first and by itself: the pinned version decides which build everything else has to fit.
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into .venv (once; some minutes)"
-	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "python3 here is older than 3.11, which diffquant needs; make .venv with a newer one, for example: uv venv --seed --python 3.12 .venv"; \
+	@test -x $(BIN)/python || python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "python3 here is older than 3.11, which diffquant needs; make .venv with a newer one: uv venv --seed --python 3.12 .venv"; \
 		exit 1; }
 	@test -x $(BIN)/pip || python3 -m venv .venv
 	@$(PIP) torch

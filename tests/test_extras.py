@@ -1,6 +1,7 @@
 """What the package needs for which work: quantizing and running without plots and metrics, and a line where these are missing."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -63,3 +64,16 @@ def test_extras_that_messages_name_exist(name: str) -> None:
     assert name in project["optional-dependencies"]
     base = {requirement.split(">")[0].split("[")[0] for requirement in project["dependencies"]}
     assert not base & {"matplotlib", "scikit-image", "torchmetrics", "openvino", "onnx", "pytest"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_names_a_python_that_is_too_old(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")  # as 3.10 answers the question for 3.11
+    (tmp_path / "python3").chmod(0o755)
+    for file in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    old = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["make", "demo"], cwd=tmp_path, capture_output=True, text=True, check=False, env=old)
+    assert done.returncode != 0 and "python3 here is older than 3.11" in done.stdout and "uv venv --seed" in done.stdout
+    assert not (tmp_path / ".venv").exists()

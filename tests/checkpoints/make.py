@@ -4,8 +4,8 @@
     PYTHONPATH=../v0.1.0/src:../v0.1.0 python tests/checkpoints/make.py tests/checkpoints/v0.1.0
 
 Four small pipelines with random weights: `static`, one parameter set for each input; `sets`, three, as a search divided the
-timesteps; `shifts`, smoothed and with power-of-two factors; `correction`, with one for the sampler. Beside each `expected.safetensors`: what
-that code loaded (codes, scales, zero points, tables) and what it computed for one call, by simulation.
+timesteps; `shifts`, smoothed and with power-of-two factors; `correction`, with one for the sampler. Beside each is
+`expected.safetensors`: what that code loaded (codes, scales, zero points, tables), and what it computed for one call by simulation.
 """
 
 import sys

@@ -24,9 +24,9 @@ demo: $(INSTALLED) ## quantize the reference model and compare: table, pictures 
 test: $(TOOLS) ## run the tests, in some minutes
 	@$(PYTEST) -m "not long"
 
-test-all: $(TOOLS) ## run the long tests too, and what computes with integers once more on kernels that saturate
+test-all: $(TOOLS) ## run the long tests too, and all others once more on kernels that saturate
 	@$(PYTEST)
-	@$(SATURATING) $(PYTEST) tests/runtime tests/test_lora.py tests/test_guidance_sets.py tests/test_stock_pipelines.py
+	@$(SATURATING) $(PYTEST) -m "not long"
 
 lint: $(TOOLS) ## style, format and types
 	@$(BIN)/ruff check

@@ -56,6 +56,8 @@ from diffquant.core.spec import LayerRule
 from diffquant.core.surgery import freeze, prepare, quantized_layers, quantizers
 from diffquant.evaluation.sampling import sample_unconditional
 from diffquant.recipe import load_recipe
+from diffquant.runtime.engines.exactness import ALL, answer_of
+from diffquant.runtime.engines.int8_cpu import Lowered
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 
@@ -386,6 +388,12 @@ def small_budget(recipe: str, samples: int = 4) -> list[str]:
     options = SMALL | {"samples": samples}
     passes = enumerate(load_recipe(recipe).steps())
     return [f"passes.{i}.{key}={value}" for i, step in passes for key, value in options.items() if key in type(step).model_fields]
+
+
+def not_integer(rows: Sequence[Lowered]) -> list[Lowered]:
+    """The layers that the int8 engine does not compute with integers although they are not better in floating point here."""
+    here = "" if answer_of("torch linear").largest() == ALL else "2 products of integers would take longer here"
+    return [row for row in rows if row.reason and not (here and row.reason.startswith(here))]
 
 
 def freeze_by_hand(

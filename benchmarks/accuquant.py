@@ -3,12 +3,12 @@
     python benchmarks/accuquant.py memory
     python benchmarks/accuquant.py cosines --bits w4a6
     python benchmarks/accuquant.py compare --bits w4a8 w4a6 w3a6 --seeds 0 1 2
-    python benchmarks/accuquant.py compare --bits w4a6 --arms "M=5 exact" "M=5 accumulate"     # one or several arms
+    python benchmarks/accuquant.py compare --bits w4a6 --arms "M=5 exact" "M=5 rounding"     # one or several arms
 
 Arms share recordings and stage one (ranges and rounding) in --work; finished passes and checkpoints stay there, so a killed run
 goes on where it stopped. An arm is written NAME: mse, brecq, or "M=5", with options after it: identity (default), exact,
-accumulate, chain, quantized (start), sets (one parameter set per segment), rounding, evaluations=N, rate=R (of activations and
-weights; default 0.002), or any option of the pass: "M=5 exact rate=0.006".
+sets (one parameter set per segment), rounding, evaluations=N, or any option of the pass: "M=5 exact rate=0.006". Other options
+that rows of the results name are those of the tag v0.1.0.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     for given_back in (False, True):
         if given_back:
             os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read when a process starts
-        for gradient in ("identity", "exact", "accumulate", "chain"):
+        for gradient in ("identity", "exact"):
             for steps in (1, 2, 5, 10, 20):
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     rows.append({"given_back": given_back, **pool.apply(memory_of, (arguments, gradient, steps))})
@@ -166,12 +166,10 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
     steps = int(name.removeprefix("M="))
     evaluations = next((int(o.split("=")[1]) for o in options if o.startswith("evaluations=")), arguments.evaluations)
     settings: dict[str, object] = {"steps_per_segment": steps, "iterations": max(1, evaluations // steps)}
-    settings |= {"gradient": "identity", "rate": 0.002, "weight_rate": 0.002}
+    settings |= {"gradient": "identity", "rate": 0.002}
     for option in options:
-        if option in ("identity", "exact", "accumulate", "chain"):
+        if option in ("identity", "exact"):
             settings["gradient"] = option
-        elif option == "quantized":
-            settings["start"] = "quantized"
         elif option == "rounding":
             settings["rounding"] = "true"
         elif option == "sets":
@@ -179,8 +177,6 @@ def recipe_of(arm: str, bits: str, arguments: argparse.Namespace) -> dq.Recipe:
         elif not option.startswith("evaluations="):
             key, _, value = option.partition("=")
             settings[key] = value
-            if key == "rate":
-                settings["weight_rate"] = value
     given = [f"passes.{STAGE_TWO}.{key}={value}" for key, value in settings.items()]
     return dq.load_recipe(f"accuquant-{bits}", [*arguments.overrides, *given])
 

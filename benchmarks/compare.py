@@ -1,6 +1,6 @@
 """Recipes and variants of them on a reference model, on the same noise, over bits and calibration seeds.
 
-    python benchmarks/compare.py --bits w4a6 --seeds 0 1 2 --arms brecq dmq "dmq LearnEquivalentScaling.weighting=uniform"
+    python benchmarks/compare.py --bits w4a6 --seeds 0 1 2 --arms brecq dmq "dmq LearnEquivalentScaling.shrink=true"
     python benchmarks/compare.py --bits w4a6 --arms "dmq drop=PowerOfTwoScaling" "brecq layers.0.sets=1000"
     python benchmarks/compare.py --bits w4a6 --arms "dmq insert=PowerOfTwoScaling:LearnScales,iterations=250,samples=512"
     python benchmarks/compare.py --model glyph-sd --guidance 3 --bits w4a8 w4a6 --seeds 0 1 2 --arms brecq accuquant
@@ -8,8 +8,8 @@
 
 An arm is a recipe and what is changed in it: an option of a pass (PASS.option=value), a path as of --set, drop=PASS, or
 insert=BEFORE:PASS,option=value. The first arm is the baseline of the ratios. Recordings, finished passes and checkpoints stay in
---work, so a killed run goes on where it stopped, and arms whose first passes are the same share them; so do arms that differ in
-activations only with rounding learned without them.
+--work, so a killed run goes on where it stopped, and arms whose first passes are the same share them. Arms that differ in
+activations only share learned rounding, unless a pass before it looked at activations.
 
 Beside the last samples, every arm without a correction while sampling has a `single_step` error: squared, from full-precision
 latents, on some of the trajectories that it was calibrated on, with the share of the mean (see coherence.py).

@@ -28,7 +28,6 @@ from diffquant.methods.passes import EFFORT, Pass
 from diffquant.methods.qncd import EmbeddingSmoothing
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
-from diffquant.methods.smoothquant import SmoothQuant
 
 PASSES: dict[str, type[Pass]] = {
     "CalibrateRanges": CalibrateRanges,
@@ -37,7 +36,6 @@ PASSES: dict[str, type[Pass]] = {
     "ReconstructRounding": ReconstructRounding,
     "LearnScales": LearnScales,
     "AccuQuant": AccuQuant,
-    "SmoothQuant": SmoothQuant,
     "LearnEquivalentScaling": LearnEquivalentScaling,
     "PowerOfTwoScaling": PowerOfTwoScaling,
     "EmbeddingSmoothing": EmbeddingSmoothing,

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 import diffquant as dq
@@ -16,7 +15,6 @@ from diffquant.calibration import fit
 from diffquant.calibration.gain import StepGain
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
-from diffquant.calibration.selection import normal_shares, pick
 from diffquant.core.affine import fake_quantize
 from diffquant.core.clock import StepClock
 from diffquant.core.planning import plan
@@ -95,33 +93,22 @@ def test_entropy_by_hand():
     assert torch.allclose(logits.grad, torch.tensor([[-0.205990, 0.205990], [0.0, 0.0]]), atol=1e-6)
 
 
-def chosen(count: int, entropy: list[float], selection: str = "searched", bonus: float = 1.5) -> list[int]:
+def chosen(count: int, entropy: list[float]) -> list[int]:
     """Intervals chosen one after the other where a search's mixtures have these entropies; enough latents everywhere."""
     clock = StepClock(tuple(float(i) for i in range(len(entropy))))
-    pool = Pool(0, torch.arange(len(entropy)).repeat_interleave(50), clock, selection, bonus)
-    generator, found = torch.Generator().manual_seed(0), []
+    pool, found = Pool(0, torch.arange(len(entropy)).repeat_interleave(50), clock), []
     for _ in range(count):
-        found.append(pool.choose(torch.tensor(entropy), generator))
+        found.append(pool.choose(torch.tensor(entropy)))
         pool.counts[found[-1]] += 1
     return found
 
 
-def test_intervals_are_chosen_by_entropy_and_seldomness():
+def test_intervals_are_chosen_by_entropy_and_seldomness(monkeypatch):
     assert chosen(4, [2.0, 1.0, 1.9]) == [0, 2, 0, 2]
     assert sorted(chosen(6, [1.0] * 6)) == list(range(6))
-    assert chosen(3, [1.0, 1.2, 0.9], bonus=0.0) == [1, 1, 1]
-    assert chosen(7, [1.0] * 10, "released") == [0, 1, 2, 3, 4, 5, 6]
-    assert sorted(chosen(8, [2.0, 0.1, 0.1, 0.1], "uniform")) == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_normally_distributed_timesteps(data):
-    shares = normal_shares([float(i) for i in range(1000)])
-    assert float(shares.sum()) == pytest.approx(1.0, abs=1e-4)
-    assert int(shares[1:-1].argmax()) == 598  # noisy first: the mean is at 0.4 of the axis
-    assert float(shares[-1]) == pytest.approx(float(torch.distributions.Normal(0, 1).cdf(torch.tensor(-1.0))), abs=2e-3)
-    generator = torch.Generator().manual_seed(0)
-    assert sorted(pick(data, 16, generator, "normal").tolist()) == list(range(16))
-    CalibrateRanges(timesteps="normal")
+    assert chosen(2, [1.74, 1.0]) == [0, 1] and chosen(2, [1.76, 1.0]) == [0, 0]  # 1.5 that was not chosen, 0.75 that was once
+    monkeypatch.setattr("diffquant.methods.pool.BONUS", 0.0)
+    assert chosen(3, [1.0, 1.2, 0.9]) == [1, 1, 1]
 
 
 def test_clusters_group_by_range():
@@ -170,7 +157,8 @@ def test_every_quantizer_gets_a_gradient_and_entropy_falls(pipe, data, monkeypat
         return value
 
     monkeypatch.setattr(_Search, "loss", spied)
-    figures = searched(model, data, rounds=16, updates=2, entropy=5.0)
+    monkeypatch.setattr("diffquant.methods.adp_dm.ENTROPY", 5.0)
+    figures = searched(model, data, rounds=16, updates=2)
     assert len(seen[0]) == sum(one.clock is not None for _, one in quantizers(model))
     assert all(any(step[name] > 0 for step in seen) for name in seen[0])
     assert figures["entropy_at_end"] < 0.8 * figures["entropy_at_start"] == pytest.approx(0.8 * math.log(2))
@@ -196,43 +184,55 @@ def test_timesteps_of_equal_scale_share_a_set():
     assert ((one(x) - x) / scales[:, None]).norm() < 0.1 * ((static - x) / scales[:, None]).norm()
 
 
-@pytest.mark.parametrize("killed", [6, 11])
-def test_resumed_searches_are_equal(pipe, data, tmp_path, monkeypatch, killed):
-    """Killed while searching, and after the choice."""
-    options = QUICK | {"settling": 4}
+@pytest.mark.parametrize(("method", "killed"), [("loss", 6), ("loss", 8), ("decide", 1)])
+def test_resumed_searches_are_equal(pipe, data, tmp_path, monkeypatch, method, killed):
+    """Killed while searching, in the last update, and before the choice."""
     whole = prepared(pipe, data, 2)
-    figures = searched(whole, data, **options)
+    figures = searched(whole, data)
     broken, resumed = prepared(pipe, data, 2), prepared(pipe, data, 2)
-    loss, calls = _Search.loss, SimpleNamespace(count=0)
+    original, calls = getattr(_Search, method), SimpleNamespace(count=0)
 
-    def failing(self, iteration, generator):
+    def failing(self, *given):
         calls.count += 1
         if calls.count == killed:
             raise KeyboardInterrupt
-        return loss(self, iteration, generator)
+        return original(self, *given)
 
-    original = fit.fit
-    monkeypatch.setattr("diffquant.methods.adp_dm.fit", lambda *given, **more: original(*given, **more, save_every=2))
+    fitted = fit.fit
+    monkeypatch.setattr("diffquant.methods.adp_dm.fit", lambda *given, **more: fitted(*given, **more, save_every=2))
     with fit.run(tmp_path, show=False) as run:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(_Search, "loss", failing)
-            SearchParameterSets(**options).apply(broken, data, torch.Generator().manual_seed(0), run)
-        again = SearchParameterSets(**options).apply(resumed, data, torch.Generator().manual_seed(0), run)
+            patch.setattr(_Search, method, failing)
+            SearchParameterSets(**QUICK).apply(broken, data, torch.Generator().manual_seed(0), run)
+        again = SearchParameterSets(**QUICK).apply(resumed, data, torch.Generator().manual_seed(0), run)
     assert again == figures
     for (name, ours), (_, theirs) in zip(quantizers(whole), quantizers(resumed), strict=True):
         assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.table, theirs.table), name
 
 
-def test_ranges_are_learned_on_after_the_choice(pipe, data):
-    """The table is that of the search; what is learned after it lowers the error that the choice raised."""
-    hard, settled = prepared(pipe, data, 2), prepared(pipe, data, 2)
-    options = {"ranges": "clusters", "range_rate": 2e-2, "rounds": 2}  # extremes at 4 bits: much to learn
-    before, after = searched(hard, data, **options), searched(settled, data, **options, settling=60)
-    assert before["settled_error"] == pytest.approx(before["hardened_error"], rel=1e-5)
-    assert after["hardened_error"] == before["hardened_error"] and after["hardening_gap"] == before["hardening_gap"]
-    assert after["settled_error"] < 0.9 * after["hardened_error"]
-    for (name, ours), (_, theirs) in zip(quantizers(hard), quantizers(settled), strict=True):
-        assert torch.equal(ours.table, theirs.table) if ours.clock is not None else ours.table is theirs.table, name
+@pytest.mark.parametrize("learn_ranges", [True, False])
+def test_every_interval_takes_the_set_with_the_largest_logit(pipe, data, monkeypatch, learn_ranges):
+    """And the report has the errors before and after. Steps are those that a search starts with, unless they are learned."""
+    model, start, seen, decide = prepared(pipe, data, 2), prepared(pipe, data, 2), [], _Search.decide
+
+    def spied(self):
+        with self.mixed():
+            mixed = self.error()
+        seen.append((self, mixed, decide(self)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(_Search, "decide", spied)
+    figures = searched(model, data, learn_ranges=learn_ranges)
+    searched(start, data, learn_ranges=False, table="clusters")
+    ((search, mixed, found),) = seen
+    assert bool(search.pool.visited().all())
+    for name, one in search.searched.items():
+        assert torch.equal(one.table.long(), search.logits[name].argmax(dim=1)), name
+    pairs = [(a.scale, b.scale) for (_, a), (_, b) in zip(quantizers(model), quantizers(start), strict=True) if a.clock is not None]
+    assert all(torch.equal(ours, theirs) != learn_ranges for ours, theirs in pairs)
+    assert figures["mixture_error"] == found[0] == pytest.approx(mixed, rel=1e-5)
+    assert figures["hardened_error"] == found[1] == pytest.approx(figures["settled_error"], rel=1e-5)
+    assert figures["hardening_gap"] == pytest.approx(found[1] / found[0] - 1) and abs(figures["hardening_gap"]) > 1e-4
 
 
 @pytest.mark.parametrize("error", ["output", "latent"])
@@ -247,12 +247,14 @@ def test_the_error_of_the_latent_is_the_outputs_times_what_the_sampler_makes_of_
 
 
 @pytest.mark.parametrize("sets", [1, 2, 4])
-def test_the_control_learns_ranges_and_searches_nothing(pipe, data, sets):
+def test_the_control_learns_ranges_and_searches_nothing(pipe, data, monkeypatch, sets):
     """One set is static quantization, four for four intervals are one each. Tables stay, errors fall, all are visited."""
     model, start = prepared(pipe, data, sets), prepared(pipe, data, sets)
-    options = {"table": "clusters", "ranges": "clusters", "rounds": 16, "images": 16}
+    monkeypatch.setattr("diffquant.methods.adp_dm.STEP_RATE", 2e-2)
+    monkeypatch.setattr(CalibrateRanges, "calibrate_activations", lambda *given, **more: [])  # extremes: much to learn
+    options = {"table": "clusters", "rounds": 16, "images": 16}
     before = searched(start, data, **options, learn_ranges=False)
-    figures = searched(model, data, **options, updates=6, range_rate=2e-2)
+    figures = searched(model, data, **options, updates=6)
     assert figures["settled_error"] < 0.9 * before["settled_error"] and "hardening_gap" not in figures
     assert figures["intervals_chosen"] == [4, 4, 4, 4]
     assert all(row["moved"] == 0 and row["entropy"] < 1e-30 and row["sets_used"] == sets for row in figures["layers"])
@@ -263,49 +265,6 @@ def test_the_control_learns_ranges_and_searches_nothing(pipe, data, sets):
         assert all(one.table is None for one in ours)
     else:
         assert all(torch.equal(a.table, b.table) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_with_a_lead_what_does_not_matter_stays_with_its_cluster(pipe, data):
-    """Entropy alone, no gradient to speak of: shares e^2 to 1 are 0.881 and 0.119, and the entropy makes the larger larger."""
-    figures = searched(prepared(pipe, data, 2), data, lead=2.0, entropy=1e6, rate=1e-3)
-    assert figures["entropy_at_start"] == pytest.approx(-0.8808 * math.log(0.8808) - 0.1192 * math.log(0.1192), abs=1e-4)
-    assert all(row["moved"] == 0 for row in figures["layers"]) and figures["entropy_at_end"] < figures["entropy_at_start"]
-
-
-def test_a_lower_temperature_is_nearer_to_the_choice(pipe, data):
-    """The choice is the same; latents of equally undecided intervals may come in another order, and so errors be summed in it."""
-    models = prepared(pipe, data, 2), prepared(pipe, data, 2)
-    warm = searched(models[0], data, lead=1.0, rate=1e-6, learn_ranges=False)
-    cold = searched(models[1], data, lead=1.0, rate=1e-6, learn_ranges=False, temperature=0.02)
-    for (name, ours), (_, theirs) in zip(*map(quantizers, models), strict=True):
-        assert torch.equal(ours.table, theirs.table) if ours.clock is not None else ours.table is theirs.table, name
-    assert warm["hardened_error"] == pytest.approx(cold["hardened_error"], rel=1e-5)
-    assert abs(cold["hardening_gap"]) < 1e-4 < abs(warm["hardening_gap"])
-
-
-@pytest.mark.parametrize("inputs", ["noised", "noised_samples"])
-@pytest.mark.parametrize("target", ["full_precision", "noise"])
-def test_noised_inputs(pipe, data, target, inputs):
-    figures = searched(prepared(pipe, data, 2), data, inputs=inputs, target=target, rounds=4)
-    assert figures["images"] == 16
-
-
-@pytest.mark.parametrize("inputs", ["noised", "noised_samples"])
-def test_what_is_noised(pipe, data, inputs):
-    """The recorded latents, or the last samples of their trajectories, at the level of the timestep."""
-    model = prepared(pipe, data, 2)
-    options = SearchParameterSets(inputs=inputs, target="noise")
-    several = {name: one for name, one in quantizers(model) if one.rows > 1}
-    search = _Search(options, model, data, several, {name: one.table.long() for name, one in several.items()})
-    picked = torch.tensor([0, 5, 7])
-    images = data.batch(picked)[0]["sample"]
-    if inputs == "noised_samples":
-        size = data.manifest["calibration"]["batch_size"]
-        trajectories = data.trajectory_of()[picked].tolist()
-        images = torch.stack([data.steps(j // size)[-1]["prev_sample"][j % size] for j in trajectories])
-    arguments, noise = search.batch(picked, torch.Generator().manual_seed(1))
-    levels = pipe.scheduler.alphas_cumprod[arguments["timestep"].long()].view(-1, 1, 1, 1)
-    torch.testing.assert_close(arguments["sample"], levels.sqrt() * images + (1 - levels).sqrt() * noise)
 
 
 def test_intervals_without_a_latent_keep_the_nearest_set(pipe, data):
@@ -330,10 +289,6 @@ def test_a_recording_that_cannot_be_replayed_has_no_latent_error(pipe, data, mon
 def test_refused(pipe, data):
     with pytest.raises(SpecError, match="no quantizer has several parameter sets; add sets: 8 to a rule"):
         searched(prepared(pipe, data, 1), data)
-    with pytest.raises(ValidationError, match="target: noise needs inputs: noised"):
-        searched(prepared(pipe, data, 2), data, target="noise")
-    with pytest.raises(ValidationError, match="error: latent needs inputs: trajectory"):
-        searched(prepared(pipe, data, 2), data, inputs="noised", error="latent")
 
 
 def test_a_model_of_one_step_has_one_set_and_a_line_says_so(tmp_path, caplog):

@@ -47,12 +47,13 @@ def calibrated(pipe, data):
 
 @pytest.mark.parametrize("operand", ["input_quantizer", "weight_quantizer"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_estimate_is_what_a_small_part_of_the_error_does_to_the_output(pipe, data, checkpointing, operand):
+def test_the_estimate_is_what_a_small_part_of_the_error_does_to_the_output(pipe, data, checkpointing, operand, monkeypatch):
     """Of 400 directions its relative standard deviation is sqrt(2 / 400) = 0.07; five of them are allowed."""
+    monkeypatch.setattr("diffquant.methods.sensitivity.DIRECTIONS", 400)
     model = calibrated(pipe, data)
     layers = dict(quantized_layers(model))
     present = {name: getattr(layer, operand) for name, layer in layers.items()}
-    options = AllocateBits(samples=4, batch_size=4, directions=400, checkpointing=checkpointing)
+    options = AllocateBits(samples=4, batch_size=4, checkpointing=checkpointing)
     with fit.run(show=False) as run:
         squares = options.squares(model, present, data, torch.Generator().manual_seed(0), run)
     picked = data.subset(4, torch.Generator().manual_seed(0))

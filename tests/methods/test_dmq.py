@@ -37,15 +37,17 @@ def inputs(kind: str, count: int = 8) -> torch.Tensor:
     return torch.randn(count, 6) if kind == "linear" else torch.randn(count, 6, 4, 4)
 
 
+def exact(kind: str, module: nn.Module, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """The output in floating point, of the layer's weight or another."""
+    weight = module.weight if weight is None else weight
+    return functional.linear(x, weight, module.bias) if kind == "linear" else module._conv_forward(x, weight, module.bias)
+
+
 @pytest.mark.parametrize("splits", [(), (4, 2)])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_only_the_direction_of_the_vector_matters(kind, splits):
     module, x = layer(kind, splits), inputs(kind)
-    target = (
-        functional.linear(x, module.weight, module.bias)
-        if kind == "linear"
-        else module._conv_forward(x, module.weight, module.bias)
-    )
+    target = exact(kind, module, x)
     smooth = torch.rand(6).add(0.5).requires_grad_(True)
 
     def loss(smooth: torch.Tensor) -> torch.Tensor:
@@ -69,36 +71,28 @@ def test_ones_are_plain_minmax_quantization():
 
 @pytest.mark.parametrize("splits", [(), (4, 2)])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_ranges_of_each_sample(kind, splits):
+def test_errors_and_losses_are_of_the_live_output(kind, splits):
+    """The error is found batch by batch; the loss is that of a batch, here of all samples."""
     module, x = layer(kind, splits), inputs(kind)
-    smooth = torch.rand(6) + 0.5
-    found = live_output(module, smooth, x, Live(per_sample=True))
-    alone = torch.cat([live_output(module, smooth, each[None]) for each in x])
-    assert torch.allclose(found, alone, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(found, live_output(module, smooth, x), atol=1e-2)
-    data = UnitInputs(
-        [x],
-        {},
-        [module._conv_forward(x, module.weight, module.bias)]
-        if kind == "conv"
-        else [functional.linear(x, module.weight, module.bias)],
-        torch.zeros(len(x), dtype=torch.long),
-    )
-    step = LearnEquivalentScaling(iterations=1, ranges="sample", batch_size=3)
-    with fit.run(show=False) as run:
-        fitted = step._fit_layer(Unit("x", module, (("x", module),)), data, TimestepWeights(step, StepClock()), 0, run)
-    (target,) = data.outputs
-    first = (live_output(module, torch.ones(6), x, Live(per_sample=True)) - target).norm() / target.norm()
-    assert abs(fitted.error_before - float(first)) < 1e-5
+    target = exact(kind, module, x)
+    data = UnitInputs([x], {}, [target], torch.zeros(len(x), dtype=torch.long))
+    for batch_size in (3, 8):
+        module.smooth = torch.ones(6)
+        step = LearnEquivalentScaling(iterations=1, batch_size=batch_size)
+        with fit.run(show=False) as run:
+            fitted = step._fit_layer(Unit("x", module, (("x", module),)), data, TimestepWeights(StepClock()), 0, run)
+        found = torch.cat([live_output(module, torch.ones(6), batch) for batch in x.split(batch_size)])
+        assert abs(fitted.error_before - float((found - target).norm() / target.norm())) < 1e-5
+    assert fitted.loss == pytest.approx([float(sample_errors(found, target, module).mean())], rel=1e-5)
 
 
 @pytest.mark.parametrize("splits", [(), (4, 2)])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_shrunk_ranges(kind, splits):
-    """Extremes times the factors, also per sample; the factors are the search's own on a batch that is everything."""
+    """Extremes times the factors; the factors are the search's own on a batch that is everything."""
     module, x = layer(kind, splits), inputs(kind, 64)
     x[0] *= 6  # a range of extremes has hardly a code for the rest
-    low, high = searched_shrink(module, x, 64, per_sample=False)
+    low, high = searched_shrink(module, x, 64)
     sizes = splits or (6,)
     for part, ends in zip(x.split(sizes, dim=1), zip(low, high, strict=True), strict=True):
         row = part.reshape(1, -1)
@@ -106,46 +100,18 @@ def test_shrunk_ranges(kind, splits):
         assert 0 < float(ends[0]) <= 1 and 0 < float(ends[1]) <= 1
         torch.testing.assert_close(torch.cat(searched), torch.stack([row.amin() * ends[0], row.amax() * ends[1]]))
     assert min(float(low.min()), float(high.min())) < 0.99
-    halved = Live(per_sample=True, shrink=(0.5 * torch.ones(len(sizes)), 0.5 * torch.ones(len(sizes))), weight_error=0.0)
+    halved = Live(shrink=(0.5 * torch.ones(len(sizes)), 0.5 * torch.ones(len(sizes))))
     found = live_output(module, torch.ones(6), x, halved)
-    parts = []
-    for part in x.split(sizes, dim=1):
-        shape = (-1, *[1] * (x.dim() - 1))
-        scale, zero_point = scale_from_range(part.flatten(1).amin(1) / 2, part.flatten(1).amax(1) / 2, A6)
-        parts.append(fake_quantize(part, scale.view(shape), zero_point.view(shape), A6))
-    clipped = torch.cat(parts, dim=1)
-    expected = (
-        functional.linear(clipped, module.weight, module.bias)
-        if kind == "linear"
-        else module._conv_forward(clipped, module.weight, module.bias)
-    )
-    torch.testing.assert_close(found, expected)
+    clipped = [fake_quantize(part, *scale_from_range(part.amin() / 2, part.amax() / 2, A6), A6) for part in x.split(sizes, dim=1)]
+    rounded = []
+    for part in module.weight.split(sizes, dim=1):
+        scale, zero_point = scale_from_range(part.flatten(1).amin(1), part.flatten(1).amax(1), W4)
+        shape = (-1, *[1] * (part.dim() - 1))
+        rounded.append(fake_quantize(part, scale.view(shape), zero_point.view(shape), W4))
+    torch.testing.assert_close(found, exact(kind, module, torch.cat(clipped, dim=1), torch.cat(rounded, dim=1)))
 
 
-@pytest.mark.parametrize("splits", [(), (4, 2)])
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_a_share_of_the_weights_errors(kind, splits):
-    module, x = layer(kind, splits), inputs(kind)
-    smooth = torch.rand(6) + 0.5
-    none, half, all_ = (live_output(module, smooth, x, Live(weight_error=share)) for share in (0.0, 0.5, 1.0))
-    assert torch.allclose(half, (none + all_) / 2, rtol=1e-5, atol=1e-5)
-    nearly_exact = live_output(layer(kind, splits, weight=W4.model_copy(update={"bits": 8})), smooth, x)
-    assert (none - all_).norm() > 10 * (none - nearly_exact).norm() > 0
-
-
-def test_learned_with_a_share_of_the_weights_errors():
-    module, x = layer("linear"), inputs("linear")
-    target = functional.linear(x, module.weight, module.bias)
-    found = live_output(module, torch.ones(6), x, Live(weight_error=0.25))
-    step = LearnEquivalentScaling(iterations=1, batch_size=8, weighting="uniform", weight_error=0.25)
-    data = UnitInputs([x], {}, [target], torch.zeros(8, dtype=torch.long))
-    with fit.run(show=False) as run:
-        fitted = step._fit_layer(Unit("x", module, (("x", module),)), data, TimestepWeights(step, StepClock()), 0, run)
-    assert fitted.error_before == pytest.approx(float((found - target).norm() / target.norm()), rel=1e-5)
-    assert fitted.loss == pytest.approx([float(sample_errors(found, target, module).mean())], rel=1e-5)
-
-
-def test_one_channel_far_larger_than_the_rest():
+def test_one_channel_far_larger_than_the_rest(monkeypatch):
     """64 channels, one of them 30 times the others: the specification's synthetic layer."""
     torch.manual_seed(0)
     module = nn.Linear(64, 64, bias=False)
@@ -154,43 +120,32 @@ def test_one_channel_far_larger_than_the_rest():
     x = torch.randn(256, 64)
     x[:, 7] *= 30
     module.requires_grad_(False)
-    step = LearnEquivalentScaling(iterations=400, rate=2e-2)
+    monkeypatch.setattr("diffquant.methods.dmq.RATE", 2e-2)
+    step = LearnEquivalentScaling(iterations=400)
     data = UnitInputs([x], {}, [functional.linear(x, module.weight)], torch.zeros(256, dtype=torch.long))
     with fit.run(show=False) as run:
-        fitted = step._fit_layer(Unit("x", module, (("x", module),)), data, TimestepWeights(step, StepClock()), 0, run)
+        fitted = step._fit_layer(Unit("x", module, (("x", module),)), data, TimestepWeights(StepClock()), 0, run)
     assert (fitted.error_before / fitted.error_after) ** 2 > 5, fitted  # the specification: 5 to 14; measured: 8.6
     assert module.smooth.argmax() == 7 and not module.smooth.requires_grad
 
 
-@pytest.mark.parametrize(("alpha", "expected"), [(20, 0.3585), (25, 0.2774), (0, 1.0)])
-def test_equal_losses_weigh_equally(alpha, expected):
-    weights = TimestepWeights(LearnEquivalentScaling(alpha=alpha), StepClock(STEPS))
-    found = weights(torch.full((20,), 3.0), torch.arange(20))
-    assert torch.allclose(found, torch.tensor(expected), atol=1e-4)
+def test_equal_losses_weigh_equally():
+    found = TimestepWeights(StepClock(STEPS))(torch.full((20,), 3.0), torch.arange(20))
+    assert torch.allclose(found, torch.tensor(0.3585), atol=1e-4)
 
 
 def test_half_of_the_timesteps_three_times_as_wrong():
-    weights = TimestepWeights(LearnEquivalentScaling(momentum=0.0), StepClock(STEPS))
-    found = weights(torch.tensor([1.0] * 10 + [3.0] * 10), torch.arange(20))
+    found = TimestepWeights(StepClock(STEPS))(torch.tensor([1.0] * 10 + [3.0] * 10), torch.arange(20))
     assert torch.allclose(found[[0, 19]], torch.tensor([0.6027, 0.2103]), atol=1e-4)
 
 
 def test_running_losses():
-    errors, intervals = torch.tensor([4.0, 8.0, 2.0]), torch.tensor([3, 3, 5])
-    mean = TimestepWeights(LearnEquivalentScaling(momentum=0.5), StepClock(STEPS))
-    summed = TimestepWeights(LearnEquivalentScaling(momentum=0.5, accumulate="sum"), StepClock(STEPS))
-    for weights in (mean, summed):
-        weights(errors, intervals)
-    assert mean.losses[[3, 5, 0]].tolist() == [3.0, 1.0, 0.0] and summed.losses[[3, 5, 0]].tolist() == [6.0, 1.0, 0.0]
-    for weights in (mean, summed):
-        weights(torch.tensor([1.0]), torch.tensor([5]))
-    assert float(mean.losses[3]) == 3.0 and float(summed.losses[3]) == 3.0  # absent: kept, and decayed
-
-
-@pytest.mark.parametrize(("weighting", "last"), [("uniform", 1.0), ("linear", 0.05), ("quadratic", 0.0025)])
-def test_fixed_weightings(weighting, last):
-    found = TimestepWeights(LearnEquivalentScaling(weighting=weighting), StepClock(STEPS))(torch.rand(2), torch.tensor([0, 19]))
-    assert torch.allclose(found, torch.tensor([1.0, last]))
+    """A mean over the samples that a bin has in the batch; 0.05 of it, and 0.95 of what was; bins without samples stay."""
+    weights = TimestepWeights(StepClock(STEPS))
+    weights(torch.tensor([4.0, 8.0, 2.0]), torch.tensor([3, 3, 5]))
+    assert weights.losses[[3, 5, 0]].tolist() == pytest.approx([0.3, 0.1, 0.0])
+    weights(torch.tensor([1.0]), torch.tensor([5]))
+    assert weights.losses[[3, 5, 0]].tolist() == pytest.approx([0.3, 0.145, 0.0])
 
 
 # ---- power-of-two scaling
@@ -227,9 +182,10 @@ def test_exponents_by_hand():
     assert torch.equal(quantizer.scale * 8, scale.view(1, 1))
 
 
-def test_no_agreement_changes_nothing():
+def test_no_agreement_changes_nothing(monkeypatch):
+    monkeypatch.setattr("diffquant.methods.dmq.AGREEMENT", 1.01)
     x = spread_out()
-    module, plain = chosen(PowerOfTwoScaling(agreement=1.01), x), layer("conv", shift=True)
+    module, plain = chosen(PowerOfTwoScaling(), x), layer("conv", shift=True)
     plain.input_quantizer.spec = QuantSpec(bits=8)
     calibrated(plain, x)
     assert (module.input_quantizer.shift == 3).all()
@@ -238,25 +194,24 @@ def test_no_agreement_changes_nothing():
     assert torch.equal(module.input_quantizer(x), plain.input_quantizer(x))
 
 
-def test_votes_ties_and_totals():
-    errors = torch.ones(4, 1, 4)
-    step, total = PowerOfTwoScaling(agreement=0.7), PowerOfTwoScaling(select="total")
+def test_votes_and_ties():
+    errors, step = torch.ones(32, 1, 4), PowerOfTwoScaling()
     assert step.decide(errors)[0].tolist() == [3]  # all alike: the coarsest
-    errors[:3, 0, 1] = 0.5
+    errors[:27, 0, 1] = 0.5
     exponents, agreement = step.decide(errors)
-    assert exponents.tolist() == [1] and agreement.tolist() == [0.75]
-    assert PowerOfTwoScaling(agreement=0.8).decide(errors)[0].tolist() == [3]
-    errors[3, 0, 1] = 9.0  # one sample clipped hard outweighs the three
-    assert total.decide(errors)[0].tolist() == [3] and step.decide(errors)[0].tolist() == [1]
+    assert exponents.tolist() == [3] and agreement.tolist() == [27 / 32]  # less than 0.85
+    errors[27, 0, 1] = 0.5
+    exponents, agreement = step.decide(errors)
+    assert exponents.tolist() == [1] and agreement.tolist() == [28 / 32]
+    errors[31, 0, 1] = 99.0  # one sample clipped hard has one vote
+    assert step.decide(errors)[0].tolist() == [1]
 
 
-def test_sets_vote_for_themselves_unless_shared():
+def test_sets_vote_for_themselves():
     x = spread_out(80)
     x[torch.arange(80) % 20 < 10, 5] *= 30  # the last channel is small in the second half of the timesteps only
     own = chosen(PowerOfTwoScaling(), x, sets=20).input_quantizer
     assert own.shift.shape == (20, 6) and set(own.shift[:10, 5].tolist()) == {3} and set(own.shift[10:, 5].tolist()) == {0}
-    shared = chosen(PowerOfTwoScaling(shared=True), x, sets=20).input_quantizer
-    assert len(shared.shift.unique(dim=0)) == 1 and shared.shift[0, 5] == 3
 
 
 @pytest.mark.parametrize(

@@ -37,37 +37,28 @@ def one(values: list[float]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.tensor([values]), torch.zeros(1, dtype=torch.long))]
 
 
-@pytest.mark.parametrize(
-    ("form", "expected"),
-    [
-        ("floored", [2 * 2**0.5, 2.0, 2.0, 2 * 2**0.5]),
-        ("unfloored", [2 * 2**0.5, 0.01, 0.01, 2 * 2**0.5]),
-        ("released", [2 * 2**0.5, 2.0, 2.0, 2.0]),  # misses the negative channel
-    ],
-)
-def test_an_added_embedding_by_hand(form, expected):
+def test_an_added_embedding_by_hand():
     """The group (3, 1, 1, -1) is (sqrt 2, 0, 0, -sqrt 2) once normalised; the norm's weight is 2."""
     block = Block("default", (2.0, 2.0, 2.0, 2.0))
     assert torch.allclose(group_normalised(torch.tensor([[3.0, 1, 1, -1]]), block.norm2), torch.tensor([[2**0.5, 0, 0, -(2**0.5)]]))
-    assert torch.allclose(smoothing(block, one([3.0, 1, 1, -1]), form), torch.tensor(expected))
+    assert torch.allclose(smoothing(block, one([3.0, 1, 1, -1])), torch.tensor([2 * 2**0.5, 2.0, 2.0, 2 * 2**0.5]))
 
 
 def test_a_scale_by_hand():
-    block = Block("scale_shift", (1.0, 1.0, 1.0))
-    embedding = one([-3.0, 0, -0.5, 7, 7, 7])  # the second half is the shift
-    assert smoothing(block, embedding, "unfloored").tolist() == [2.0, 1.0, 0.5]
-    assert smoothing(block, embedding, "floored").tolist() == [2.0, 1.0, 1.0]
+    block = Block("scale_shift", (1.0, 1.0, 1.0, 1.0))
+    embedding = one([-3.0, 0, -0.5, 0.5, 7, 7, 7, 7])  # the second half is the shift
+    assert smoothing(block, embedding).tolist() == [2.0, 1.0, 1.0, 1.5]  # the third would be 0.5 without a floor
 
 
 def test_signs_and_small_weights_of_the_norm():
     block = Block("default", (-2.0, 1e-5, 1.0, 1.0))
-    assert torch.allclose(smoothing(block, one([3.0, 1, 1, -1]), "floored")[:2], torch.tensor([2 * 2**0.5, 0.01]))
+    assert torch.allclose(smoothing(block, one([3.0, 1, 1, -1]))[:2], torch.tensor([2 * 2**0.5, 0.01]))
 
 
 def test_timesteps_count_equally_however_many_samples_they_have():
     block = Block("scale_shift", (1.0,))
     values, intervals = torch.tensor([[1.0, 0], [1.0, 0], [1.0, 0], [5.0, 0]]), torch.tensor([0, 0, 0, 1])
-    assert smoothing(block, [(values, intervals)], "floored").tolist() == [4.0]
+    assert smoothing(block, [(values, intervals)]).tolist() == [4.0]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +93,7 @@ def test_the_embedding_alone_gives_what_a_run_gives(kind, pipe, data):
         embedding = model.time_embedding(model.time_proj(timesteps))
         for name, block in blocks.items():
             alone = [(block.time_emb_proj(block.nonlinearity(embedding)), torch.arange(len(timesteps)))]
-            assert torch.allclose(smoothing(block, seen[name], "floored"), smoothing(block, alone, "floored"), rtol=1e-5)
+            assert torch.allclose(smoothing(block, seen[name]), smoothing(block, alone), rtol=1e-5)
 
 
 def test_one_raised_channel_and_a_constant():

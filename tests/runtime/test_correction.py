@@ -229,14 +229,20 @@ def test_the_residual_takes_the_place_of_injected_noise(kind):
     assert float(kept) == pytest.approx((1 - weight**2 * 0.04 / variance) ** 0.5, abs=1e-4)
 
 
-def test_coefficients_by_hand():
+def test_coefficients_by_hand(monkeypatch):
     noises, given = torch.tensor([[1.0, -2.0, 0.05]]), torch.tensor([[2.0, -4.0, 1.0]])
-    step = FitCoefficients(relative=0.5, ridge=0.1)
-    over = 0.5 * (2 + 8 + 0.05) / 3 + 0.5 * (2 + 2 + 1) / 3 + 0.1  # 0.05 is below `smallest`: its ratio counts as 1
+    step = FitCoefficients()
+    over = 0.5 * (2 + 8 + 0.05) / 3 + 0.5 * (2 + 2 + 1) / 3 + 0.1  # 0.05 is below SMALLEST: its ratio counts as 1
     under = 0.5 * (4 + 16 + 1) / 3 + 0.5 * (4 + 4 + 1) / 3 + 0.1
     assert float(step.factor(noises, given)) == pytest.approx(over / under)
-    exact = FitCoefficients(relative=0.0, ridge=0.0)
-    assert float(exact.factor(noises[:, :2], given[:, :2])) == pytest.approx(0.5)
+    without_other_terms(monkeypatch)
+    assert float(step.factor(noises[:, :2], given[:, :2])) == pytest.approx(0.5)
+
+
+def without_other_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors by least squares alone, which cannot be worse than none."""
+    for name in ("RELATIVE", "RIDGE"):
+        monkeypatch.setattr(f"diffquant.methods.corrections.{name}", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -252,8 +258,9 @@ def quantized() -> tuple[Any, dq.Trajectory]:
     return pipe, data
 
 
-@pytest.mark.parametrize("step", [FitProportional(samples=8), FitCoefficients(samples=8, ridge=0.0, relative=0.0)])
-def test_fitted_corrections_lower_the_error_of_single_steps(step, quantized):
+@pytest.mark.parametrize("step", [FitProportional(samples=8), FitCoefficients(samples=8)])
+def test_fitted_corrections_lower_the_error_of_single_steps(step, quantized, monkeypatch):
+    without_other_terms(monkeypatch)
     pipe, data = quantized
     model = copy.deepcopy(pipe.unet)
     with fit.run(show=False) as run:

@@ -7,9 +7,9 @@ where the search is undecided (entropy) or was seldom: ``score(t) = H_t + bonus 
 
 Source: Wang et al. 2024 (arXiv 2305.18723). The released code is another method (groups of channels, never hardened) and is not
 followed. *Differs*: the target is the full-precision output and the inputs are recorded latents (paper: the noise itself, on states
-of the sampler noised to any timestep; ``target`` and ``inputs`` give that); the entropy is a mean over layers, so that its weight
+of the sampler noised to any timestep); the entropy is a mean over layers, so that its weight
 does not depend on their number; rates of steps are relative; sets start from clusters of the timesteps' ranges, which the paper
-leaves open; ``lead``, ``temperature``, ``settling`` and ``error: latent`` (off unless asked for) are not the paper's.
+leaves open; ``error: latent`` (off unless asked for) is not the paper's. What else was tried: docs/studies/adp-dm.md.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, fit, iteration_generator
@@ -31,22 +31,23 @@ from diffquant.calibration.gain import step_gain
 from diffquant.calibration.observe import predicted
 from diffquant.calibration.replay import rows_of
 from diffquant.calibration.rollout import leading_channels
-from diffquant.calibration.scheduling import build_scheduler
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.clock import StepClock
 from diffquant.core.planning import PlannedLayer
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import SpecError
-from diffquant.core.surgery import device_of, full_precision, quantizers, switched
+from diffquant.core.surgery import device_of, quantizers, switched
 from diffquant.methods.clusters import clustered, interval_ranges
 from diffquant.methods.mixture import entropies, mixture
 from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating
-from diffquant.methods.pool import Pool, Selection
+from diffquant.methods.pool import Pool
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.steps import LearnedSteps
 
 _log = logging.getLogger(__name__)
 NO_SETS = "SearchParameterSets: no quantizer has several parameter sets; add sets: 8 to a rule"
+RATE, STEP_RATE = 0.05, 1e-3  # of logits, and of steps, relative to them
+ENTROPY = 0.8  # weight of the mixtures' entropy
 ONE_HOT = 100.0  # a lead, in nats, at which the shares of all other sets are zero
 
 
@@ -54,16 +55,9 @@ ONE_HOT = 100.0  # a lead, in nats, at which the shares of all other sets are ze
 class SearchParameterSets(Pass):
     """Learn the G parameter sets of every activation quantizer that a rule gave ``sets``, and the table of their intervals.
 
-    ``images`` distinct latents are added over ``rounds``, each followed by ``updates`` steps on what there is so far; where only
-    ``inputs: noised`` latents are used they are noised to any timestep, on top of the noise they have; ``noised_samples`` noises
-    the last samples of their trajectories, which have none. An interval that no latent was taken at gets the set whose range is
-    nearest. Sets start from the clusters' mean ranges, or from a search as `CalibrateRanges` does it (``mse``) over what falls into
-    the clusters; ``learn_ranges: false`` leaves them there.
-
-    ``lead``, in nats: how far an interval's logit of its cluster's set starts ahead of the others. Where a layer hardly matters the
-    gradients of logits are noise and the entropy makes final whatever comes of it; with a lead that is the cluster.
-    ``temperature``: what logits are divided by at the last round, falling from 1 geometrically. ``settling``: updates of steps and
-    zero points after every interval has taken its set.
+    ``images`` distinct latents are added over ``rounds``, each followed by ``updates`` steps on what there is so far. An interval
+    that no latent was taken at gets the set whose range is nearest. Sets start from a search as `CalibrateRanges` does it over what
+    falls into each cluster of the timesteps' ranges; ``learn_ranges: false`` leaves them there.
 
     ``error``: of the model's ``output``, as published, or of the ``latent`` that the sampler's step makes of it (`StepGain`):
     errors of the output are largest at the last timesteps, where the sampler makes least of them.
@@ -76,28 +70,9 @@ class SearchParameterSets(Pass):
     rounds: int = Field(default=128, ge=1)
     updates: int = Field(default=4, ge=1)
     batch_size: int = Field(default=16, ge=1)
-    selection: Selection = "searched"
-    bonus: float = Field(default=1.5, ge=0)
-    entropy: float = Field(default=0.8, ge=0)
-    inputs: Literal["trajectory", "noised", "noised_samples"] = "trajectory"
-    target: Literal["full_precision", "noise"] = "full_precision"
-    rate: float = Field(default=0.05, gt=0)
-    range_rate: float = Field(default=1e-3, gt=0)
-    ranges: Literal["clusters", "mse"] = "mse"
     learn_ranges: bool = True
-    lead: float = Field(default=0.0, ge=0)
-    temperature: float = Field(default=1.0, gt=0, le=1)
-    settling: int = Field(default=0, ge=0)
     error: Literal["output", "latent"] = "output"
     table: Literal["searched", "clusters"] = "searched"
-
-    @model_validator(mode="after")
-    def _options_that_fit(self) -> SearchParameterSets:
-        if self.target == "noise" and self.inputs == "trajectory":
-            raise ValueError("target: noise needs inputs: noised; recorded latents have no known noise")
-        if self.error == "latent" and self.inputs != "trajectory":
-            raise ValueError("error: latent needs inputs: trajectory; noised latents have no step")
-        return self
 
     def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
         """Raise `SpecError` where no input has several sets, or steps of the sampler are needed and cannot be replayed."""
@@ -127,11 +102,7 @@ class SearchParameterSets(Pass):
     def sample_forwards(self, blocks: int) -> float:
         """The observed ranges, and three passes an update, each with G quantizations in place of one (counted as twice)."""
         passes = 6.0 if self.table == "searched" else 3.0
-        return self.images + (passes * self.rounds * self.updates + 3.0 * self._settling) * self.batch_size
-
-    @property
-    def _settling(self) -> int:
-        return self.settling if self.learn_ranges else 0
+        return self.images + passes * self.rounds * self.updates * self.batch_size
 
     def _initialise(
         self, model: nn.Module, searched: dict[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run
@@ -144,14 +115,12 @@ class SearchParameterSets(Pass):
             quantizer.set_ranges(low, high)
             if quantizer.table is not None:
                 quantizer.table = nearest[name].to(quantizer.table)
-        if self.ranges == "mse":
-            samples = max(self.images, len(data.timesteps))
-            calibration = CalibrateRanges(samples=samples, batch_size=self.batch_size)
-            calibration.calibrate_activations(model, data, generator, run, only=searched)
+        calibration = CalibrateRanges(samples=max(self.images, len(data.timesteps)), batch_size=self.batch_size)
+        calibration.calibrate_activations(model, data, generator, run, only=searched)
         return nearest
 
     def _fit(self, search: _Search, seed: int, run: Run) -> list[float]:
-        learned = [(logits, self.rate) for logits in search.logits.values() if search.searching]
+        learned = [(logits, RATE) for logits in search.logits.values() if search.searching]
         if self.learn_ranges:
             learned += [pair for one in search.steps for pair in one.parameters()]
         if not learned:
@@ -161,18 +130,18 @@ class SearchParameterSets(Pass):
         return fit(
             learned,
             search.loss,
-            iterations=self.rounds * self.updates + self._settling,
+            iterations=self.rounds * self.updates,
             seed=seed,
             run=run,
             label="parameter sets",
-            also_kept={"pool": search.pool.chosen, "counts": search.pool.counts, "errors": search.errors},
+            also_kept={"pool": search.pool.chosen, "counts": search.pool.counts},
         )
 
 
 class _Search:
     """The state of a search: logits, learned steps, the latents chosen so far and how often each interval was.
 
-    ``nearest``: the set each interval starts nearest to. ``errors``: of the mixtures, and of what took their place, once it did.
+    ``nearest``: the set each interval starts nearest to.
     """
 
     def __init__(
@@ -188,21 +157,19 @@ class _Search:
         assert isinstance(clock, StepClock)
         self.clock = clock
         self.searching = options.table == "searched"
-        self.decided = not self.searching
-        lead = options.lead if self.searching else ONE_HOT
+        lead = 0.0 if self.searching else ONE_HOT
         self.logits = {name: lead * nn.functional.one_hot(nearest[name], one.rows).to(one.scale) for name, one in searched.items()}
         self.gain = step_gain("SearchParameterSets", model, data) if options.error == "latent" else None
-        self.errors = torch.full((2,), math.nan)
-        self.steps = [LearnedSteps.of(one, options.range_rate, zero_points=True) for one in searched.values()]
+        self.steps = [LearnedSteps.of(one, STEP_RATE, zero_points=True) for one in searched.values()]
         interval = torch.tensor([clock.timesteps.index(timestep) for timestep in data.timestep_of().tolist()])
         if clock.conditional is not None:
             half = data.half_of()
             interval = interval + clock.times * torch.where(half < 0, clock.conditional, half)
-        self.pool = Pool(options.images, interval, clock, options.selection, options.bonus)
+        self.pool = Pool(options.images, interval, clock)
         self.start_entropy = float(self.interval_entropy().mean())
 
     def interval_entropy(self) -> Float[Tensor, " intervals"]:
-        """Entropy of each interval's mixture, a mean over quantizers, in nats; at temperature 1."""
+        """Entropy of each interval's mixture, a mean over quantizers, in nats."""
         with torch.no_grad():
             return torch.stack([entropies(logits).cpu() for logits in self.logits.values()]).mean(dim=0)
 
@@ -214,25 +181,22 @@ class _Search:
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
         """The objective on a batch of the pool, with the gradients of steps put where the optimizer expects them."""
-        updates = self.options.rounds * self.options.updates
-        if iteration < updates and iteration % self.options.updates == 0:
+        if iteration % self.options.updates == 0:
             self.grow(iteration // self.options.updates, generator)
         pool = self.pool.samples
         picked = pool[torch.randint(len(pool), (self.options.batch_size,), generator=generator)]
-        arguments, target = self.batch(picked, generator)
+        arguments, target = self.data.batch(picked, device_of(self.model))
         if self.options.learn_ranges:
             for one in self.steps:
                 one.place()
-        if iteration >= updates and not self.decided:
-            self.decide()
-        sets = nullcontext() if self.decided else self.mixed(self.options.temperature ** (iteration / max(1, updates - 1)))
+        sets = self.mixed() if self.searching else nullcontext()
         with sets, rows_of(self.model, self.data, picked):
             output = predicted(self.model, self.model(**arguments))
         total = self.squared(output, target, picked).mean()
-        if not self.decided:
+        if self.searching:
             interval = torch.as_tensor(self.clock.interval).expand(len(picked))
             undecided = [entropies(logits)[interval.to(logits.device)].mean() for logits in self.logits.values()]
-            total = total + self.options.entropy * torch.stack(undecided).mean()
+            total = total + ENTROPY * torch.stack(undecided).mean()
         total.backward()
         if self.options.learn_ranges:
             for one in self.steps:
@@ -247,40 +211,11 @@ class _Search:
             error = leading_channels(error, gain) * gain
         return error.square().flatten(1).sum(dim=1)
 
-    def batch(self, picked: Int[Tensor, " n"], generator: torch.Generator) -> tuple[dict[str, Any], Tensor]:
-        """Arguments of a call, and what its output should be."""
-        arguments, target = self.data.batch(picked, device_of(self.model))
-        if self.options.inputs == "trajectory":
-            return arguments, target
-        name, _ = self.model.timestep_argument  # type: ignore[misc]
-        first = next(key for key, value in arguments.items() if isinstance(value, Tensor) and key != name)
-        interval = torch.randint(self.clock.intervals, (len(picked),), generator=generator)
-        timesteps = torch.tensor(self.clock.timesteps)[interval % self.clock.times].to(arguments[name])
-        levels = build_scheduler(self.data).alphas_cumprod[timesteps.long().cpu()].to(arguments[first])
-        levels = levels.view(-1, *[1] * (arguments[first].dim() - 1))
-        noise = torch.randn(arguments[first].shape, generator=generator).to(arguments[first])
-        arguments |= {first: levels.sqrt() * self.image(picked, arguments[first]) + (1 - levels).sqrt() * noise, name: timesteps}
-        if self.options.target == "noise":
-            return arguments, noise
-        with torch.no_grad(), full_precision(self.model), rows_of(self.model, self.data, picked):
-            return arguments, predicted(self.model, self.model(**arguments))
-
-    def image(self, picked: Int[Tensor, " n"], latent: Tensor) -> Tensor:
-        """What is noised: the recorded latents, or the last samples of their trajectories."""
-        if self.options.inputs == "noised":
-            return latent
-        last = self.data.step(self.data.trajectory_of()[picked], self.data.step_count - 1).prev_sample.to(latent)
-        if last.shape != latent.shape:
-            raise SpecError(
-                f"SearchParameterSets: inputs: noised_samples: samples of {tuple(last.shape[1:])}; the model reads others"
-            )
-        return last
-
     @contextmanager
-    def mixed(self, temperature: float) -> Iterator[None]:
+    def mixed(self) -> Iterator[None]:
         """Searched quantizers put out their mixtures while the block runs."""
         for name, quantizer in self.searched.items():
-            quantizer.forward = functools.partial(mixture, quantizer, self.logits[name] / temperature)  # type: ignore[method-assign]
+            quantizer.forward = functools.partial(mixture, quantizer, self.logits[name])  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -289,32 +224,23 @@ class _Search:
 
     # ---- the end
 
-    def trained(self) -> Tensor:
-        """Which intervals were learned on."""
-        return torch.ones(self.clock.intervals, dtype=torch.bool) if self.options.inputs != "trajectory" else self.pool.visited()
-
-    def decide(self) -> None:
-        """Each interval takes the set with the largest logit; errors before and after, where they were not kept by a killed run."""
-        first = bool(self.errors.isnan().any())
-        if first:
-            with self.mixed(self.options.temperature):
-                self.errors[0] = self.error()
-        trained = self.trained()
+    def decide(self) -> tuple[float, float]:
+        """Each interval takes the set with the largest logit; the errors before and after."""
+        with self.mixed():
+            before = self.error()
+        trained = self.pool.visited()
         for name, quantizer in self.searched.items():
             table = torch.where(trained, self.logits[name].argmax(dim=1).cpu(), self.nearest[name])
             quantizer.table = table.to(quantizer.table)
-        if first:
-            self.errors[1] = self.error()
-        self.decided = True
+        return before, self.error()
 
     def finish(self) -> Figures:
         """Leave the quantizers with what was learned; figures of the search."""
         if self.options.learn_ranges:
             for one in self.steps:
                 one.finish()
-        if not self.decided:
-            self.decide()
-        trained = self.trained()
+        mixed, hardened = self.decide() if self.searching else (math.nan, math.nan)
+        trained = self.pool.visited()
         rows = []
         for name, quantizer in self.searched.items():
             logits = self.logits[name][trained.to(self.logits[name].device)]
@@ -338,7 +264,6 @@ class _Search:
         }
         if not self.searching:
             return found
-        mixed, hardened = self.errors.tolist()
         return found | {
             "entropy_at_start": self.start_entropy,
             "entropy_at_end": float(self.interval_entropy()[trained].mean()),

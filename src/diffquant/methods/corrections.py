@@ -4,7 +4,7 @@ Sources: run-time noise estimate, QNCD (Chu et al. 2024, arXiv 2403.19140); prop
 2023, arXiv 2305.10657); coefficients and input bias by timestep, TAC-Diffusion (Yao et al. 2024, arXiv 2407.03917).
 *Differs*: the run-time estimate is taken per image, with one zero-mean noise for all (released code: over the batch, with the
 noise as drawn; ``scope`` and ``zero_mean`` give that); PTQD's mean is that of the residual, as its formula says (code: of the whole
-error); TAC's three terms are means, values of the noise below ``smallest`` are left out of the relative one, and its input bias is
+error); TAC's three terms are means, values of the noise near 0 are left out of the relative one, and its input bias is
 one number for each channel.
 """
 
@@ -38,6 +38,9 @@ from diffquant.core.correction import (
 from diffquant.core.planning import PlannedLayer
 from diffquant.core.surgery import full_precision, switched
 from diffquant.methods.passes import Figures, Pass, evaluating
+
+RELATIVE, RIDGE = 0.5, 0.1  # what the relative error, and the distance of the factor from 1, weigh against the error
+SMALLEST = 0.1  # values of the noise below it are left out of the relative error
 
 
 class _Fitted(Pass):
@@ -144,12 +147,9 @@ class FitProportional(_Fitted):
 class FitCoefficients(_Fitted):
     """TAC: at each timestep the factor that brings the prediction nearest to the noise, and the latent's bias, by channel.
 
-    ``relative`` and ``ridge`` weigh the relative error and the distance of the factor from 1 against the error itself.
+    The relative error weighs half, and factors are held near 1.
     """
 
-    relative: float = Field(default=0.5, ge=0, le=1)
-    ridge: float = Field(default=0.1, ge=0)
-    smallest: float = Field(default=0.1, gt=0)
     input_bias: bool = True
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
@@ -171,9 +171,9 @@ class FitCoefficients(_Fitted):
 
     def factor(self, noise: Float[Tensor, "channels n"], given: Float[Tensor, "channels n"]) -> Float[Tensor, " channels"]:
         """The minimum of (1 - relative) mean (K g - e)^2 + relative mean ((K g - e) / e)^2 + ridge (K - 1)^2, for each channel."""
-        ratio = torch.where(noise.abs() >= self.smallest, given / noise, 1.0)
-        over = (1 - self.relative) * (given * noise).mean(dim=1) + self.relative * ratio.mean(dim=1) + self.ridge
-        under = (1 - self.relative) * given.square().mean(dim=1) + self.relative * ratio.square().mean(dim=1) + self.ridge
+        ratio = torch.where(noise.abs() >= SMALLEST, given / noise, 1.0)
+        over = (1 - RELATIVE) * (given * noise).mean(dim=1) + RELATIVE * ratio.mean(dim=1) + RIDGE
+        under = (1 - RELATIVE) * given.square().mean(dim=1) + RELATIVE * ratio.square().mean(dim=1) + RIDGE
         return over / under
 
     def _biases(self, rollout: Rollout, factors: list[list[float]]) -> list[list[float]]:

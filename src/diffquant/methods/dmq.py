@@ -5,9 +5,9 @@ every channel of a shortcut's input the step that most samples vote for, a shift
 
 Source: Lee et al. 2025 (arXiv 2507.12933); settings of the released code.
 *Differs*: ``smooth`` stays above a floor (released: free, it can cross zero); timesteps' losses are averaged over the samples that
-a batch has (released: summed, so that often drawn timesteps look worse; ``accumulate: sum``); where samples do not agree a channel
-keeps the tensor's own step (printed formula: it would become the finest); power-of-two factors refine the calibrated range,
-whatever calibrated it. Linear and quadratic weighting have no formula in the material at hand; here they rise with the timestep.
+a batch has (released: summed, so that often drawn timesteps look worse); where samples do not agree a channel keeps the tensor's
+own step (printed formula: it would become the finest); power-of-two factors refine the calibrated range, whatever calibrated it.
+What else was tried: docs/studies/dmq.md.
 """
 
 from __future__ import annotations
@@ -38,35 +38,25 @@ from diffquant.methods.units import Fitted, UnitPass, in_order, thinned
 
 _log = logging.getLogger(__name__)
 
-Weighting = Literal["adaptive", "uniform", "linear", "quadratic"]
+RATE = 1e-3
+FLOOR = 1e-2  # of the vector
+ALPHA, BINS, MOMENTUM = 20, 20, 0.95  # of the weighting of timesteps: power, bins of the axis, average of their losses
+LARGEST, AGREEMENT = 3, 0.85  # largest exponent of a factor, and share of the samples that have to agree on one
 
 
 @final
 class LearnEquivalentScaling(UnitPass):
     """Learn ``smooth`` of every layer that has one and quantizes both operands, on full-precision inputs and outputs.
 
-    ``weighting`` of the samples by timestep: ``adaptive`` gives timesteps with small loss more weight, to the power ``alpha``, over
-    ``bins`` bins of the timestep axis, whose losses are averages with ``momentum``. ``ranges`` of inputs are the extremes of a
-    mini-batch of all timesteps (paper), or those of each ``sample``, which parameter sets per timestep come nearer to; with
-    ``shrink`` times what the search of ``CalibrateRanges`` leaves of them, which is where the layer's ranges end up by ``mse``.
-    ``weight_error``: the share of the weights' errors that is made meanwhile (paper: 1). Learned rounding and searched ranges
-    leave only a part of it in the end.
+    Timesteps with small loss have more weight. Ranges of inputs are the extremes of a mini-batch of all timesteps; with ``shrink``
+    times what the search of ``CalibrateRanges`` leaves of them, which is where the layer's ranges end up by ``mse``.
     """
 
     before_ranges: ClassVar[bool] = True
 
     units: Literal["layer"] = "layer"
     iterations: int = Field(default=6000, ge=1)
-    rate: float = Field(default=1e-3, gt=0)
-    weighting: Weighting = "adaptive"
-    accumulate: Literal["mean", "sum"] = "mean"
-    ranges: Literal["batch", "sample"] = "batch"
     shrink: bool = False
-    weight_error: float = Field(default=1.0, ge=0, le=1)
-    alpha: float = Field(default=20, ge=0)
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    bins: int = Field(default=20, ge=1)
-    floor: float = Field(default=1e-2, gt=0)
 
     @property
     def needs(self) -> Literal["smooth"]:
@@ -83,7 +73,7 @@ class LearnEquivalentScaling(UnitPass):
         require_smooth("LearnEquivalentScaling", [name for name, layer in quantized_layers(model) if has_both(layer)])
         clock = model.step_clock
         assert isinstance(clock, StepClock)
-        weights = TimestepWeights(self, clock)
+        weights = TimestepWeights(clock)
 
         def fit_unit(unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> Fitted:
             return self._fit_layer(unit, given, weights.fresh(), seed, run)
@@ -98,9 +88,7 @@ class LearnEquivalentScaling(UnitPass):
         assert intervals is not None
         assert layer.smooth is not None
         smooth = layer.smooth.clone()
-        per_sample = self.ranges == "sample"
-        shrink = searched_shrink(layer, x, self.batch_size, per_sample) if self.shrink else None
-        live = Live(per_sample=per_sample, shrink=shrink, weight_error=self.weight_error)
+        live = Live(shrink=searched_shrink(layer, x, self.batch_size) if self.shrink else None)
         before = relative_error(layer, smooth, x, target, self.batch_size, live)
 
         def loss(iteration: int, generator: torch.Generator) -> Tensor:
@@ -111,10 +99,10 @@ class LearnEquivalentScaling(UnitPass):
             return (weights(errors.detach(), intervals[picked]) * counts * errors).mean()
 
         def keep_positive(iteration: int) -> None:
-            smooth.clamp_(min=self.floor)
+            smooth.clamp_(min=FLOOR)
 
         curve = fit(
-            [(smooth, self.rate)],
+            [(smooth, RATE)],
             loss,
             iterations=self.iterations,
             seed=seed,
@@ -130,52 +118,41 @@ class LearnEquivalentScaling(UnitPass):
 
 
 class TimestepWeights:
-    """How much the samples of each timestep count, with the running loss of each bin, ``[bins]``, that ``adaptive`` goes by."""
+    """How much the samples of each timestep count, with the running loss of each bin of the axis, ``[bins]``."""
 
-    def __init__(self, options: LearnEquivalentScaling, clock: StepClock) -> None:
-        self.options, self.clock = options, clock
-        self.bins = spread(min(options.bins, clock.intervals), clock.intervals)  # of each interval
+    def __init__(self, clock: StepClock) -> None:
+        self.clock = clock
+        self.bins = spread(min(BINS, clock.intervals), clock.intervals)  # of each interval
         self.losses = torch.zeros(int(self.bins.max()) + 1)
 
     def fresh(self) -> TimestepWeights:
         """The same without losses."""
-        return TimestepWeights(self.options, self.clock)
+        return TimestepWeights(self.clock)
 
     def __call__(self, errors: Float[Tensor, " n"], intervals: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Weights of samples with these errors; the running losses take them in first."""
-        if self.options.weighting == "uniform" or len(self.losses) == 1:  # one bin's share of the loss is all of it
+        if len(self.losses) == 1:  # one bin's share of the loss is all of it
             return torch.ones_like(errors)
-        if self.options.weighting != "adaptive":
-            timesteps = torch.tensor(self.clock.timesteps or (1.0,))[intervals] / max(self.clock.timesteps, default=1.0)
-            return timesteps.to(errors) ** (1 if self.options.weighting == "linear" else 2)
         self._update(errors.cpu(), self.bins[intervals])
         share = self.losses / self.losses.sum().clamp(min=1e-24)
-        return ((1 - share) ** self.options.alpha)[self.bins[intervals]].to(errors)
+        return ((1 - share) ** ALPHA)[self.bins[intervals]].to(errors)
 
     def _update(self, errors: Float[Tensor, " n"], bins: Int[Tensor, " n"]) -> None:
         counts = torch.bincount(bins, minlength=len(self.losses))
         sums = torch.zeros_like(self.losses).index_add_(0, bins, errors.float())
-        if self.options.accumulate == "sum":
-            self.losses.lerp_(sums, 1 - self.options.momentum)
-        else:
-            moved = torch.lerp(self.losses, sums / counts.clamp(min=1), 1 - self.options.momentum)
-            self.losses.copy_(torch.where(counts > 0, moved, self.losses))
+        moved = torch.lerp(self.losses, sums / counts.clamp(min=1), 1 - MOMENTUM)
+        self.losses.copy_(torch.where(counts > 0, moved, self.losses))
 
 
 @final
 class PowerOfTwoScaling(Pass):
-    """Give the input channels of every layer with ``shift`` a step of 2^-largest to 1 times the calibrated one.
+    """Give the input channels of every layer with ``shift`` a step of 1/8 to 1 times the calibrated one.
 
-    ``vote``: each sample votes for the step with the least squared error of the channel; the most frequent choice is taken where at
-    least ``agreement`` of the samples made it, else the step stays as it is. ``total``: the least error over all samples. Each
-    parameter set has its own factors unless they are ``shared``. Layers whose shifted integer weight would not fit 8 bits keep one
-    step for all channels; the figures name them.
+    Each sample votes for the step with the least squared error of the channel; the most frequent choice is taken where most of the
+    samples made it, else the step stays as it is. Each parameter set has its own factors. Layers whose shifted integer weight would
+    not fit 8 bits keep one step for all channels; the figures name them.
     """
 
-    select: Literal["vote", "total"] = "vote"
-    agreement: float = Field(default=0.85, ge=0)
-    largest: int = Field(default=3, ge=1, le=7)
-    shared: bool = False
     samples: int = Field(default=1024, ge=1)
     batch_size: int = Field(default=32, ge=1)
 
@@ -221,8 +198,8 @@ class PowerOfTwoScaling(Pass):
             return "its weight stays in floating point"
         spec = layer.weight_quantizer.spec
         reach = -spec.code_min if spec.symmetric else spec.code_max + 1  # of codes, or of codes minus a zero point
-        if reach << self.largest > 1 << (MAX_BITS - 1):
-            return f"a weight of {spec.bits} bits shifted by {self.largest} does not fit 8 bits"
+        if reach << LARGEST > 1 << (MAX_BITS - 1):
+            return f"a weight of {spec.bits} bits shifted by {LARGEST} does not fit 8 bits"
         return ""
 
     def _choose(self, layer: QuantizedLayer, data: UnitInputs) -> dict[str, object]:
@@ -236,34 +213,32 @@ class PowerOfTwoScaling(Pass):
         spread_of_channels = float(x.std(dim=(0, 2)).max() / x.std(dim=(0, 2)).median().clamp(min=1e-12))
         row_of = torch.zeros_like(intervals) if quantizer.table is None else quantizer.table.cpu().long()[intervals.long()]
         errors = self.errors(quantizer, x, row_of)
-        chosen, agreed = torch.full_like(quantizer.shift, self.largest), []
-        groups = [torch.arange(len(x))] if self.shared else [(row_of == row).nonzero()[:, 0] for row in row_of.unique()]
-        for group in groups:
-            exponents, agreement = self.decide(errors[group])
-            rows = slice(None) if self.shared else row_of[group[0]]
-            chosen[rows] = exponents.to(chosen)
+        chosen, agreed = torch.full_like(quantizer.shift, LARGEST), []
+        for row in row_of.unique():
+            exponents, agreement = self.decide(errors[row_of == row])
+            chosen[row] = exponents.to(chosen)
             agreed.append(float(agreement.mean()))
-        quantizer.scale = quantizer.scale / 2**self.largest
+        quantizer.scale = quantizer.scale / 2**LARGEST
         quantizer.shift = chosen
         picked = chosen.long()[row_of]  # [n, channels]
         return {
             "channel_spread": spread_of_channels,
-            "refined": float((chosen < self.largest).float().mean()),
+            "refined": float((chosen < LARGEST).float().mean()),
             "agreement": sum(agreed) / len(agreed),
-            "error_before": float(errors[..., self.largest].sum().sqrt()),
+            "error_before": float(errors[..., LARGEST].sum().sqrt()),
             "error_after": float(errors.gather(2, picked[..., None]).sum().sqrt()),
         }
 
     def errors(
         self, quantizer: Quantizer, x: Float[Tensor, "n channels positions"], row_of: Int[Tensor, " n"]
     ) -> Float[Tensor, "n channels exponents"]:
-        """Mean squared error of each sample's channel under each of the steps, 2^-largest to 1 times the present one."""
+        """Mean squared error of each sample's channel under each of the steps, 1/8 to 1 times the present one."""
         sizes = torch.tensor(quantizer.splits or (x.shape[1],))
         scale, zero_point = (
             values[row_of].repeat_interleave(sizes.to(values.device), dim=1)[..., None]
             for values in (quantizer.scale, quantizer.zero_point)
         )
-        factors = [2.0 ** (exponent - self.largest) for exponent in range(self.largest + 1)]
+        factors = [2.0 ** (exponent - LARGEST) for exponent in range(LARGEST + 1)]
         found = [(fake_quantize(x, scale * factor, zero_point, quantizer.spec) - x).square().mean(dim=2) for factor in factors]
         return torch.stack(found, dim=2)
 
@@ -271,11 +246,9 @@ class PowerOfTwoScaling(Pass):
         """The exponent of each channel, and the share of samples that agree with it; ties go to the coarser step."""
         coarsest_first = errors.flip(dims=(2,))
         votes = functional.one_hot(coarsest_first.argmin(dim=2), errors.shape[2]).float().mean(dim=0)  # [channels, exponents]
-        chosen = coarsest_first.sum(dim=0).argmin(dim=1) if self.select == "total" else votes.argmax(dim=1)
+        chosen = votes.argmax(dim=1)
         agreement = votes.gather(1, chosen[:, None])[:, 0]
-        if self.select == "vote":
-            chosen = torch.where(agreement >= self.agreement, chosen, 0)
-        return self.largest - chosen, agreement
+        return LARGEST - torch.where(agreement >= AGREEMENT, chosen, 0), agreement
 
 
 def _layer(unit: Unit) -> QuantizedLayer:

@@ -1,23 +1,20 @@
 """The recorded latents that a search learns on, added round by round at timesteps that it chooses.
 
 The rule of ADP-DM (Wang et al. 2024, arXiv 2305.18723) adds latents where the search is undecided, or was seldom:
-``score(t) = H_t + bonus / (N_t + 1)``, H_t the entropy there and N_t how often t was chosen. For comparison: all timesteps alike,
-the normal distribution of PTQ4DM (Shang et al. 2023, arXiv 2211.15736), and the rule of ADP-DM's released code.
+``score(t) = H_t + 1.5 / (N_t + 1)``, H_t the entropy there and N_t how often t was chosen.
 """
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffquant.calibration.selection import normal_shares
 from diffquant.core.clock import StepClock
 
-Selection = Literal["searched", "uniform", "normal", "released"]
-RELEASED_FIRST = 0.3  # the released rule leaves out this share of the steps, from the clean end
+BONUS = 1.5  # of an interval that was not chosen yet
 
 
 @final
@@ -28,10 +25,8 @@ class Pool:
     interval was chosen.
     """
 
-    def __init__(
-        self, size: int, interval_of_sample: Int[Tensor, " recorded"], clock: StepClock, selection: Selection, bonus: float
-    ) -> None:
-        self.interval_of_sample, self.clock, self.selection, self.bonus = interval_of_sample, clock, selection, bonus
+    def __init__(self, size: int, interval_of_sample: Int[Tensor, " recorded"], clock: StepClock) -> None:
+        self.interval_of_sample = interval_of_sample
         self.chosen = torch.full((min(size, len(interval_of_sample)),), -1)
         self.counts = torch.zeros(clock.intervals, dtype=torch.long)
 
@@ -46,22 +41,12 @@ class Pool:
         visited[self.interval_of_sample[self.samples]] = True
         return visited
 
-    def choose(self, entropy: Float[Tensor, " intervals"], generator: torch.Generator) -> int:
+    def choose(self, entropy: Float[Tensor, " intervals"]) -> int:
         """The interval at which the next samples are taken."""
         count = len(self.counts)
         there = torch.bincount(self.interval_of_sample, minlength=count)
         left = there - torch.bincount(self.interval_of_sample[self.samples], minlength=count)
-        if self.selection == "normal":
-            share = normal_shares(list(self.clock.timesteps)).repeat(self.clock.branches) * (left > 0)
-            return int(torch.multinomial(share, 1, generator=generator))
-        if self.selection == "uniform":
-            score = -self.counts.float() + torch.rand(count, generator=generator) / 2
-        elif self.selection == "released":
-            score = entropy - 2.0 * self.counts
-            times = self.clock.times
-            score[torch.arange(count) % times >= times - int(RELEASED_FIRST * times)] = -torch.inf
-        else:
-            score = entropy + self.bonus / (self.counts + 1)
+        score = entropy + BONUS / (self.counts + 1)
         return int(score.masked_fill(left <= 0, -torch.inf).argmax())
 
     def grow(self, round_: int, rounds: int, entropy: Float[Tensor, " intervals"], generator: torch.Generator) -> None:
@@ -69,7 +54,7 @@ class Pool:
         begin, end = (len(self.chosen) * edge // rounds for edge in (round_, round_ + 1))
         if end == begin:
             return
-        interval = self.choose(entropy, generator)
+        interval = self.choose(entropy)
         self.counts[interval] += 1
         used = torch.zeros(len(self.interval_of_sample), dtype=torch.bool)
         used[self.chosen[:begin]] = True

@@ -6,8 +6,8 @@ averaged over the recorded timesteps and conditions, and becomes ``smooth`` of t
 
 Source: Chu et al. 2024 (arXiv 2403.19140); released code.
 *Differs*: magnitudes are floored at 1 (paper: no floor known; channels that the embedding hardly touches would be divided by nearly
-nothing and become the largest), ``form`` gives the others; what makes a layer's own output worse is not used (``guard``); classes
-and texts enter by the mean over recorded calls. Vectors of several methods on one layer multiply.
+nothing and become the largest); what makes a layer's own output worse is not used (``guard``); classes and texts enter by the mean
+over recorded calls. Vectors of several methods on one layer multiply. What else was tried: docs/studies/qncd.md.
 """
 
 from __future__ import annotations
@@ -34,21 +34,18 @@ NO_BLOCK = (
     "EmbeddingSmoothing: no residual block with a time embedding has smooth: true and both operands quantized on conv2; without "
     "such blocks take brecq, which does the rest of qncd"
 )
-SMALLEST = 1e-2  # of a norm's weight, and of the vector where nothing else floors it
-Form = Literal["floored", "unfloored", "released"]
+SMALLEST = 1e-2  # of a norm's weight
 
 
 @final
 class EmbeddingSmoothing(Pass):
     """Multiply ``smooth`` of every residual block's second convolution by what the embedding raises its channels by.
 
-    ``form``: ``floored`` at 1; ``unfloored``, as printed; ``released``, the code's: without the magnitude, and normalising the
-    scale as if it were added. With ``guard`` a layer whose own output error would grow keeps its vector.
+    With ``guard`` a layer whose own output error would grow keeps its vector.
     """
 
     before_ranges: ClassVar[bool] = True
 
-    form: Form = "floored"
     guard: bool = True
     samples: int = Field(default=256, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -74,7 +71,7 @@ class EmbeddingSmoothing(Pass):
         with evaluating(model), torch.no_grad(), full_precision(model):
             embeddings = projected_embeddings(model, blocks, data, indices.split(self.batch_size))
             for name, block in blocks.items():
-                layer, found = block.conv2, smoothing(block, embeddings[name], self.form)
+                layer, found = block.conv2, smoothing(block, embeddings[name])
                 row: dict[str, object] = {"layer": f"{name}.conv2", "operand": "smooth", "largest": float(found.max())}
                 row["least"], row["used"] = float(found.min()), bool((found != 1).any())
                 if self.guard and row["used"]:
@@ -133,22 +130,15 @@ def projected_embeddings(
     return found
 
 
-def smoothing(block: Any, embeddings: list[tuple[Tensor, Tensor]], form: Form) -> Float[Tensor, " channels"]:
+def smoothing(block: Any, embeddings: list[tuple[Tensor, Tensor]]) -> Float[Tensor, " channels"]:
     """The vector of one block: a mean over timesteps of means over the samples of each."""
     values, intervals = torch.cat([values for values, _ in embeddings]), torch.cat([where for _, where in embeddings])
     if block.time_embedding_norm == "scale_shift":
         values = values.chunk(2, dim=1)[0]  # the shift raises nothing in proportion
-    if form != "released" and block.time_embedding_norm == "scale_shift":
-        raised = _mean_over_time((1 + values).abs(), intervals)
-        return raised.clamp(min=SMALLEST if form == "unfloored" else 1.0)
+        return _mean_over_time((1 + values).abs(), intervals).clamp(min=1.0)
     norm: nn.GroupNorm = block.norm2
-    normalised, weight = group_normalised(values, norm), norm.weight.float()
-    if form == "released":
-        return (weight * _mean_over_time(normalised, intervals).clamp(min=1.0)).clamp(min=SMALLEST)
-    raised = _mean_over_time(normalised.abs(), intervals)
-    if form == "unfloored":
-        return (weight.abs() * raised).clamp(min=SMALLEST)
-    return weight.abs().clamp(min=SMALLEST) * raised.clamp(min=1.0)
+    raised = _mean_over_time(group_normalised(values, norm).abs(), intervals)
+    return norm.weight.float().abs().clamp(min=SMALLEST) * raised.clamp(min=1.0)
 
 
 def group_normalised(embeddings: Float[Tensor, "n channels"], norm: nn.GroupNorm) -> Float[Tensor, "n channels"]:

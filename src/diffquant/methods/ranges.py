@@ -1,7 +1,7 @@
 """CalibrateRanges: scales and zero points of weights and activations from the values they take.
 
 Activations are watched while the full-precision model runs on the recorded calls, each parameter set seeing the timesteps that the
-quantizer's table gives it. ``mse`` and ``percentile`` look at histograms, so memory does not grow with the number of samples.
+quantizer's table gives it. ``mse`` looks at histograms, so memory does not grow with the number of samples.
 
 Sources: error to the power 2.4 and 80 shrunken ranges, Q-Diffusion (Li et al. 2023, arXiv 2302.04304) after PTQ4DM (arXiv
 2211.15736); moving average 0.95, TFMQ-DM (arXiv 2311.16503).
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run
 from diffquant.calibration.replay import call_recorded
-from diffquant.calibration.selection import Timesteps, pick
 from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize, scale_from_range
 from diffquant.core.layers import smoothed_weight
@@ -32,26 +31,24 @@ from diffquant.methods.passes import Figures, Pass, evaluating
 
 BINS = 2048
 CHUNK = 1 << 21  # values that a search holds at a time
-Method = Literal["minmax", "ema", "percentile", "mse"]
+POWER = 2.4  # of the error that ``mse`` minimises
+MOMENTUM = 0.95  # of ``ema``
+Method = Literal["minmax", "ema", "mse"]
 
 
 @final
 class CalibrateRanges(Pass):
-    """Set every range by ``minmax``, ``ema`` (moving average of the batches' extremes), ``percentile`` or ``mse``.
+    """Set every range by ``minmax``, ``ema`` (moving average of the batches' extremes) or ``mse``.
 
-    ``mse`` minimises the mean of |x - quantized x| to the power `power` over ranges shrunk in `candidates` steps. ``samples`` is
-    the number of recorded calls that are looked at, spread over the ``timesteps`` evenly or, as in PTQ4DM, normally.
+    ``mse`` minimises the mean of |x - quantized x| to the power 2.4 over ranges shrunk in `candidates` steps. ``samples`` is the
+    number of recorded calls that are looked at, spread evenly over the timesteps.
     """
 
     weights: Method = "mse"
     activations: Method = "mse"
     samples: int = Field(default=512, ge=1)
     batch_size: int = Field(default=32, ge=1)
-    power: float = Field(default=2.4, gt=0)
     candidates: int = Field(default=80, ge=2)
-    percentile: float = Field(default=99.9, gt=50, le=100)
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    timesteps: Timesteps = "uniform"
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Calibrate all quantizers of `model`. Raises `CalibrationError` naming a quantizer that saw no or non-finite values."""
@@ -68,11 +65,11 @@ class CalibrateRanges(Pass):
     @property
     def weight_options(self) -> dict[str, Any]:
         """Those of the search."""
-        return self.model_dump(include={"weights", "power", "candidates", "percentile"})
+        return self.model_dump(include={"weights", "candidates"})
 
     def sample_forwards(self, blocks: int) -> float:
         """Once over the samples for the extremes, once more for histograms."""
-        return self.samples * (2.0 if self.activations in ("mse", "percentile") else 1.0)
+        return self.samples * (2.0 if self.activations == "mse" else 1.0)
 
     def _calibrate_weight(self, quantizer: Quantizer, weight: Float[Tensor, "out in ..."]) -> float:
         sizes = quantizer.splits or (weight.shape[1],)
@@ -95,16 +92,16 @@ class CalibrateRanges(Pass):
         watched = [(name, quantizer) for name, quantizer in named if only is None or name in only]
         if not watched:
             return []
-        indices = pick(data, self.samples, generator, self.timesteps)
+        indices = data.subset(min(self.samples, len(data)), generator)
         indices = indices[data.timestep_of()[indices].argsort(descending=True, stable=True)]
-        momentum = self.momentum if self.activations == "ema" else None
+        momentum = MOMENTUM if self.activations == "ema" else None
         ranges = {name: _Extremes(quantizer, momentum) for name, quantizer in watched}
         self._watch(model, data, indices, watched, ranges, run, "ranges of activations")
         for name, seen in ranges.items():
             if not torch.isfinite(seen.low).all():
                 raise CalibrationError(f"{name}: saw no values, or inf or nan, for some timesteps; record more samples")
         histograms: dict[str, _Histogram] = {}
-        if self.activations in ("mse", "percentile"):
+        if self.activations == "mse":
             histograms = {name: _Histogram(quantizer, ranges[name].low, ranges[name].high) for name, quantizer in watched}
             self._watch(model, data, indices, watched, histograms, run, "histograms of activations")
         rows: list[dict[str, object]] = []
@@ -157,12 +154,8 @@ class CalibrateRanges(Pass):
         method: Method,
         widest: tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]],
     ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """The range of each row of weighted values, sorted along the last axis where `method` is ``percentile``."""
-        if method == "percentile":
-            return _percentile(values, counts, self.percentile)
-        if method != "mse":
-            return widest
-        return search_range(values, counts, spec, widest, self.candidates, self.power)
+        """The range of each row of weighted values."""
+        return search_range(values, counts, spec, widest, self.candidates) if method == "mse" else widest
 
 
 def search_range(
@@ -171,7 +164,7 @@ def search_range(
     spec: QuantSpec,
     widest: tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]],
     candidates: int = 80,
-    power: float = 2.4,
+    power: float = POWER,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
     """The range inside `widest` that minimises the weighted mean of |x - quantized x| ** power, for each row.
 
@@ -208,17 +201,6 @@ def search_range(
 
 def _extremes(values: Float[Tensor, "rows n"]) -> tuple[Tensor, Tensor]:
     return values.amin(dim=1), values.amax(dim=1)
-
-
-def _percentile(values: Tensor, counts: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
-    """Lower and upper percentile of each row of weighted values."""
-    values, order = values.sort(dim=1)
-    share = counts.gather(1, order).cumsum(dim=1)
-    share = share / share[:, -1:]
-    upper = percentile / 100
-    low = values.gather(1, (share < 1 - upper).sum(dim=1, keepdim=True).clamp(max=values.shape[1] - 1))
-    high = values.gather(1, (share < upper).sum(dim=1, keepdim=True).clamp(max=values.shape[1] - 1))
-    return low[:, 0], high[:, 0]
 
 
 def _parts(quantizer: Quantizer, x: Tensor) -> list[tuple[int, int, Tensor]]:

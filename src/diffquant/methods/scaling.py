@@ -20,14 +20,12 @@ from diffquant.methods.ranges import search_range
 class Live:
     """How operands are quantized whose ranges follow a vector.
 
-    Ranges of inputs are the extremes of all samples, or ``per_sample``, times ``shrink`` where that is given; those of weights
-    extremes, or ``searched`` as in ``mse``. ``weight_error`` is the share of the weights' rounding errors that is made.
+    Ranges of inputs are the extremes of all samples, times ``shrink`` where that is given; those of weights extremes, or
+    ``searched`` as in ``mse``.
     """
 
-    per_sample: bool = False
     shrink: tuple[Float[Tensor, " splits"], Float[Tensor, " splits"]] | None = None
     searched: bool = False
-    weight_error: float = 1.0
 
 
 def has_both(layer: QuantizedLayer) -> bool:
@@ -56,15 +54,15 @@ def relative_error(layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Ten
 
 
 def searched_shrink(
-    layer: QuantizedLayer, x: Float[Tensor, "n ..."], batch_size: int, per_sample: bool, batches: int = 4, values: int = 1 << 16
+    layer: QuantizedLayer, x: Float[Tensor, "n ..."], batch_size: int, batches: int = 4, values: int = 1 << 16
 ) -> tuple[Float[Tensor, " splits"], Float[Tensor, " splits"]]:
-    """What the search of ``mse`` leaves of the least and the largest input: the mean share over some batches, or samples."""
+    """What the search of ``mse`` leaves of the least and the largest input: the mean share over some batches."""
     assert layer.input_quantizer is not None
     axis, spec = 1 if isinstance(layer, QuantizedConv2d) else x.dim() - 1, layer.input_quantizer.spec
     lows, highs = [], []
     for batch in x[:: max(1, len(x) // (batches * batch_size))].split(batch_size)[:batches]:
         for part in batch.float().split(_sizes(layer), dim=axis):
-            rows = part.flatten(1) if per_sample else part.reshape(1, -1)
+            rows = part.reshape(1, -1)
             widest = rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
             some = rows[:, :: max(1, rows.numel() // values)]
             low, high = search_range(some, torch.ones_like(some), spec, widest)
@@ -93,18 +91,18 @@ def _live_input(layer: QuantizedLayer, smooth: Tensor, x: Tensor, live: Live) ->
     sizes, spec = _sizes(layer), quantizer.spec
     shrink = [(1.0, 1.0)] * len(sizes) if live.shrink is None else list(zip(*(ends.tolist() for ends in live.shrink), strict=True))
     parts = zip(x.float().split(sizes, dim=axis), (1 / smooth).split(sizes), shrink, strict=True)
-    found = [_live_part(part, factors, axis, live.per_sample, ends, spec) for part, factors, ends in parts]
+    found = [_live_part(part, factors, axis, ends, spec) for part, factors, ends in parts]
     return found[0] if len(found) == 1 else torch.cat(found, dim=axis)
 
 
-def _live_part(x: Tensor, factors: Tensor, axis: int, per_sample: bool, shrink: tuple[float, float], spec: QuantSpec) -> Tensor:
+def _live_part(x: Tensor, factors: Tensor, axis: int, shrink: tuple[float, float], spec: QuantSpec) -> Tensor:
     """`x` times positive `factors` of its channels on `axis`, quantized over its extremes times `shrink`.
 
     The extremes are found before the product.
     """
-    reduced = [dim for dim in range(x.dim()) if dim != axis and not (per_sample and dim == 0)]
+    reduced = [dim for dim in range(x.dim()) if dim != axis]
     channels = x.detach()
-    low, high = (channels.amin(reduced), channels.amax(reduced)) if reduced else (channels, channels)
+    low, high = channels.amin(reduced), channels.amax(reduced)
     low, high = (low * factors).amin(dim=-1) * shrink[0], (high * factors).amax(dim=-1) * shrink[1]
     scale, zero_point = scale_from_range(low, high, spec)
     shape = (-1, *[1] * (x.dim() - 1))
@@ -117,8 +115,7 @@ def _live_weight(layer: QuantizedLayer, smooth: Tensor, live: Live) -> Tensor:
     assert quantizer is not None and layer.weight is not None
     weight = layer.weight.float() * smooth.view(1, -1, *[1] * (layer.weight.dim() - 2))
     parts = weight.split(_sizes(layer), dim=1)
-    rounded = torch.cat([_live(part, quantizer.rows, quantizer.spec, live.searched) for part in parts], dim=1)
-    return rounded if live.weight_error == 1 else weight.lerp(rounded, live.weight_error)
+    return torch.cat([_live(part, quantizer.rows, quantizer.spec, live.searched) for part in parts], dim=1)
 
 
 def _sizes(layer: QuantizedLayer) -> tuple[int, ...]:

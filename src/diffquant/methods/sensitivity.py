@@ -32,11 +32,13 @@ from diffquant.core.surgery import full_precision, switched
 from diffquant.methods.gradients import carried_back
 from diffquant.methods.passes import Pass, draw_seed, evaluating
 
+DIRECTIONS = 2  # for each batch
+
 
 class SensitivityPass(Pass):
     """A pass that measures sensitivities first, ``of`` the model's prediction in recorded calls or of the last sample.
 
-    Of the prediction: ``samples`` calls in batches of ``batch_size``, ``directions`` random directions for each batch. Of the last
+    Of the prediction: ``samples`` calls in batches of ``batch_size``, two random directions for each batch. Of the last
     sample: ``trajectories``, one by one, a direction each; they count alike, however far one of them magnifies errors. The
     estimate's relative standard deviation is about the square root of 2 over all directions. ``checkpointing`` where the model's
     graph does not fit: see `AccuQuant`.
@@ -46,12 +48,11 @@ class SensitivityPass(Pass):
     trajectories: int = Field(default=32, ge=1)
     samples: int = Field(default=256, ge=1)
     batch_size: int = Field(default=8, ge=1)
-    directions: int = Field(default=2, ge=1)
     checkpointing: bool = False
 
     def sample_forwards(self, blocks: int) -> float:
         """A forward pass, and a backward pass for each direction; of trajectories, both and a forward pass for each step."""
-        return float(self.samples * (1 + 2 * self.directions)) if self.of == "prediction" else 200.0 * self.trajectories
+        return float(self.samples * (1 + 2 * DIRECTIONS)) if self.of == "prediction" else 200.0 * self.trajectories
 
     def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
         """Raise `CalibrationError` where trajectories are needed and cannot be replayed."""
@@ -81,16 +82,16 @@ class SensitivityPass(Pass):
             for picked in batches:
                 with torch.enable_grad():
                     output = predicted(model, call_recorded(model, data, picked)).float()
-                for i in range(self.directions):
+                for i in range(DIRECTIONS):
                     direction = torch.randn(output.shape, generator=generator).to(output.device)
                     found = torch.autograd.grad(
-                        output, list(gates.values()), direction, retain_graph=i + 1 < self.directions, allow_unused=True
+                        output, list(gates.values()), direction, retain_graph=i + 1 < DIRECTIONS, allow_unused=True
                     )
                     for name, value in zip(gates, found, strict=True):
                         squares[name] += 0.0 if value is None else float(value) ** 2
                 run.progress.advance(task)
         run.progress.remove_task(task)
-        calls = len(batches) * self.directions
+        calls = len(batches) * DIRECTIONS
         return {name: value / calls for name, value in squares.items()}
 
     def _of_last_samples(

@@ -69,12 +69,11 @@ class UnitPass(Pass):
         prefix: Callable[[Quantizer], bool] | None,
         fit_unit: Callable[[Unit, UnitInputs, UnitInputs, int, Run], Fitted],
         wanted_unit: Callable[[Unit], bool] = lambda unit: True,
-        mixed: bool = False,
     ) -> Figures:
         """Fit every unit that `wanted_unit` names.
 
         `prefix` says which quantizers are on while inputs are recorded and the unit is fitted; None: none is, and none needs to be
-        calibrated. `mixed`: the full-precision inputs of a unit are needed too.
+        calibrated.
         """
         indices = data.subset(min(self.samples, len(data)), generator)
         rows: list[dict[str, object]] = []
@@ -95,7 +94,7 @@ class UnitPass(Pass):
                     restore_quantizers(unit.module, tensors)
                     fitted = Fitted(**json.loads(metadata["fitted"]))
                 else:
-                    given, wanted = self._observed(unit, targets, prefix is not None, mixed, here)
+                    given, wanted = self._observed(unit, targets, prefix is not None, here)
                     wanted.counts = targets.counts
                     fitted = fit_unit(unit, given, wanted, seed, here)
                     del given, wanted  # before those of the next unit are there
@@ -107,18 +106,18 @@ class UnitPass(Pass):
             run.progress.remove_task(task)
         return {"layers": rows, "iterations": self.iterations, "samples": len(indices)}
 
-    def _observed(self, unit: Unit, targets: _Targets, prefixed: bool, mixed: bool, run: Run) -> tuple[UnitInputs, UnitInputs]:
+    def _observed(self, unit: Unit, targets: _Targets, prefixed: bool, run: Run) -> tuple[UnitInputs, UnitInputs]:
         """What the unit is given, through the quantized prefix where there is one, and what it is wanted to put out."""
 
         def observed(memory: float, outputs: bool) -> UnitInputs:
             calls = (targets.model, unit.module, targets.data, targets.indices, self.batch_size)
             return observe_unit(*calls, memory=memory, folder=run.folder, outputs=outputs)
 
-        if prefixed and not mixed:
+        if prefixed:
             return observed(run.memory / 2, False), targets.of(unit, run)
         with full_precision(targets.model):
-            wanted = observed(run.memory / 2 if prefixed else run.memory, True)
-        return (observed(run.memory / 2, False) if prefixed else wanted), wanted
+            wanted = observed(run.memory, True)
+        return wanted, wanted
 
 
 class _Targets:
@@ -176,16 +175,9 @@ def in_order(model: nn.Module, found: list[Unit], data: Trajectory, kind: str) -
     return sorted((unit for unit in found if unit.module in position), key=lambda unit: position[unit.module])
 
 
-def call_unit(
-    unit: Unit, inputs: UnitInputs, picked: Tensor, other: UnitInputs | None = None, keep: Tensor | None = None
-) -> list[Tensor]:
-    """The unit's outputs for the picked samples, each at its interval; first input taken from `other` where `keep` is False."""
+def call_unit(unit: Unit, inputs: UnitInputs, picked: Tensor) -> list[Tensor]:
+    """The unit's outputs for the picked samples, each at its interval."""
     arguments, keywords = inputs.rows(picked)
-    if other is not None and keep is not None:
-        replacements, _ = other.rows(picked)
-        if arguments and isinstance(arguments[0], Tensor):
-            mask = keep.view(arguments[0].shape)
-            arguments[0] = torch.where(mask, arguments[0], replacements[0])
     _set_intervals(unit.module, inputs, picked)
     return output_tensors(unit.module(*arguments, **keywords))
 
@@ -199,16 +191,12 @@ def _set_intervals(module: nn.Module, inputs: UnitInputs, picked: Tensor) -> Non
 
 
 def minibatch_error(
-    unit: Unit, given: UnitInputs, wanted: UnitInputs, batch_size: int, power: float, mix: float, generator: torch.Generator
+    unit: Unit, given: UnitInputs, wanted: UnitInputs, batch_size: int, power: float, generator: torch.Generator
 ) -> Tensor:
-    """The unit's error to the `power` on samples drawn from `generator`, a share `mix` of input values in full precision."""
+    """The unit's error to the `power` on samples drawn from `generator`."""
     samples = len(wanted.outputs[0])
     picked = torch.randperm(samples, generator=generator)[:batch_size]
-    keep = None
-    if mix > 0 and given.arguments and isinstance(given.arguments[0], Tensor):
-        shape = (len(picked), *given.arguments[0].shape[1:])
-        keep = (torch.rand(shape, generator=generator) >= mix).to(given.device)
-    output = call_unit(unit, given, picked, wanted if keep is not None else None, keep)
+    output = call_unit(unit, given, picked)
     return lp_loss(wanted.counted(output, picked), wanted.counted(wanted.targets(picked), picked), power)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import diffquant as dq
+from chains import gradient_into_leaves
 from diffquant.calibration import fit, memory, replay
 from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
@@ -22,7 +23,6 @@ from diffquant.core.planning import plan
 from diffquant.core.spec import CalibrationError, LayerRule
 from diffquant.core.surgery import Unit, enable, prepare, quantizers, units
 from diffquant.methods.accuquant import AccuQuant
-from diffquant.methods.gradients import segment_gradient
 from diffquant.methods.passes import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.rounding import LearnScales, ReconstructRounding
@@ -33,7 +33,7 @@ from tests import pipelines
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 RANGES = CalibrateRanges(samples=8, batch_size=4, candidates=4)
 PASSES = {
-    "rounding": ReconstructRounding(iterations=3, samples=8, batch_size=3, mix=0.5),
+    "rounding": ReconstructRounding(iterations=3, samples=8, batch_size=3),
     "scales": LearnScales(iterations=3, samples=8, batch_size=3),
 }
 
@@ -217,7 +217,7 @@ def rollout(**options: bool) -> Rollout:
 def gradient(kind: str, **options: bool) -> torch.Tensor:
     through = rollout(**options)
     chain = through.chain(torch.tensor([0, 1]), range(3))
-    segment_gradient(chain, chain.recorded(0), lambda i: chain.recorded(i + 1), kind)
+    gradient_into_leaves(chain, chain.recorded(len(chain.steps)), kind)
     assert not any("forward" in vars(module) for module in through.model.modules())
     last = through.data.timesteps.index(min(through.data.timesteps))
     assert through.model.step_clock.interval == (last if kind == "chain" else 0)  # of the last forward pass

@@ -15,13 +15,14 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import nn
 
 import diffquant as dq
+from chains import gradient_into_leaves
 from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.core.spec import RecipeError, SpecError
 from diffquant.core.surgery import quantized_layers, quantizers
 from diffquant.methods.accuquant import AccuQuant, visited
-from diffquant.methods.gradients import carried_back, segment_gradient
+from diffquant.methods.gradients import carried_back
 from diffquant.methods.passes import evaluating, quantizer_state
 from diffquant.recipe import load_recipe
 from tests import pipelines
@@ -54,21 +55,6 @@ class Hand(Chain):
         now, after = self.abar[i], self.abar[i + 1]
         a = (after / now) ** 0.5
         return a * latent + ((1 - after) ** 0.5 - a * (1 - now) ** 0.5) * model_output, state
-
-
-def by_autograd(chain, start, target):
-    """Plain back-propagation through the whole chain, as the reference."""
-    latent, state = start, chain.state
-    for i in range(len(chain.steps)):
-        latent, state = chain.step(chain.predict(latent, i, state), latent, i, state)
-    loss = (latent - target).square().mean()
-    loss.backward()
-    return loss.detach()
-
-
-def gradient_into_leaves(chain, target, gradient):
-    start = chain.recorded(0)
-    return by_autograd(chain, start, target) if gradient == "chain" else segment_gradient(chain, start, target, gradient)
 
 
 @pytest.mark.parametrize(("gradient", "expected"), [("exact", -0.649942), ("chain", -0.649942), ("identity", -0.636523)])

@@ -101,6 +101,15 @@ def test_a_rule_can_be_added():
         load_recipe("brecq-w4a6", ["layers.+=8"])
 
 
+def test_options_of_a_pass_by_its_name():
+    by_name = load_recipe("accuquant-w4a8", ["AccuQuant.iterations=7", "CalibrateRanges.samples=9"])
+    assert by_name == load_recipe("accuquant-w4a8", ["passes.2.iterations=7", "passes.0.samples=9"])
+    with pytest.raises(RecipeError, match=r"CalibrateRanges.samples: CalibrateRanges is passes.0 and passes.2; say which"):
+        load_recipe("mixed-w4a8", ["CalibrateRanges.samples=9"])
+    with pytest.raises(RecipeError, match=r"no pass AccuQuant; the recipe has CalibrateRanges, ReconstructRounding, LearnScales"):
+        load_recipe("brecq-w4a8", ["AccuQuant.iterations=7"])
+
+
 def test_a_recipe_that_does_not_start_with_ranges_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nsummary: x\nlayers: [{match: '@all', weight_bits: 4}]\npasses: [{pass: LearnScales}]\n")

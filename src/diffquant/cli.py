@@ -60,7 +60,10 @@ errors = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Pipeline directory, hub id, or reference model (glyph-ddim, glyph-sd, glyph-dit).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override in the recipe by path, e.g. passes.1.iterations=100.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override in the recipe by path, e.g. AccuQuant.iterations=100, passes.1.samples=64."),
+]
 PROTOCOL_HELP = (
     "How to sample: a shipped protocol (stable-diffusion-coco), a .yaml file, or an assignment such as sampler=ddim, eta=1, "
     "seed=3, guidance_scale=3; repeat to change more (docs/reproduce.md)."

@@ -97,7 +97,9 @@ def shipped() -> list[str]:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe called `name` (``brecq-w4a8``, or a path to a YAML file), with overrides such as ``passes.1.iterations=100``.
+    """The recipe called `name` (``brecq-w4a8``, or a path to a YAML file), with overrides such as ``AccuQuant.iterations=100``.
+
+    A pass is named by its class where it occurs once, or by its position, as in ``passes.1.iterations=100``.
 
     ``layers.+={match: "*.conv2", input_bits: 8}`` adds a rule after the others.
 
@@ -179,9 +181,12 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
-    """Set `path` (keys and list positions joined by dots, ``+`` for a new last one) in a raw recipe."""
+    """Set `path` (keys and list positions joined by dots, ``+`` for a new last one) in a raw recipe.
+
+    The name of a pass stands for its place: ``AccuQuant.iterations`` is ``passes.2.iterations`` where it is the third.
+    """
     place: Any = raw
-    *parents, last = path.split(".")
+    *parents, last = _by_place(raw, path).split(".")
     for part in parents:
         try:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
@@ -197,6 +202,20 @@ def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
         place[last] = value
     else:
         raise RecipeError(f"{path}: {last!r} does not lead anywhere; the recipe has {place!r} there")
+
+
+def _by_place(raw: dict[str, Any], path: str) -> str:
+    """A path that begins with the name of a pass, by its position. Raises `RecipeError` where it is not there, or twice."""
+    name, _, rest = path.partition(".")
+    passes = raw.get("passes")
+    if name not in PASSES or not rest or not isinstance(passes, list):
+        return path
+    places = [index for index, step in enumerate(passes) if isinstance(step, dict) and step.get("pass") == name]
+    if len(places) != 1:
+        there = ", ".join(str(step.get("pass")) for step in passes if isinstance(step, dict))
+        where = " and ".join(f"passes.{index}" for index in places)
+        raise RecipeError(f"{path}: {name} is {where}; say which" if places else f"{path}: no pass {name}; the recipe has {there}")
+    return f"passes.{places[0]}.{rest}"
 
 
 def _choices(place: Any) -> str:

@@ -170,7 +170,7 @@ class FitCoefficients(_Fitted):
         return _kept(model, Coefficients(timesteps=timesteps, factor=of_timestep(factors), bias=biases, scheduler=scheduler))
 
     def factor(self, noise: Float[Tensor, "channels n"], given: Float[Tensor, "channels n"]) -> Float[Tensor, " channels"]:
-        """The minimum of (1 - relative) mean (K g - e)^2 + relative mean ((K g - e) / e)^2 + ridge (K - 1)^2, for each channel."""
+        """The minimum of 0.5 mean (K g - e)^2 + 0.5 mean ((K g - e) / e)^2 + 0.1 (K - 1)^2, for each channel."""
         ratio = torch.where(noise.abs() >= SMALLEST, given / noise, 1.0)
         over = (1 - RELATIVE) * (given * noise).mean(dim=1) + RELATIVE * ratio.mean(dim=1) + RIDGE
         under = (1 - RELATIVE) * given.square().mean(dim=1) + RELATIVE * ratio.square().mean(dim=1) + RIDGE

@@ -21,7 +21,7 @@ from diffquant.calibration import record as store
 from diffquant.calibration import recorded_batch
 from diffquant.calibration.observe import PROMPTS, Calibration, find_denoiser, observe
 from diffquant.calibration.record import record
-from diffquant.calibration.trajectory import Trajectory, model_hash
+from diffquant.calibration.trajectory import Trajectory, content_name, model_hash
 from diffquant.core.spec import CalibrationError
 from tests import pipelines
 
@@ -284,6 +284,11 @@ def test_model_hash_ignores_buffers_and_sees_one_weight():
     with torch.no_grad():
         other.conv_out.bias[0] += 1e-6
     assert model_hash(model) != model_hash(other)
+
+
+def test_an_expanded_number_has_the_name_of_its_value():
+    """Wan expands its timestep to the batch: with one sample a tensor of stride 0, which is contiguous."""
+    assert content_name(torch.tensor(5.0).expand(1)) == content_name(torch.tensor([5.0]))
 
 
 def test_recorded_without_clipping(tmp_path, ddim):

@@ -322,7 +322,10 @@ def _digest_of_json(value: dict[str, Any]) -> str:
 def digest_tensor(digest: Any, tensor: Tensor) -> None:
     """Add shape, dtype and bytes of a CPU tensor to a hashlib digest."""
     digest.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat = tensor.contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # of one value that was expanded, which counts as contiguous
+        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
+    digest.update(flat.view(torch.uint8).numpy())
 
 
 @contextmanager

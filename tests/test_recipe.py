@@ -101,6 +101,28 @@ def test_a_rule_can_be_added():
         load_recipe("brecq-w4a6", ["layers.+=8"])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: mine\xff", "not a text in UTF-8 .invalid start byte at byte 10"),
+        (b"name: mine\nsummary: x\nlayers:\npasses: []", "layers: Input should be a valid tuple"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(content, message, tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_a_finished_pass_that_was_altered_is_refused(tmp_path):
+    fit.save_tensors(tmp_path / "pass.safetensors", {"scale": torch.ones(4)}, {"row": "{}"})
+    data = bytearray((tmp_path / "pass.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "pass.safetensors").write_bytes(bytes(data))
+    with pytest.raises(CalibrationError, match="damaged .its contents are not those that were written.; delete it"):
+        fit.load_tensors(tmp_path / "pass.safetensors")
+
+
 def test_options_of_a_pass_by_its_name():
     by_name = load_recipe("accuquant-w4a8", ["AccuQuant.iterations=7", "CalibrateRanges.samples=9"])
     assert by_name == load_recipe("accuquant-w4a8", ["passes.2.iterations=7", "passes.0.samples=9"])

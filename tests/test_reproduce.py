@@ -22,11 +22,12 @@ def test_from_weights_to_report_and_again(name: str, build: str, tmp_path: Path,
     arguments = ("reproduce", name, "--model", model, "--out", out, "--recipe", "mse-w4a8", "--samples", 2, *sets, *few)
     assert run(*arguments) == 0
     assert (out / "report" / "report.md").is_file() and (out / "checkpoint" / "unet").is_dir()
-    written = (out / "checkpoint" / "unet" / "config.json").stat().st_mtime_ns
+    batch = next((out / "work" / "recording").glob("batch-*")).stat().st_mtime_ns
     capsys.readouterr()
-    assert run(*arguments) == 0
-    assert (out / "checkpoint" / "unet" / "config.json").stat().st_mtime_ns == written
-    assert "mse-w4a8" in capsys.readouterr().out
+    assert run(*["minmax-w8a8" if each == "mse-w4a8" else each for each in arguments]) == 0
+    assert next((out / "work" / "recording").glob("batch-*")).stat().st_mtime_ns == batch
+    assert "minmax-w8a8" in capsys.readouterr().out  # and not what the first run left
+    assert '"recipe": "minmax-w8a8"' in (out / "checkpoint" / "unet" / "config.json").read_text()
 
 
 def test_every_released_checkpoint_has_its_protocol() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 from diffquant.calibration.observe import Calibration
 from diffquant.calibration.timing import Timing
-from diffquant.calibration.trajectory import renamed_when_done
+from diffquant.core.files import digest_of_json, renamed_when_done
 from diffquant.core.spec import CalibrationError
 from diffquant.core.surgery import unit_count
 from diffquant.recipe import Recipe, load_recipe
@@ -62,7 +61,7 @@ def remembered(path: Path | None, asked: dict[str, Any], found: Callable[[], Bud
 
     Raises `CalibrationError` where `path` cannot be read.
     """
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    key = digest_of_json(asked)
     if path is not None and path.is_file():
         try:
             kept = json.loads(path.read_text())

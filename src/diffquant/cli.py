@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-import yaml
-from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from safetensors import SafetensorError
@@ -22,7 +18,7 @@ from safetensors import SafetensorError
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.progress import bars
-from diffquant.core.spec import CheckpointError, DiffquantError
+from diffquant.core.spec import DiffquantError
 from diffquant.demo import run_demo
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import FeatureExtractor
@@ -37,13 +33,14 @@ from diffquant.quantization import DEFAULT_RECIPE
 from diffquant.recipe import shipped
 from diffquant.reproduce import RELEASED, reproduce
 from diffquant.reproduce import SAMPLES as COMPARED
-from diffquant.runtime.checkpoint import check_replaceable, file_size, float32_size, saved_dtype
+from diffquant.runtime.checkpoint import check_replaceable, file_size, float32_size
 from diffquant.runtime.engines import ENGINES
 from diffquant.runtime.estimate import check_space
 from diffquant.runtime.export import TARGETS
 from diffquant.runtime.sensitivity import TRAJECTORIES
 from diffquant.zoo import models
 from diffquant.zoo.data import render_letters
+from diffquant.zoo.named import load_named
 
 HELP = (
     "Post-training quantization for diffusion models: calibrate on a pipeline's own sampling, pack, sample, compare. "
@@ -80,7 +77,6 @@ FORM_HELP = (
     "exact: right on every processor, also on those that add products of 8-bit operands in 16 bits. single: one product for each "
     "8-bit weight, as TensorRT reads it; wrong on such processors, and refused where this one is one of them."
 )
-DTYPES = ("float32", "bfloat16", "float16")
 Load = Annotated[
     list[str] | None,
     typer.Option(
@@ -420,51 +416,7 @@ def main() -> None:
 
 
 def _load(model: str, load: list[str] | None = None) -> Any:
-    """A pipeline by directory, hub id, or zoo name; `load` are arguments of `from_pretrained` as key=value."""
-    arguments = _load_arguments(load or ())
-    if model in models.PIPELINES:
-        if arguments:
-            raise DiffquantError(f"--load: {model} is a reference model, which takes no arguments; give a directory or a hub id")
-        return zoo.load(model)
-    folder = Path(model).expanduser()
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise DiffquantError(f"model {model!r}: holds no pipeline (no model_index.json); give the folder that holds {folder.name}/")
-    saved = saved_dtype(folder) if folder.is_dir() else None
-    if "dtype" not in arguments and not torch.cuda.is_available():
-        arguments["dtype"] = torch.float32
-        if saved not in (None, torch.float32):
-            say(f"{model}: saved in {str(saved).removeprefix('torch.')}, computed in float32 on a CPU", errors)
-    if folder.is_dir():
-        try:
-            return dq.load(folder, **arguments)
-        except CheckpointError as error:
-            variants = sorted({file.suffixes[-2].strip(".") for file in folder.rglob("*.safetensors") if len(file.suffixes) > 1})
-            if load or not variants:
-                raise
-            raise CheckpointError(f"{error}; it has the variant {variants[0]}, give --load variant={variants[0]}") from error
-    try:
-        return DiffusionPipeline.from_pretrained(model, **arguments)
-    except (OSError, ValueError, TypeError) as error:
-        known, reason = ", ".join(models.PIPELINES), str(error).strip().splitlines()[0]
-        raise DiffquantError(
-            f"model {model!r}: no directory, no reference model ({known}), and not loaded as a hub id: {reason}"
-        ) from error
-
-
-def _load_arguments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Arguments of `from_pretrained` from key=value; a dtype by its name."""
-    arguments: dict[str, Any] = {}
-    for text in assignments:
-        key, separator, value = text.partition("=")
-        if not separator or not key.isidentifier():
-            raise DiffquantError(f"--load {text!r}: not key=value; for example dtype=float16, variant=fp16, revision=main")
-        if key == "dtype":
-            if value not in DTYPES:
-                raise DiffquantError(f"--load {text!r}: dtypes are {', '.join(DTYPES)}")
-            arguments["dtype"] = getattr(torch, value)
-        else:
-            arguments[key] = yaml.safe_load(value)
-    return arguments
+    return load_named(model, load or (), lambda text: say(text, errors))
 
 
 def say(text: str, to: Console | None = None) -> None:

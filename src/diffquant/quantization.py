@@ -147,7 +147,7 @@ def _recorded(
 ) -> Trajectory:
     """The recording that `calibration` describes; before it is begun the recipe is checked on one trajectory."""
     if folder is None or not has_batches(folder):
-        trial = record(pipe, replace(calibration, samples=1, batch_size=1), progress=False)
+        trial = record(pipe, replace(calibration, samples=1, batch_size=1), progress=progress)
         _check(model, recipe, plan_on(model, recipe, trial), trial)
     return record(pipe, calibration, folder=folder, progress=progress)
 
@@ -181,8 +181,8 @@ def _quantize(
     rows = plan_on(model, recipe, data)
     _check(model, recipe, rows, data)
     asked = max((row.spec.sets for row in rows if row.spec is not None), default=1)
-    if asked > (count := len(data.timesteps)) and asked < EVERY_TIMESTEP:
-        _log.warning("%s: %d parameter sets asked; the recording has timesteps for %d", recipe.full_name, asked, count)
+    if asked > (count := len(data.timesteps)) and (asked < EVERY_TIMESTEP or count == 1):
+        _log.warning("%s: up to %d parameter sets asked; the recording has timesteps for %d", recipe.full_name, asked, count)
     report = QuantizationReport(recipe.full_name, seed, data.manifest)
     names = pass_names(recipe, rows, seed, data)
     conditional = None if first_with_guidance_sets(rows) is None else conditional_half(data)

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from diffquant.calibration.progress import bars
-from diffquant.core.spec import CheckpointError
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.protocols import load_protocol, recording_scheduler
 from diffquant.evaluation.report import Report
 from diffquant.quantization import quantize
 from diffquant.recipe import Recipe
-from diffquant.runtime.checkpoint import save, verify
+from diffquant.runtime.checkpoint import save
 from diffquant.runtime.estimate import check_space
 
 
@@ -49,19 +48,19 @@ def reproduce(
 ) -> Report:
     """Record, quantize, save and evaluate the pipeline that `load` gives, below `out`: ``work``, ``checkpoint``, ``report``.
 
-    Whatever an earlier run has finished there is taken over. Raises as `record`, `quantize`, `save` and `evaluate` do.
+    What an earlier run has recorded, learned and drawn there is taken over. Raises as `record`, `quantize`, `save` and
+    `evaluate` do.
     """
     require_extra()
     chosen = load_protocol(protocol, samples=samples)
     checkpoint, work = out / "checkpoint", out / "work"
-    if not _finished(checkpoint):
-        pipe = load()
-        check_space(pipe, recipe, checkpoint)
-        with recording_scheduler(pipe, chosen):
-            result = quantize(pipe, recipe, chosen.calibration, folder=work, minutes=minutes)
-        save(pipe, checkpoint)
-        result.write(out / "quantization.json")
-        del pipe  # before full precision is there once more
+    pipe = load()
+    check_space(pipe, recipe, checkpoint)
+    with recording_scheduler(pipe, chosen):
+        result = quantize(pipe, recipe, chosen.calibration, folder=work, minutes=minutes)
+    save(pipe, checkpoint)
+    result.write(checkpoint / "quantization.json")
+    del pipe  # before full precision is there once more
     with bars(True) as shown:
         return evaluate(
             {recipe.full_name: checkpoint},
@@ -71,11 +70,3 @@ def reproduce(
             work=work / "samples",
             progress=shown.show,
         )
-
-
-def _finished(checkpoint: Path) -> bool:
-    try:
-        verify(checkpoint)
-    except CheckpointError:
-        return False
-    return True

@@ -21,7 +21,8 @@ from diffquant.calibration import record as store
 from diffquant.calibration import recorded_batch
 from diffquant.calibration.observe import PROMPTS, Calibration, find_denoiser, observe
 from diffquant.calibration.record import record
-from diffquant.calibration.trajectory import Trajectory, content_name, model_hash
+from diffquant.calibration.trajectory import Trajectory, model_hash
+from diffquant.core.files import content_name
 from diffquant.core.spec import CalibrationError
 from tests import pipelines
 
@@ -289,6 +290,41 @@ def test_model_hash_ignores_buffers_and_sees_one_weight():
 def test_an_expanded_number_has_the_name_of_its_value():
     """Wan expands its timestep to the batch: with one sample a tensor of stride 0, which is contiguous."""
     assert content_name(torch.tensor(5.0).expand(1)) == content_name(torch.tensor([5.0]))
+
+
+def exchanged(folder):
+    one, two = folder / "batch-00000.safetensors", folder / "batch-00001.safetensors"
+    contents = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(contents)
+
+
+def flipped(folder):
+    file = folder / "batch-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def another_seed(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["calibration"]["seed"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (exchanged, "batch-00000.safetensors: is another batch, or of another recording"),
+        (flipped, "batch-00001.safetensors: damaged: tensor .* is not what was recorded"),
+        (another_seed, "manifest.json: is not the manifest that was written"),
+    ],
+)
+def test_a_recording_that_was_altered(damage, message, tmp_path):
+    record(pipelines.micro(), Calibration(samples=4, steps=2, batch_size=2), folder=tmp_path, progress=False)
+    damage(tmp_path)
+    with pytest.raises(CalibrationError, match=message):
+        Trajectory.open(tmp_path).batch(torch.arange(4, 8))
 
 
 def test_recorded_without_clipping(tmp_path, ddim):

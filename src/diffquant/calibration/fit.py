@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.memory import BUDGET
 from diffquant.calibration.progress import Bars, Shown, bars
-from diffquant.calibration.trajectory import DIGEST, digest_tensor, renamed_when_done
+from diffquant.core.files import DIGEST, digest_tensor, renamed_when_done
 from diffquant.core.spec import CalibrationError
 
 Schedule = Callable[[int, int], float]

@@ -34,7 +34,6 @@ from diffquant.calibration.scheduling import clipping
 from diffquant.calibration.trajectory import (
     FORMAT_VERSION,
     MANIFEST,
-    PARTIAL,
     Trajectory,
     batch_path,
     identity,
@@ -42,6 +41,7 @@ from diffquant.calibration.trajectory import (
     read_manifest,
     write_manifest,
 )
+from diffquant.core.files import PARTIAL
 from diffquant.core.spec import CalibrationError
 from diffquant.core.surgery import is_frozen
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from diffquant.calibration.memory import GIB
 from diffquant.calibration.observe import Calibration, timestep_name
-from diffquant.calibration.trajectory import PLACE, content_name, renamed_when_done, with_digest
+from diffquant.calibration.trajectory import PLACE
+from diffquant.core.files import content_name, renamed_when_done, with_digest
 from diffquant.core.spec import CalibrationError
 
 

@@ -15,11 +15,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffquant.calibration.observe import check_step_cache
+from diffquant.core.files import content_name, digest_of_json, digest_tensor, has_its_digest, renamed_when_done, with_digest
 from diffquant.core.spec import CalibrationError
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
-DIGEST = "sha256"  # key, in a JSON object, of the digest of the rest
-PARTIAL = ".partial"  # suffix of a file that is being written
 PLACE = re.compile(r"\[\d+\]|\(\d+\)")  # in a dotted name: a list's member or a tuple's
 
 
@@ -298,51 +295,6 @@ def _sequences(value: Any) -> Any:
     return ordered if next(iter(members)).startswith("[") else tuple(ordered)
 
 
-def content_name(tensor: Tensor) -> str:
-    """The name of a CPU tensor in a recording: a hash of its shape, dtype and values."""
-    digest = hashlib.sha256()
-    digest_tensor(digest, tensor)
-    return digest.hexdigest()[:24]
-
-
-def with_digest(value: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object and, in it, a digest of the rest."""
-    return value | {DIGEST: _digest_of_json(value)}
-
-
-def has_its_digest(value: dict[str, Any]) -> bool:
-    """Take the digest out of what `with_digest` made: whether it is that of the rest, or there is none, as in version 0.1."""
-    return value.pop(DIGEST, None) in (None, _digest_of_json(value))
-
-
-def _digest_of_json(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def digest_tensor(digest: Any, tensor: Tensor) -> None:
-    """Add shape, dtype and bytes of a CPU tensor to a hashlib digest."""
-    digest.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
-    flat = tensor.contiguous().reshape(-1)
-    if flat.stride(0) != 1:  # of one value that was expanded, which counts as contiguous
-        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
-    digest.update(flat.view(torch.uint8).numpy())
-
-
-@contextmanager
-def renamed_when_done(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name if the block ends well, and is deleted if it does not."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        yield partial
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise CalibrationError(
-            f"{path}: cannot be written: {error}; free some space and run again: what was finished is kept"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def batch_path(folder: Path, batch: int) -> Path:
     """The file of one batch."""
     return folder / f"batch-{batch:05d}.safetensors"
@@ -371,7 +323,7 @@ def identity(manifest: Mapping[str, Any]) -> str:
     """A digest of what a recording is of: the model, the scheduler, and how it was sampled."""
     kept = {key: manifest[key] for key in ("model_hash", "scheduler", "calibration", "run")}
     kept["calibration"] = {key: value for key, value in kept["calibration"].items() if key != "budget_gib"}
-    return _digest_of_json(kept)
+    return digest_of_json(kept)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

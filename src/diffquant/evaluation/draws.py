@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import load_tensors, save_tensors
 from diffquant.calibration.observe import Pipeline, find_denoiser
-from diffquant.calibration.trajectory import digest_tensor
+from diffquant.core.files import digest_tensor
 from diffquant.core.spec import EvaluationError
 from diffquant.evaluation.observers import Keeper, Snapshots, Trajectory, finite_only
 from diffquant.evaluation.sampling import OnProgress, sample

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,6 +13,7 @@ from torch import nn
 
 from diffquant.core.clock import StepClock
 from diffquant.core.correction import Correction
+from diffquant.core.files import digest_of_json
 from diffquant.core.layers import AttentionProducts, present_spec
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, QuantSpec
 from diffquant.core.surgery import is_frozen, quantized_layers
@@ -126,11 +125,6 @@ class QuantizationConfig(QuantizationConfigMixin):
         for name, attention in self.attentions.items():
             found |= {f"{name}.attention_products.{operand}": getattr(attention, operand) for operand in OPERANDS}
         return {name: spec for name, spec in found.items() if spec is not None}
-
-
-def digest_of_json(value: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON object, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(dict(value), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def describe(model: nn.Module, recipe: str = "") -> QuantizationConfig:

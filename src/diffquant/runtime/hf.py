@@ -24,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffquant.core.correction import give, warn_unless_attached
+from diffquant.core.files import digest_of_json
 from diffquant.core.frozen import forget_weight
 from diffquant.core.planning import PlannedLayer
 from diffquant.core.spec import AttentionSpec, CheckpointError, LayerSpec, SpecError
 from diffquant.core.surgery import device_of, enable, is_frozen, leave_inference_mode, prepare, quantized_layers, quantizers
-from diffquant.runtime.config import AGAIN, Method, QuantizationConfig, describe, digest_of_json
+from diffquant.runtime.config import AGAIN, Method, QuantizationConfig, describe
 from diffquant.runtime.engines import requested
 from diffquant.runtime.engines.int8_cpu import lower, lower_layer, release_freed_memory
 from diffquant.runtime.engines.openvino import PRECISIONS, install

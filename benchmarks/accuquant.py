@@ -29,13 +29,14 @@ from compare import STEPS, add_arguments, compare, recording
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.rollout import Rollout
-from diffquant.core.planning import plan
-from diffquant.core.surgery import enable, prepare
+from diffquant.core.model import enable
+from diffquant.engines.int8.engine import release_freed_memory
+from diffquant.host.denoiser import prepare
+from diffquant.host.structure import plan
 from diffquant.methods.accuquant import AccuQuant
+from diffquant.methods.base import evaluating
 from diffquant.methods.gradients import gradient_of
-from diffquant.methods.passes import evaluating
 from diffquant.quantization import pass_names, restore_passes
-from diffquant.runtime.engines.int8_cpu import release_freed_memory
 
 STAGE_TWO = 2  # position of the last pass in both recipes
 

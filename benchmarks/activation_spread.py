@@ -15,8 +15,8 @@ import torch
 
 import diffquant as dq
 from diffquant import zoo
-from diffquant.calibration.observe import find_denoiser
 from diffquant.core.layers import QUANTIZABLE
+from diffquant.host.pipeline import Host
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/activation_spread.json"))
     arguments = parser.parse_args()
     pipe = zoo.load(arguments.model)
-    model = find_denoiser(pipe)[1]
+    model = Host(pipe).denoiser
     data = dq.record(pipe, dq.Calibration(samples=32, steps=20, seed=0))
     seen: dict[str, list[dict[str, torch.Tensor]]] = {}
 

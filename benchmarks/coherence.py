@@ -18,8 +18,8 @@ from rich.table import Table
 
 import diffquant as dq
 from diffquant import zoo
-from diffquant.calibration.observe import find_denoiser
 from diffquant.calibration.rollout import Rollout
+from diffquant.host.pipeline import Host
 
 
 def main() -> None:
@@ -38,11 +38,11 @@ def main() -> None:
         parser.error("--steps begins with 1, which the ratios are to")
     pipe = with_scheduler(zoo.load(arguments.model), arguments.scheduler)
     data = recording(pipe, arguments.work, arguments.seed, arguments.guidance, STEPS)
-    rollout = Rollout(find_denoiser(pipe)[1], data)
+    rollout = Rollout(Host(pipe).denoiser, data)
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     table = Table("checkpoint", "M", "squared error", "ratio", "of the mean")
     for checkpoint in arguments.checkpoints:
-        model = find_denoiser(dq.load(checkpoint))[1]
+        model = Host(dq.load(checkpoint)).denoiser
         row = {steps: squared_error(rollout, model, steps, arguments.trajectories) for steps in arguments.steps}
         for steps, (error, shifted) in row.items():
             table.add_row(checkpoint.name, str(steps), f"{error:.2e}", f"{error / row[1][0]:.2f}", f"{shifted / error:.2f}")

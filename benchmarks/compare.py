@@ -32,15 +32,15 @@ from torch import nn
 
 import diffquant as dq
 from diffquant import zoo
-from diffquant.calibration.observe import find_denoiser
 from diffquant.calibration.progress import bars
 from diffquant.calibration.rollout import Rollout
+from diffquant.checkpoint.folder import file_size, float32_size
 from diffquant.evaluation.compare import compare_to, final_error_ratio
 from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import make_report
-from diffquant.methods.corrections import by_channel
-from diffquant.runtime.checkpoint import file_size, float32_size
-from diffquant.runtime.correction import attachment_of
+from diffquant.host.pipeline import Host
+from diffquant.methods.noise_correction import by_channel
+from diffquant.sampling.correction import attachment_of
 
 STEPS = 50
 TRAJECTORIES = 96
@@ -119,7 +119,7 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
     for bits in arguments.bits:
         for seed in arguments.seeds:
             data = recording(pipe, arguments.work, seed, arguments.guidance, arguments.steps)
-            rollout = Rollout(find_denoiser(pipe)[1], data)
+            rollout = Rollout(Host(pipe).denoiser, data)
             for arm in arguments.arms:
                 label = f"{bits} {arm} seed {seed}"
                 folder = arguments.work / "checkpoints" / label.replace(" ", "_")
@@ -141,7 +141,7 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     comparisons[label] = compare_to(reference, loaded, name=label, progress=shown.show)
                 single_step = {}
                 if attachment_of(loaded) is None:
-                    error, shifted = squared_error(rollout, find_denoiser(loaded)[1], 1, ALONG)
+                    error, shifted = squared_error(rollout, Host(loaded).denoiser, 1, ALONG)
                     single_step = {"single_step": {"error": error, "mean": shifted}}
                 passes = json.loads((folder / "quantization.json").read_text())["passes"]
                 result = comparisons[label]
@@ -179,7 +179,7 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     flush=True,
                 )
     if reference is not None:
-        sizes = {reference.name: float32_size(find_denoiser(pipe)[1])}
+        sizes = {reference.name: float32_size(Host(pipe).denoiser)}
         make_report(reference, list(comparisons.values()), sizes).write(arguments.out.with_suffix(""))
 
 

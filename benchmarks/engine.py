@@ -40,13 +40,15 @@ from torch import Tensor, nn
 
 import diffquant as dq
 from diffquant import zoo
+from diffquant.checkpoint.folder import file_size, float32_size
 from diffquant.core.affine import scale_from_range
-from diffquant.core.planning import plan
-from diffquant.core.surgery import freeze, prepare, quantizers
-from diffquant.runtime.checkpoint import file_size, float32_size
-from diffquant.runtime.engines import nibbles, openvino
-from diffquant.runtime.engines.float_layers import FloatLinear
-from diffquant.runtime.engines.integer_layers import INTEGER, PackedCodes
+from diffquant.core.model import freeze, quantizers
+from diffquant.engines import openvino
+from diffquant.engines.int8 import nibbles
+from diffquant.engines.int8.float_layers import FloatLinear
+from diffquant.engines.int8.integer_layers import INTEGER, PackedCodes
+from diffquant.host.denoiser import prepare
+from diffquant.host.structure import plan
 
 RESULTS = Path("benchmarks/results")
 SPEED = RESULTS / "engine-speed.csv"

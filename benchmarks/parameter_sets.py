@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import diffquant as dq
-from diffquant.core.surgery import freeze, quantizers
+from diffquant.core.model import freeze, quantizers
 
 TIMESTEPS = tuple(float(timestep) for timestep in range(980, -1, -20))
 

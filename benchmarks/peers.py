@@ -15,7 +15,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from diffquant.runtime.engines import onnx, openvino
+from diffquant.engines import onnx, openvino
 
 Arguments = Mapping[str, Tensor]
 Run = Callable[[], object]

@@ -39,16 +39,16 @@ from torch import Tensor, nn
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration import fit
-from diffquant.calibration.observe import find_denoiser
-from diffquant.core.planning import plan
-from diffquant.core.surgery import enable, freeze, full_precision, prepare, quantized_layers
+from diffquant.core.model import enable, freeze, full_precision, quantized_layers
 from diffquant.evaluation.distances import distances
 from diffquant.evaluation.metrics import bootstrap_mean, relative_l2
 from diffquant.evaluation.sampling import Sampled, StepResult, sample
-from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
-from diffquant.methods.qncd import residual_blocks
+from diffquant.host.denoiser import prepare
+from diffquant.host.pipeline import Host
+from diffquant.host.structure import plan, residual_blocks
+from diffquant.methods.noise_correction import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.quantization import pass_names, restore_passes
-from diffquant.runtime.correction import attach, detach
+from diffquant.sampling.correction import attach, detach
 
 CALLS = 64  # recorded calls over which layers are compared
 LABEL = re.compile(r"(?P<arm>.+) seed (?P<seed>\d+) eta (?P<eta>\S+) (?P<name>.+)")  # of a correction's row
@@ -57,7 +57,7 @@ LABEL = re.compile(r"(?P<arm>.+) seed (?P<seed>\d+) eta (?P<eta>\S+) (?P<name>.+
 def quantized(arm: str, bits: str, seed: int, arguments: argparse.Namespace) -> tuple[Any, dq.Trajectory]:
     """A pipeline after an arm's passes, its weights still there so that full precision can run beside it."""
     pipe = with_scheduler(zoo.load(arguments.model), arguments.scheduler)
-    model = find_denoiser(pipe)[1]
+    model = Host(pipe).denoiser
     data = recording(pipe, arguments.work, seed, arguments.guidance)
     recipe = recipe_of(arm, bits, arguments)
     folder = arguments.work / f"passes-{seed}"
@@ -75,7 +75,7 @@ def layers(arguments: argparse.Namespace) -> dict[str, Any]:
     for bits in arguments.bits:
         for arm in arguments.arms:
             pipe, data = quantized(arm, bits, arguments.seeds[0], arguments)
-            model = find_denoiser(pipe)[1]
+            model = Host(pipe).denoiser
             rows = layer_errors(model, data)
             after = {f"{name}.conv2" for name in residual_blocks(model)}
             found[f"{bits} {arm}"] = rows
@@ -161,7 +161,7 @@ def corrections(arguments: argparse.Namespace) -> dict[str, Any]:
         recorded = recording(full, arguments.work, arguments.seeds[0], arguments.guidance, eta=eta)
         for name, step in steps_of.items():
             if isinstance(step, RuntimeNoiseEstimate):
-                control = fitted_by(step, find_denoiser(full)[1], recorded)
+                control = fitted_by(step, Host(full).denoiser, recorded)
                 measure(f"full precision eta {eta} {name}", partial(drawn, full, protocol, control), reference)
         for bits, seed in product(arguments.bits, arguments.seeds):
             label = f"{bits} {arguments.arms[0]} seed {seed} eta {eta}"
@@ -172,7 +172,7 @@ def corrections(arguments: argparse.Namespace) -> dict[str, Any]:
                 continue
             pipe, _ = quantized(arguments.arms[0], bits, seed, arguments)
             data = recording(full, arguments.work, seed, arguments.guidance, eta=eta)
-            model = find_denoiser(pipe)[1]
+            model = Host(pipe).denoiser
             fitted = {name: fitted_by(step, model, data) for name, step in steps_of.items() if not held(f"{label} {name}")}
             freeze(model)
             dq.use_engine(pipe)
@@ -206,7 +206,7 @@ def drawn(pipe: Any, protocol: dq.SamplingProtocol, correction: Any = None) -> D
         after = result.sample_after
         moments.setdefault(result.step, []).append((float(after.mean()), float(after.square().mean())))
 
-    handle = find_denoiser(pipe)[1].register_forward_hook(lambda *_: calls.append(1))
+    handle = Host(pipe).denoiser.register_forward_hook(lambda *_: calls.append(1))
     if correction is not None:
         attach(pipe, correction)
     try:
@@ -311,8 +311,8 @@ def passes() -> dict[str, Any]:
 def fitted_by(step: Any, model: nn.Module, data: dq.Trajectory) -> Any:
     with fit.run() as run:
         step.apply(model, data, torch.Generator().manual_seed(0), run)
-    correction = model.correction
-    del model.correction
+    correction = model.diffquant.correction
+    del model.diffquant.correction
     return correction
 
 

@@ -18,7 +18,7 @@ from compare import with_scheduler
 
 import diffquant as dq
 from diffquant import zoo
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 from diffquant.evaluation.compare import compare_to
 from diffquant.evaluation.reference import run_reference
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 import diffquant as dq
 from diffquant import zoo
-from diffquant.calibration.observe import find_denoiser
-from diffquant.core.surgery import quantizers
+from diffquant.core.model import quantizers
 from diffquant.evaluation.metrics import relative_l2
 from diffquant.evaluation.sampling import sample
+from diffquant.host.pipeline import Host
 
 
 def group_of(quantizer: str) -> str:
@@ -61,7 +61,7 @@ def main() -> None:
         accumulation_samples=0,
     )
     pipe = dq.load(arguments.checkpoint, engine="simulate")
-    inputs = {name: one for name, one in quantizers(find_denoiser(pipe)[1]) if one.clock is not None}
+    inputs = {name: one for name, one in quantizers(Host(pipe).denoiser) if one.clock is not None}
     groups: dict[str, list[str]] = {"no input": [], "all inputs": list(inputs)}
     for name in inputs:
         groups.setdefault(group_of(name), []).append(name)

@@ -22,9 +22,10 @@ from sensitivity import errors, group_of
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration import fit
-from diffquant.core.planning import plan
-from diffquant.core.surgery import enable, prepare, quantizers
+from diffquant.core.model import enable, quantizers
 from diffquant.evaluation.sampling import sample
+from diffquant.host.denoiser import prepare
+from diffquant.host.structure import plan
 from diffquant.methods.ranges import CalibrateRanges
 
 OTHERS = "all others"

@@ -42,10 +42,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import diffquant as dq
 from diffquant.calibration import memory
-from diffquant.core.planning import plan
-from diffquant.core.surgery import prepare, units
+from diffquant.checkpoint.folder import file_size
+from diffquant.host.denoiser import prepare
+from diffquant.host.structure import plan, units
 from diffquant.recipe import Recipe
-from diffquant.runtime.checkpoint import file_size
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},

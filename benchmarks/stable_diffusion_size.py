@@ -14,10 +14,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import diffquant as dq
+from diffquant.checkpoint.folder import file_size, float32_size
 from diffquant.core.affine import scale_from_range
-from diffquant.core.planning import plan
-from diffquant.core.surgery import freeze, prepare, quantizers
-from diffquant.runtime.checkpoint import file_size, float32_size
+from diffquant.core.model import freeze, quantizers
+from diffquant.host.denoiser import prepare
+from diffquant.host.structure import plan
 
 
 def frozen_unet(bits: int) -> UNet2DConditionModel:

@@ -18,7 +18,7 @@ from rich.table import Table
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.gain import StepGain
-from diffquant.calibration.observe import find_denoiser
+from diffquant.host.pipeline import Host
 
 SETTINGS = {  # model, guidance scale, changed options of its scheduler
     "glyph-ddim": ("glyph-ddim", None, []),
@@ -33,7 +33,7 @@ def squares(model: str, guidance: float | None, scheduler: list[str], steps: int
     pipe = with_scheduler(zoo.load(model), scheduler)
     data = dq.record(pipe, dq.Calibration(samples=trajectories, steps=steps, seed=0, guidance_scale=guidance))
     rows = (data.half_of() == (1 if int(data.half_of().max()) == 1 else -1)).nonzero()[:, 0]
-    found, calls = StepGain(find_denoiser(pipe)[1], data).sizes(rows).square(), data.call_of()[rows]
+    found, calls = StepGain(Host(pipe).denoiser, data).sizes(rows).square(), data.call_of()[rows]
     means = torch.stack([found[calls == call].mean() for call in range(int(calls.max()) + 1)])
     return [float(value) for value in means / means.mean()]
 

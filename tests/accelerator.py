@@ -160,7 +160,7 @@ def case(name: str, pipeline: str = "micro", overrides: Sequence[str] = (), last
 
     def run() -> None:
         import diffquant as dq
-        from diffquant.core.surgery import quantized_layers
+        from diffquant.core.model import quantized_layers
         from tests import pipelines
 
         with tempfile.TemporaryDirectory() as folder:

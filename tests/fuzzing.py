@@ -37,8 +37,9 @@ from safetensors.torch import load_file, save_file
 import diffquant as dq
 import pipelines
 from diffquant.calibration import fit
-from diffquant.core.spec import DiffquantError, LayerRule
-from diffquant.core.surgery import quantizers
+from diffquant.core.model import quantizers
+from diffquant.core.spec import LayerRule
+from diffquant.errors import DiffquantError
 from diffquant.recipe import shipped
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -77,7 +78,7 @@ def of_model(model: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     specs = {name: quantizer.spec.model_dump() for name, quantizer in quantizers(model)}
-    digest.update(json.dumps([specs, model.step_clock.timesteps], sort_keys=True).encode())
+    digest.update(json.dumps([specs, model.diffquant.clock.timesteps], sort_keys=True).encode())
     return digest.hexdigest()
 
 

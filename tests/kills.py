@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 import diffquant as dq
 import pipelines
 from diffquant.cli import app
-from diffquant.core.spec import DiffquantError
+from diffquant.errors import DiffquantError
 
 TIMES = ("seconds", "memory", "date", "_name_or_path")  # parts of keys that differ between equal runs
 RECIPE = ("--set", "passes.0.samples=32", "--set", "passes.1.iterations=30", "--set", "passes.1.samples=32")

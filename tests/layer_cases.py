@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.affine import scale_from_range
-from diffquant.core.clock import StepClock, tick
-from diffquant.core.frozen import float_weight
+from diffquant.core.clock import StepClock
 from diffquant.core.layers import QuantizedConv2d, make_quantizable
+from diffquant.core.model import ModelState, freeze, quantized_layers, quantizers
 from diffquant.core.spec import LayerSpec, QuantSpec
-from diffquant.core.surgery import freeze, quantized_layers, quantizers
+from diffquant.host.denoiser import tick
 
 TIMESTEPS = (900.0, 500.0, 100.0)
 CHANNELS = 16
@@ -116,7 +116,7 @@ def make_layers(cases: Sequence[tuple[str, LayerSpec]], timesteps: Sequence[floa
         given = layer.input_quantizer
         if given is not None and given.shift is not None:
             given.shift.copy_((torch.arange(CHANNELS) % 4).expand_as(given.shift))
-    model.step_clock, model.timestep_argument = clock, ("timestep", 1)
+    model.diffquant = ModelState(clock, ("timestep", 1))
     model.register_forward_pre_hook(tick, with_kwargs=True)
     calibrate(model, lambda: model(0.6 * sample(), 0), widest=1.6)  # smaller than what is compared, so that some codes are clamped
     return model
@@ -126,8 +126,8 @@ def make_layers(cases: Sequence[tuple[str, LayerSpec]], timesteps: Sequence[floa
 def assert_equal_but_for_edges(layer: Any, x: Tensor, expected: Tensor, output: Tensor) -> None:
     """Equal up to float rounding where no code is within `EDGE` of a rounding edge, else within one step of those codes."""
     if layer.smooth is not None:
-        x = x / layer.smooth.view((-1, 1, 1) if isinstance(layer, QuantizedConv2d) else (-1,))
-    weight = float_weight(layer)
+        x = x / layer.smooth.view(layer.channel_view)
+    weight = layer.float_weight
     if weight is None:
         weight = layer.weight_quantizer.dequantized_codes()
     elif layer.smooth is not None:

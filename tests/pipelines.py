@@ -51,13 +51,14 @@ from transformers import (
     T5Tokenizer,
 )
 
-from diffquant.core.planning import plan
+from diffquant.core.model import freeze, quantized_layers, quantizers
 from diffquant.core.spec import LayerRule
-from diffquant.core.surgery import freeze, prepare, quantized_layers, quantizers
+from diffquant.engines.base import Lowered
+from diffquant.engines.exactness import ALL, answer_of
 from diffquant.evaluation.sampling import sample_unconditional
+from diffquant.host.denoiser import prepare
+from diffquant.host.structure import plan
 from diffquant.recipe import load_recipe
-from diffquant.runtime.engines.exactness import ALL, answer_of
-from diffquant.runtime.engines.int8_cpu import Lowered
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 

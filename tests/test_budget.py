@@ -10,7 +10,7 @@ import diffquant as dq
 import pipelines
 from diffquant.budget import LEAST_TRAJECTORIES, Budget, recipe_forwards, remembered, within
 from diffquant.calibration.timing import Timing, timed
-from diffquant.core.spec import CalibrationError
+from diffquant.errors import CalibrationError
 
 SLOW = Timing(seconds=0.1, activation_bytes=0.0, operations={}, rows=1)
 RECORDED = dq.Calibration(samples=64)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 import diffquant as dq
 import pipelines
+from diffquant.core.model import quantizers
 from diffquant.core.spec import LayerRule
-from diffquant.core.surgery import quantizers
-from diffquant.runtime.engines import int8_cpu
+from diffquant.engines.int8 import engine as int8
 
 TIMESTEPS = (900, 500, 100)
-ENGINES = ["simulate", *([] if int8_cpu.unsupported() else ["int8", "openvino"])]
+ENGINES = ["simulate", *([] if int8.Int8.unsupported() else ["int8", "openvino"])]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def model() -> Any:
     """Its sets differ much, so that each other's interval is seen."""
     rules = [LayerRule(match="@all", sets=3), LayerRule(match="@attention", sets=3)]
     unet = pipelines.freeze_by_hand(pipelines.micro().unet, sets=3, rules=rules)
-    unet.step_clock.divide(TIMESTEPS)
+    unet.diffquant.clock.divide(TIMESTEPS)
     for _, quantizer in quantizers(unet):
         if quantizer.rows == 3:
             quantizer.scale.mul_(torch.tensor([1.0, 2.0, 4.0])[:, None])

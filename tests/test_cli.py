@@ -12,7 +12,7 @@ from rich.console import Console
 from torch.nn import Conv2d, Linear
 
 from diffquant import cli, zoo
-from diffquant.calibration.trajectory import Trajectory
+from diffquant.calibration.recording import Trajectory
 from tests import pipelines
 
 

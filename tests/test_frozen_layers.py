@@ -17,13 +17,16 @@ from torch.nn import functional
 
 import diffquant as dq
 import pipelines
+from diffquant.checkpoint.quantizer import mark_quantized
 from diffquant.core.frozen import ReadOnlyWeight
-from diffquant.core.spec import CheckpointError, LayerRule, SpecError
-from diffquant.core.surgery import quantized_layers, quantizers
-from diffquant.runtime.engines import engine_of, int8_cpu
+from diffquant.core.model import quantized_layers, quantizers
+from diffquant.core.spec import LayerRule
+from diffquant.engines.base import engine_of
+from diffquant.engines.int8 import engine as int8
+from diffquant.errors import CheckpointError, SpecError
 from layer_cases import CASES, Layers, make_layers, sample
 
-ENGINES = ["simulate", *([] if int8_cpu.unsupported() else ["int8", "openvino"])]
+ENGINES = ["simulate", *([] if int8.Int8.unsupported() else ["int8", "openvino"])]
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SETS = (LayerRule(match="@all", sets=3), LayerRule(match="@attention", sets=3))
 
@@ -248,9 +251,9 @@ def test_saving_with_an_adapter_is_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     pipe = pipelines.stable_diffusion(tmp_path / "tokenizer")
     pipelines.freeze_by_hand(pipe.unet)
-    from diffquant.runtime.hf import DiffquantQuantizer
 
-    DiffquantQuantizer.mark(pipe.unet, "by hand")
+    pipe.unet.diffquant.recipe = "by hand"
+    mark_quantized(pipe.unet)
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(CheckpointError, match="to_q.*: not where it was quantized; where an adapter is loaded, unload it and save"):
         pipe.unet.save_pretrained(tmp_path / "denoiser")

@@ -13,19 +13,21 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import diffquant as dq
-from diffquant.calibration.observe import find_denoiser, run_pipeline
 from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.rollout import conditional_half
 from diffquant.core.affine import scale_from_range
 from diffquant.core.clock import StepClock
 from diffquant.core.layers import QuantizedConv2d, QuantizedLinear
-from diffquant.core.planning import plan
+from diffquant.core.model import full_precision, quantized_layers, quantizers
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
-from diffquant.core.surgery import full_precision, prepare, quantized_layers, quantizers
+from diffquant.core.spec import LayerRule, QuantSpec
+from diffquant.engines import openvino
+from diffquant.engines.int8.engine import Int8
+from diffquant.errors import CalibrationError, SpecError
+from diffquant.host.denoiser import prepare
+from diffquant.host.pipeline import Host
+from diffquant.host.structure import plan
 from diffquant.quantization import pass_names
-from diffquant.runtime.engines import openvino
-from diffquant.runtime.engines.int8_cpu import unsupported
 from tests import pipelines
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # schedulers of diffusers
@@ -40,7 +42,7 @@ def sampled(pipe, calibration=GUIDED) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        result = run_pipeline(pipe, calibration, torch.Generator().manual_seed(0), range(2))
+        result = Host(pipe).run(calibration, torch.Generator().manual_seed(0), range(2))
     return torch.as_tensor(result[0]).float().numpy()
 
 
@@ -97,7 +99,7 @@ def test_without_guidance_there_are_no_halves(tmp_path):
     assert data.half_of().unique().tolist() == [-1]
     with pytest.raises(CalibrationError, match="StableDiffusionPipeline: 2 calls .* up to 1 rows a sample for 2 steps"):
         dq.quantize(pipe, dq.load_recipe("minmax-w8a8", BRANCHES), data, progress=False)
-    assert not hasattr(pipe.unet, "step_clock")
+    assert not hasattr(pipe.unet, "diffquant")
 
 
 # ---- calibration
@@ -130,9 +132,9 @@ def test_round_trip(kind, tmp_path):
     data = dq.record(pipe, GUIDED, progress=False)
     recipe = dq.load_recipe("minmax-w8a8", (*BRANCHES, "layers.0.sets=2", "passes.0.samples=12"))
     report = dq.quantize(pipe, recipe, data, progress=False)
-    denoiser = find_denoiser(pipe)[1]
+    denoiser = Host(pipe).denoiser
     activations = [one for _, one in quantizers(denoiser) if one.clock is not None]
-    assert denoiser.step_clock.conditional == CONDITIONAL[kind] and {one.rows for one in activations} == {2, 4}
+    assert denoiser.diffquant.clock.conditional == CONDITIONAL[kind] and {one.rows for one in activations} == {2, 4}
     differing = [one for one in activations if not torch.equal(one.scale[: one.rows // 2], one.scale[one.rows // 2 :])]
     assert len(differing) > len(activations) / 2
 
@@ -150,21 +152,21 @@ def test_round_trip(kind, tmp_path):
     dq.verify(tmp_path / "packed")
     dq.save(loaded, tmp_path / "again")
     assert quantization_config(tmp_path / "again" / component) == written
-    if not unsupported():
+    if not Int8.unsupported():
         rows = dq.use_engine(loaded, "int8")
         assert {row.name for row in rows} == {row["name"] for row in report.layers if row["spec"] is not None}
         assert pipelines.not_integer(rows) == []
         assert np.isfinite(sampled(loaded)).all()
 
 
-@pytest.mark.skipif(bool(unsupported()), reason=unsupported())
+@pytest.mark.skipif(bool(Int8.unsupported()), reason=Int8.unsupported())
 @pytest.mark.parametrize("kind", ["stable_diffusion", "dit"])
 def test_integer_codes_of_both_halves(kind, tmp_path):
     """Layer by layer in guided calls of the int8 engine: codes and outputs are those of the simulation for the same input."""
     pipe = pipelines.build(kind, tmp_path)
     data = dq.record(pipe, GUIDED, progress=False)
     dq.quantize(pipe, dq.load_recipe("minmax-w8a8", (*BRANCHES, "passes.0.samples=12")), data, progress=False)
-    denoiser = find_denoiser(pipe)[1]
+    denoiser = Host(pipe).denoiser
     assert not pipelines.not_integer(dq.use_engine(pipe, "int8"))
     checked = []
 
@@ -198,11 +200,11 @@ def test_integer_attention_of_both_halves():
         quantizer.scale.copy_(torch.tensor([[1 / 255], [1 / 100]]) if name == "softmax" else torch.tensor([[0.02], [0.05]]))
         quantizer.zero_point.fill_(0 if name == "softmax" else 128)
         quantizer.enabled = True
-    from diffquant.runtime.engines.attention import BlockedProducts
+    from diffquant.engines.int8.attention import BlockedProducts
 
     query, key, value = (torch.randn(4, 3, tokens, 8) for tokens in (20, 9, 9))
     mask = torch.rand(4, 1, 20, 9)
-    clock = model.step_clock
+    clock = model.diffquant.clock
     with torch.no_grad():
         clock.set_interval(torch.tensor([0, 2, 0, 2]))
         simulated = products(query, key, value, mask)
@@ -218,7 +220,7 @@ def test_integer_attention_of_both_halves():
 def test_equal_ranges_in_both_halves_are_the_plain_model(kind, tmp_path):
     pipe = pipelines.build(kind, tmp_path)
     plain, split = (copy.deepcopy(pipe) for _ in range(2))
-    denoisers = [find_denoiser(one)[1] for one in (plain, split)]
+    denoisers = [Host(one).denoiser for one in (plain, split)]
     pipelines.freeze_by_hand(denoisers[0])
     rule = [LayerRule(match="@all", guidance_sets=True), LayerRule(match="@attention", guidance_sets=True)]
     pipelines.freeze_by_hand(denoisers[1], rules=rule, conditional=CONDITIONAL[kind])
@@ -247,7 +249,7 @@ def test_rows_of_a_recording_take_their_half_in_any_order(tmp_path):
         call_recorded(pipe.unet, data, picked)
     timestep = [data.timesteps.index(value) for value in data.timestep_of()[picked].tolist()]
     wanted = [interval + 2 * half for interval, half in zip(timestep, data.half_of()[picked].tolist(), strict=True)]
-    assert pipe.unet.step_clock.interval.tolist() == wanted and len(set(wanted)) > 2
+    assert pipe.unet.diffquant.clock.interval.tolist() == wanted and len(set(wanted)) > 2
 
 
 @pytest.mark.parametrize("name", ["accuquant", "adp-dm", "dmq"])  # the first begins as brecq does
@@ -273,7 +275,7 @@ def test_graphs_of_other_runtimes_are_refused(tmp_path):
     rule = [LayerRule(match="@all", guidance_sets=True)]
     pipelines.freeze_by_hand(pipe.unet, rules=rule, conditional=1)
     with pytest.raises(SpecError, match="has parameter sets for each half of a guided call .*, which OpenVINO graphs do not"):
-        openvino.install(pipe.unet)
+        openvino.OpenVino().install(pipe.unet)
 
 
 def test_sets_without_a_known_half_are_refused(tmp_path):

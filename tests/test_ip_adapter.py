@@ -8,10 +8,10 @@ from torch import Tensor
 
 import diffquant as dq
 import pipelines
-from diffquant.core.spec import SpecError
-from diffquant.runtime.engines import int8_cpu
+from diffquant.engines.int8 import engine as int8
+from diffquant.errors import SpecError
 
-ENGINES = ["simulate", *([] if int8_cpu.unsupported() else ["int8", "openvino"])]
+ENGINES = ["simulate", *([] if int8.Int8.unsupported() else ["int8", "openvino"])]
 
 
 def load_adapter(unet: Any) -> None:

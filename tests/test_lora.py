@@ -8,12 +8,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import diffquant as dq
-from diffquant.core.frozen import float_weight
 from diffquant.core.layers import QuantizedLinear
-from diffquant.core.planning import plan
-from diffquant.core.spec import CheckpointError, SpecError
+from diffquant.engines.int8.engine import Int8
+from diffquant.errors import CheckpointError, SpecError
+from diffquant.host.structure import plan
 from diffquant.recipe import load_recipe
-from diffquant.runtime.engines.int8_cpu import unsupported
 from tests import pipelines
 
 peft = pytest.importorskip("peft")
@@ -43,8 +42,8 @@ def sampled(pipe) -> np.ndarray:
 
 @pytest.mark.parametrize("engine", ["simulate", "int8"])
 def test_an_adapter_is_a_branch_beside_quantized_layers(engine, made, tmp_path):
-    if engine == "int8" and unsupported():
-        pytest.skip(unsupported())
+    if engine == "int8" and Int8.unsupported():
+        pytest.skip(Int8.unsupported())
     pipe, adapter, _ = made
     dq.save(pipe, tmp_path / "out")
     pipe = dq.load(tmp_path / "out", engine=engine)
@@ -53,7 +52,7 @@ def test_an_adapter_is_a_branch_beside_quantized_layers(engine, made, tmp_path):
     pipe.load_lora_weights(adapter)
     layer = pipe.unet.get_submodule(QUERY)
     base = layer.base_layer
-    assert isinstance(base, QuantizedLinear) and float_weight(base) is None
+    assert isinstance(base, QuantizedLinear) and base.float_weight is None
     x = torch.randn(2, 5, base.in_features)
     name = next(iter(layer.lora_A))
     with torch.no_grad():

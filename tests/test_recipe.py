@@ -9,12 +9,13 @@ import torch
 import diffquant as dq
 from diffquant import quantization
 from diffquant.calibration import fit
-from diffquant.core.planning import plan
-from diffquant.core.spec import CalibrationError, RecipeError
-from diffquant.core.surgery import is_frozen, prepare, quantized_layers
-from diffquant.methods.passes import quantizer_state
+from diffquant.core.model import is_frozen, quantized_layers
+from diffquant.errors import CalibrationError, RecipeError
+from diffquant.host.denoiser import prepare
+from diffquant.host.structure import plan
+from diffquant.methods.base import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
-from diffquant.methods.rounding import ReconstructRounding
+from diffquant.methods.reconstruction import ReconstructRounding
 from diffquant.quantization import pass_names, quantize, restore_passes
 from diffquant.recipe import load_recipe, shipped
 from tests import pipelines
@@ -176,7 +177,7 @@ def test_a_killed_run_goes_on_and_ends_equal(pipe, data, tmp_path, monkeypatch):
         def stop(*arguments, **keywords):
             raise KeyboardInterrupt
 
-        patch.setattr("diffquant.methods.rounding.LearnScales.apply", stop)
+        patch.setattr("diffquant.methods.reconstruction.LearnScales.apply", stop)
         quantize(killed, recipe, data, folder=tmp_path / "work", progress=False)
     report = quantize(resumed, recipe, data, folder=tmp_path / "work", progress=False)
     assert len(report.passes) == 3

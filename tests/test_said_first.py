@@ -12,10 +12,10 @@ from torch import nn
 
 import diffquant as dq
 import pipelines
+from diffquant.analysis.estimate import check_space
 from diffquant.calibration import recorded_batch
-from diffquant.core.spec import CalibrationError, CheckpointError, SpecError
+from diffquant.errors import CalibrationError, CheckpointError, SpecError
 from diffquant.recipe import Recipe, shipped
-from diffquant.runtime.estimate import check_space
 
 FEW = dq.Calibration(samples=6, steps=3, batch_size=2)
 
@@ -48,7 +48,7 @@ def test_a_scheduler_that_cannot_be_replayed_is_refused_on_one_trajectory() -> N
     rows = counted(pipe.unet)
     with pytest.raises(CalibrationError, match="not one of diffusers'"):
         dq.quantize(pipe, small("accuquant-w4a8"), FEW, progress=False)
-    assert not hasattr(pipe.unet, "step_clock")
+    assert not hasattr(pipe.unet, "diffquant")
     assert sum(rows) <= FEW.steps + 2  # one trajectory, and the call that shows what is per sample
 
 
@@ -95,7 +95,7 @@ def test_a_model_sampled_in_one_step_gets_one_set(name: str, caplog: pytest.LogC
     pipe = pipelines.ddim()
     with caplog.at_level(logging.WARNING):
         dq.quantize(pipe, small(f"{name}-w4a8"), dataclasses.replace(FEW, steps=1), progress=False)
-    assert pipe.unet.step_clock.times == 1
+    assert pipe.unet.diffquant.clock.times == 1
     several = {"adp-dm": 8, "dmq": 1000}
     assert ("parameter sets asked; the recording has timesteps for 1" in caplog.text) == (name in several)
     assert f"up to {several.get(name, '')}" in caplog.text or name not in several
@@ -113,7 +113,7 @@ def test_a_checkpoint_that_will_not_fit_is_refused(monkeypatch: pytest.MonkeyPat
     pipe, recipe = pipelines.ldm(), dq.load_recipe("mse-w4a8")
     check_space(pipe, recipe, tmp_path / "a" / "b")
     autoencoder = sum(value.nbytes for value in pipe.vqvae.state_dict().values())
-    monkeypatch.setattr("diffquant.runtime.estimate.free_bytes", lambda place: autoencoder)
+    monkeypatch.setattr("diffquant.analysis.estimate.free_bytes", lambda place: autoencoder)
     with pytest.raises(CheckpointError, match=r"the checkpoint will take about .* GiB; .* are free"):
         check_space(pipe, recipe, tmp_path / "out")
 

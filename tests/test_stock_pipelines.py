@@ -14,10 +14,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, FirstBlock
 from torch import nn
 
 import diffquant as dq
-from diffquant.calibration.observe import find_denoiser, run_pipeline
 from diffquant.core.layers import QUANTIZABLE, QuantizedConv2d, QuantizedLinear
-from diffquant.core.spec import CalibrationError
-from diffquant.runtime.engines.int8_cpu import unsupported
+from diffquant.engines.int8.engine import Int8
+from diffquant.errors import CalibrationError
+from diffquant.host.pipeline import Host
 from tests import pipelines
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # schedulers of diffusers
@@ -45,7 +45,7 @@ def test_round_trip(kind, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     calibration = dq.Calibration(samples=2, steps=2, batch_size=2)
     data = dq.record(pipe, calibration, progress=False)
-    _, denoiser = find_denoiser(pipe)
+    denoiser = Host(pipe).denoiser
     layers = {layer for layer, module in denoiser.named_modules() if type(module) in QUANTIZABLE}
     heavy = {
         layer
@@ -67,7 +67,7 @@ def test_round_trip(kind, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert np.array_equal(_sample(loaded, calibration), before)
     dq.verify(tmp_path / "packed")
-    if not unsupported():
+    if not Int8.unsupported():
         rows = dq.use_engine(loaded, "int8")
         assert {row.name for row in rows} == {row["name"] for row in report.layers if row["spec"] is not None}
         assert pipelines.not_integer(rows) == []
@@ -148,7 +148,7 @@ from pathlib import Path
 
 import torch
 import diffquant as dq
-from diffquant.core.surgery import quantizers
+from diffquant.core.model import quantizers
 from tests import pipelines
 
 pipe = pipelines.stable_diffusion(Path(sys.argv[1]))
@@ -206,5 +206,5 @@ def _sample(pipe, calibration: dq.Calibration) -> np.ndarray:
         pipelines.small(pipe)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        result = run_pipeline(pipe, calibration, torch.Generator().manual_seed(0), range(2))
+        result = Host(pipe).run(calibration, torch.Generator().manual_seed(0), range(2))
     return torch.as_tensor(result[0]).float().numpy()

@@ -5,24 +5,25 @@ Importing the package registers it with diffusers, so that `DiffusionPipeline.fr
 
 from importlib.metadata import version
 
-from diffquant.calibration.observe import Calibration
+from diffquant.analysis.estimate import inspect
+from diffquant.analysis.sensitivity import Sensitivity, sensitivity
 from diffquant.calibration.record import record
-from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.spec import DiffquantError, LayerRule, LayerSpec, QuantSpec
-from diffquant.core.surgery import full_precision
+from diffquant.calibration.recording import Trajectory
+from diffquant.checkpoint import quantizer as hf
+from diffquant.checkpoint.export import export
+from diffquant.checkpoint.folder import load, save, verify
+from diffquant.core.model import full_precision
+from diffquant.core.spec import LayerRule, LayerSpec, QuantSpec
+from diffquant.engines.base import engine, use_engine
+from diffquant.engines.info import Info, info
+from diffquant.errors import DiffquantError
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.robustness import Robustness, robustness
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.host.conditions import Calibration
 from diffquant.quantization import QuantizationReport, quantize
 from diffquant.recipe import Recipe, load_recipe
-from diffquant.runtime import hf
-from diffquant.runtime.checkpoint import load, save, verify
-from diffquant.runtime.correction import attach, detach
-from diffquant.runtime.engines import engine, use_engine
-from diffquant.runtime.estimate import inspect
-from diffquant.runtime.export import export
-from diffquant.runtime.info import Info, info
-from diffquant.runtime.sensitivity import Sensitivity, sensitivity
+from diffquant.sampling.correction import attach, detach
 
 __version__ = version("diffquant")
 

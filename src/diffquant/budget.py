@@ -11,11 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from diffquant.calibration.observe import Calibration
 from diffquant.calibration.timing import Timing
-from diffquant.core.files import digest_of_json, renamed_when_done
-from diffquant.core.spec import CalibrationError
-from diffquant.core.surgery import unit_count
+from diffquant.errors import CalibrationError
+from diffquant.files import digest_of_json, renamed_when_done
+from diffquant.host.conditions import Calibration
+from diffquant.host.structure import unit_count
 from diffquant.recipe import Recipe, load_recipe
 
 SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125)  # of iterations, samples and trajectories; with fewer, ranges alone do as well

@@ -17,27 +17,28 @@ from safetensors import SafetensorError
 
 import diffquant as dq
 from diffquant import zoo
+from diffquant.analysis.estimate import check_space
+from diffquant.analysis.plan import plan_table
+from diffquant.analysis.sensitivity import TRAJECTORIES
 from diffquant.calibration.progress import bars
-from diffquant.core.spec import DiffquantError
+from diffquant.checkpoint.export import TARGETS
+from diffquant.checkpoint.folder import check_replaceable, file_size, float32_size
 from diffquant.demo import run_demo
+from diffquant.engines import engine_names
+from diffquant.errors import DiffquantError
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import FeatureExtractor
 from diffquant.evaluation.grids import draw_grid
 from diffquant.evaluation.inception import InceptionFeatures
 from diffquant.evaluation.pictures import check_place, statistics_of, write_pictures
-from diffquant.evaluation.plan import plan_table
 from diffquant.evaluation.protocols import load_protocol, recording_scheduler, shipped_protocols, varied_fields
 from diffquant.evaluation.robustness import SAMPLES, VARIED
 from diffquant.evaluation.sampling import sample
+from diffquant.host.pipeline import Host
 from diffquant.quantization import DEFAULT_RECIPE
 from diffquant.recipe import shipped
 from diffquant.reproduce import RELEASED, reproduce
 from diffquant.reproduce import SAMPLES as COMPARED
-from diffquant.runtime.checkpoint import check_replaceable, file_size, float32_size
-from diffquant.runtime.engines import ENGINES
-from diffquant.runtime.estimate import check_space
-from diffquant.runtime.export import TARGETS
-from diffquant.runtime.sensitivity import TRAJECTORIES
 from diffquant.zoo import models
 from diffquant.zoo.data import render_letters
 from diffquant.zoo.named import load_named
@@ -46,7 +47,7 @@ HELP = (
     "Post-training quantization for diffusion models: calibrate on a pipeline's own sampling, pack, sample, compare. "
     "A model is a directory, a hub id, or a reference model (glyph-ddim, glyph-sd, glyph-dit). "
     f"What quantized models compute with is chosen by asking the machine (info), or by the variable DIFFQUANT_ENGINE: "
-    f"{', '.join(ENGINES)}."
+    f"{', '.join(engine_names())}."
 )
 WIDE = 200  # columns where nothing says how many: in a pipe or a file
 app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -154,8 +155,7 @@ def quantize(
         result = dq.quantize(pipe, chosen, calibration, seed=seed, folder=work, memory_gib=memory, minutes=minutes)
     dq.save(pipe, out)
     result.write(out / "quantization.json")
-    denoiser = next(part for part in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)) if part is not None)
-    written, full = file_size(out), float32_size(denoiser)
+    written, full = file_size(out), float32_size(Host(pipe).denoiser)
     say(f"{out}: {written / 1e6:.2f} MB, {written / full:.3f} of float32 ({full / 1e6:.2f} MB)")
 
 

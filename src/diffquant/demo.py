@@ -11,17 +11,17 @@ from pathlib import Path
 from rich.console import Console
 
 from diffquant import zoo
-from diffquant.calibration.observe import Calibration
 from diffquant.calibration.progress import bars
 from diffquant.calibration.record import record
+from diffquant.checkpoint.folder import save
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.grids import draw_pairs
 from diffquant.evaluation.sampling import sample
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.host.conditions import Calibration
 from diffquant.quantization import quantize
 from diffquant.recipe import load_recipe
-from diffquant.runtime.checkpoint import save
 
 CALIBRATION = Calibration(samples=64, steps=20)
 BUDGETS: dict[str, tuple[str, ...]] = {

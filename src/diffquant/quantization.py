@@ -14,33 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
-from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from torch import nn
 
 from diffquant.budget import Budget, remembered, within
 from diffquant.calibration import fit
 from diffquant.calibration.memory import BUDGET, GIB
-from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.progress import Shown, bars
 from diffquant.calibration.record import record
+from diffquant.calibration.recording import Trajectory, has_batches
 from diffquant.calibration.replay import never_called
 from diffquant.calibration.rollout import conditional_half
 from diffquant.calibration.timing import timed
-from diffquant.calibration.trajectory import Trajectory, has_batches
-from diffquant.core.correction import Stored, give, warn_unless_attached
-from diffquant.core.layers import present_spec
-from diffquant.core.planning import PlannedLayer, first_with_guidance_sets, plan
-from diffquant.core.spec import CalibrationError, LayerSpec, SpecError
-from diffquant.core.surgery import enable, freeze, leave_inference_mode, prepare, quantized_layers, unit_count
-from diffquant.methods.passes import evaluating, quantizer_state, restore_quantizers
+from diffquant.checkpoint.quantizer import mark_quantized
+from diffquant.core.correction import Stored
+from diffquant.core.model import correction_of, enable, ensured_state, freeze, leave_inference_mode, quantized_layers
+from diffquant.core.spec import LayerSpec
+from diffquant.errors import CalibrationError, SpecError
+from diffquant.host.conditions import Calibration
+from diffquant.host.denoiser import give_correction, prepare, warn_unless_attached
+from diffquant.host.pipeline import Host
+from diffquant.host.structure import PlannedLayer, first_with_guidance_sets, plan, unit_count
+from diffquant.methods.base import evaluating, quantizer_state, restore_quantizers
 from diffquant.recipe import Recipe, load_recipe
 
 _log = logging.getLogger(__name__)
 NEVER_CALLED = "never called while the pipeline samples, so in floating point"
 EVERY_TIMESTEP = 1000  # sets that a recipe asks for when it means one for every timestep
 DEFAULT_RECIPE = "brecq-w4a8"  # learned rounding and ranges, nothing that a model has to have
-METHOD = "diffquant"  # the name under which diffusers knows what reads and writes quantized models (`runtime.hf`)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def quantize(
     Raises `RecipeError`, `SpecError`, or `CalibrationError` when `data` was recorded with another model, or is missing for a
     denoiser without a pipeline.
     """
-    model = pipe if isinstance(pipe, nn.Module) else find_denoiser(pipe)[1]
+    model = pipe if isinstance(pipe, nn.Module) else Host(pipe).denoiser
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULT_RECIPE)
     with torch.inference_mode(False):  # what is learned needs gradients
         leave_inference_mode(model)
@@ -200,7 +200,7 @@ def _quantize(
                 restore_quantizers(model, tensors)
                 report.passes.append(json.loads(metadata["row"]))
                 if "correction" in (figures := report.passes[-1]["figures"]):
-                    give(model, Stored.model_validate({"correction": figures["correction"]}).correction)
+                    give_correction(model, Stored.model_validate({"correction": figures["correction"]}).correction)
                 continue
             about = f"pass {index + 1} of {len(steps)}, {type(step).__name__}"
             with run.progress.part(about, work[index] / whole, work[index + 1] / whole):
@@ -217,13 +217,12 @@ def _quantize(
                 shutil.rmtree(done.with_suffix(""), ignore_errors=True)  # what the pass kept while it was not finished
     enable(model)
     freeze(model)
-    specs = {name: present_spec(layer) for name, layer in quantized_layers(model)}
+    specs = {name: layer.present_spec for name, layer in quantized_layers(model)}
     report.layers[:] = [_row(replace(row, spec=specs.get(row.name, row.spec))) for row in rows]
-    if hasattr(model, "correction"):
+    if correction_of(model) is not None:
         model.register_forward_pre_hook(warn_unless_attached)
-    model.recipe_name = recipe.full_name  # type: ignore[assignment]
-    if isinstance(model, ModelMixin):  # its own `save_pretrained` then writes the packed form
-        AUTO_QUANTIZER_MAPPING[METHOD].mark(model, recipe.full_name)
+    ensured_state(model).recipe = recipe.full_name
+    mark_quantized(model)
     return report
 
 

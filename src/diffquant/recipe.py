@@ -17,17 +17,18 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diffquant.core.files import read_text
-from diffquant.core.spec import LayerRule, RecipeError
+from diffquant.core.spec import LayerRule
+from diffquant.errors import RecipeError
+from diffquant.files import read_text
 from diffquant.methods.accuquant import AccuQuant
-from diffquant.methods.adp_dm import SearchParameterSets
-from diffquant.methods.allocation import AllocateBits, AllocateWeightBits
-from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
+from diffquant.methods.adp_dm.search import SearchParameterSets
+from diffquant.methods.base import EFFORT, Pass
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
-from diffquant.methods.passes import EFFORT, Pass
+from diffquant.methods.mixed_precision import AllocateBits, AllocateWeightBits
+from diffquant.methods.noise_correction import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.qncd import EmbeddingSmoothing
 from diffquant.methods.ranges import CalibrateRanges
-from diffquant.methods.rounding import LearnScales, ReconstructRounding
+from diffquant.methods.reconstruction import LearnScales, ReconstructRounding
 
 PASSES: dict[str, type[Pass]] = {
     "CalibrateRanges": CalibrateRanges,

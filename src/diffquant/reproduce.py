@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffquant.analysis.estimate import check_space
 from diffquant.calibration.progress import bars
+from diffquant.checkpoint.folder import save
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.protocols import load_protocol, recording_scheduler
 from diffquant.evaluation.report import Report
 from diffquant.quantization import quantize
 from diffquant.recipe import Recipe
-from diffquant.runtime.checkpoint import save
-from diffquant.runtime.estimate import check_space
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from diffquant.calibration.gain import StepGain
-from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout
+from diffquant.host.conditions import Calibration
+from diffquant.host.pipeline import Host
 from tests import pipelines
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -43,7 +44,7 @@ def test_a_step_taken_with_a_small_error(clipped):
 
 def agree_with_steps(pipe, data, size: float) -> None:
     """The gains times an error are what the error makes of the latent: up to one unit for all."""
-    model = find_denoiser(pipe)[1]
+    model = Host(pipe).denoiser
     gain, rollout = StepGain(model, data), Rollout(model, data)
     found, wanted = [], []
     for k in range(rollout.steps):

@@ -15,17 +15,20 @@ from torch import nn
 import diffquant as dq
 from chains import gradient_into_leaves
 from diffquant.calibration import fit, memory, replay
-from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
+from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.rollout import Rollout, conditional_half
-from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.planning import plan
-from diffquant.core.spec import CalibrationError, LayerRule
-from diffquant.core.surgery import Unit, enable, prepare, quantizers, units
+from diffquant.core.model import enable, quantizers
+from diffquant.core.spec import LayerRule
+from diffquant.errors import CalibrationError
+from diffquant.host.conditions import Calibration
+from diffquant.host.denoiser import prepare
+from diffquant.host.pipeline import Host
+from diffquant.host.structure import Unit, plan, units
 from diffquant.methods.accuquant import AccuQuant
-from diffquant.methods.passes import quantizer_state
+from diffquant.methods.base import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
-from diffquant.methods.rounding import LearnScales, ReconstructRounding
+from diffquant.methods.reconstruction import LearnScales, ReconstructRounding
 from diffquant.methods.units import _Targets
 from diffquant.recipe import load_recipe
 from tests import pipelines
@@ -104,7 +107,7 @@ def test_a_failure_leaves_no_file(recorded, spilled, tmp_path, monkeypatch):
     def failing(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffquant.methods.rounding.fit", failing)
+    monkeypatch.setattr("diffquant.methods.reconstruction.fit", failing)
     with pytest.raises(KeyboardInterrupt):
         learned(recorded, PASSES["rounding"], 0, tmp_path)
     gc.collect()  # the traceback held the tensors
@@ -180,7 +183,7 @@ def test_one_unit_and_its_optimizer_are_held_at_a_time(recorded, monkeypatch):
 
     monkeypatch.setattr("diffquant.methods.units.observe_unit", given)
     monkeypatch.setattr("diffquant.methods.units.observe_outputs", wanted)
-    monkeypatch.setattr("diffquant.methods.rounding.fit", functools.partial(fit.fit, optimizer_type=Watched))
+    monkeypatch.setattr("diffquant.methods.reconstruction.fit", functools.partial(fit.fit, optimizer_type=Watched))
     gc.disable()
     try:
         learned(recorded, PASSES["scales"], 0)
@@ -194,7 +197,7 @@ def test_one_unit_and_its_optimizer_are_held_at_a_time(recorded, monkeypatch):
 def guided() -> tuple[nn.Module, Trajectory]:
     """A guided model whose quantizers, with a parameter set per timestep, are on; and its recording."""
     pipe = pipelines.dit()
-    model = find_denoiser(pipe)[1].requires_grad_(False)
+    model = Host(pipe).denoiser.requires_grad_(False)
     data = record(pipe, Calibration(samples=2, batch_size=2, steps=3, seed=1), progress=False)
     rules = (LayerRule(match="@all", weight_bits=8, input_bits=8, sets=3), LayerRule(match="@attention", input_bits=8, sets=3))
     prepare(model, plan(model, rules), data.timesteps)
@@ -220,7 +223,7 @@ def gradient(kind: str, **options: bool) -> torch.Tensor:
     gradient_into_leaves(chain, chain.recorded(len(chain.steps)), kind)
     assert not any("forward" in vars(module) for module in through.model.modules())
     last = through.data.timesteps.index(min(through.data.timesteps))
-    assert through.model.step_clock.interval == (last if kind == "chain" else 0)  # of the last forward pass
+    assert through.model.diffquant.clock.interval == (last if kind == "chain" else 0)  # of the last forward pass
     leaves = [quantizer.scale for _, quantizer in quantizers(through.model)]
     return torch.cat([torch.zeros_like(leaf).flatten() if leaf.grad is None else leaf.grad.flatten() for leaf in leaves])
 

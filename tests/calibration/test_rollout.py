@@ -18,11 +18,12 @@ from diffusers import (
 )
 
 from diffquant.calibration import rollout as module
-from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout
-from diffquant.calibration.scheduling import restore, snapshot
-from diffquant.core.spec import CalibrationError
+from diffquant.errors import CalibrationError
+from diffquant.host.conditions import Calibration
+from diffquant.host.pipeline import Host
+from diffquant.host.scheduler import restore, snapshot
 from tests import pipelines
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -68,7 +69,7 @@ def worst(rollout: Rollout, length: int = 3) -> float:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_stock_pipeline_is_replayed_as_recorded(name, tmp_path):
     pipe = pipelines.build(name, tmp_path)
-    rollout = Rollout(find_denoiser(pipe)[1], record(pipe, SMALL, progress=False))
+    rollout = Rollout(Host(pipe).denoiser, record(pipe, SMALL, progress=False))
     rollout.verify()
     assert worst(rollout) < 1e-4
 

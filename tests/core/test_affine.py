@@ -21,7 +21,8 @@ from diffquant.core.affine import (
     scale_around,
     scale_from_range,
 )
-from diffquant.core.spec import QuantSpec, SpecError
+from diffquant.core.spec import QuantSpec
+from diffquant.errors import SpecError
 
 bits = st.integers(2, 8)
 symmetries = st.booleans()

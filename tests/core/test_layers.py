@@ -13,19 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 from diffquant.core import memory
 from diffquant.core.affine import scale_from_range
+from diffquant.core.attention import AttentionProducts, attach_products
 from diffquant.core.clock import StepClock
-from diffquant.core.frozen import float_weight
-from diffquant.core.layers import (
-    AttentionProducts,
-    QuantizedConv2d,
-    QuantizedLinear,
-    attach_products,
-    freeze_layer,
-    make_quantizable,
-    smoothed_weight,
-)
+from diffquant.core.layers import QuantizedConv2d, QuantizedLinear, make_quantizable
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec, SpecError
+from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec
+from diffquant.errors import SpecError
 
 INT4 = QuantSpec(bits=4, symmetric=True, granularity="channel")
 UINT4 = QuantSpec(bits=4, symmetric=False, granularity="channel")
@@ -53,7 +46,7 @@ def calibrate(layer: nn.Module, input_scale: object = 0.02, input_zero_point: ob
     assert isinstance(layer, (QuantizedLinear, QuantizedConv2d))
     quantizer = layer.weight_quantizer
     if quantizer is not None:
-        parts = smoothed_weight(layer).detach().float().split(quantizer.splits or layer.weight.shape[1], dim=1)
+        parts = layer.weight_to_quantize().split(quantizer.splits or layer.weight.shape[1], dim=1)
         for index, part in enumerate(parts):
             rows = part.flatten(1) if quantizer.rows > 1 else part.reshape(1, -1)
             scale, zero_point = scale_from_range(rows.amin(1), rows.amax(1), quantizer.spec)
@@ -186,7 +179,7 @@ def test_an_offset_counts_while_quantizers_are_on_and_is_the_bias_of_a_frozen_la
     assert torch.equal(layer(x), plain(x))
     for quantizer in (layer.weight_quantizer, layer.input_quantizer):
         quantizer.enabled = True
-    freeze_layer(layer)
+    layer.freeze()
     assert layer.offset is None and torch.equal(layer(x), given)
 
 
@@ -232,12 +225,12 @@ def test_frozen_is_bit_equal_to_simulated(layer_and_input: tuple[nn.Module, Tens
     if smooth:
         layer.smooth.copy_(torch.rand(6) + 0.5)
     calibrate(layer)
-    weight, output = layer.weight_quantizer(smoothed_weight(layer)), layer(x)
-    freeze_layer(layer)
-    assert float_weight(layer) is None
+    weight, output = layer.weight_quantizer(layer.smoothed_weight()), layer(x)
+    layer.freeze()
+    assert layer.float_weight is None
     assert torch.equal(layer.weight_quantizer.dequantized_codes(), weight)
     assert torch.equal(layer(x), output)
-    freeze_layer(layer)  # a second time changes nothing
+    layer.freeze()  # a second time changes nothing
     assert torch.equal(layer(x), output)
 
 
@@ -249,7 +242,7 @@ def test_freezing_is_decided_in_float32(dtype: torch.dtype) -> None:
     layer.smooth.copy_(torch.rand(256) + 0.5)
     exact = layer.weight.detach().float() * layer.smooth
     calibrate(layer)
-    freeze_layer(layer)
+    layer.freeze()
     assert torch.equal(layer.weight_quantizer.dequantized_codes(), weight_by_hand(exact, INT4))
 
 
@@ -258,7 +251,7 @@ def test_a_frozen_layer_cannot_run_with_quantizers_off() -> None:
     layer = nn.Linear(6, 4)
     make_quantizable(layer, W4A8, StepClock())
     calibrate(layer)
-    freeze_layer(layer)
+    layer.freeze()
     for quantizer in (layer.weight_quantizer, layer.input_quantizer):
         quantizer.enabled = False
     with pytest.raises(SpecError, match=r"^frozen layer: its float weight is gone, so it cannot run with quantizers off$"):
@@ -268,7 +261,7 @@ def test_a_frozen_layer_cannot_run_with_quantizers_off() -> None:
 def test_freezing_leaves_a_layer_without_weight_quantizer_alone() -> None:
     layer = nn.Linear(6, 4)
     make_quantizable(layer, LayerSpec(input=UINT8), StepClock())
-    freeze_layer(layer)
+    layer.freeze()
     assert isinstance(layer.weight, nn.Parameter)
 
 
@@ -462,7 +455,7 @@ def test_a_frozen_weight_is_kept_until_what_it_is_made_of_changes(monkeypatch):
     make_quantizable(layer, LayerSpec(weight=QuantSpec(bits=4, symmetric=True)), StepClock())
     layer.weight_quantizer.scale.fill_(0.1)
     layer.weight_quantizer.enabled = True
-    freeze_layer(layer)
+    layer.freeze()
     quantizer, names = layer.weight_quantizer, set(layer.state_dict())
     weight = quantizer.frozen_weight(torch.float32)
     assert torch.equal(weight, quantizer.dequantized_codes()) and quantizer.frozen_weight(torch.float32) is weight

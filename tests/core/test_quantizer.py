@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffquant.core.affine import scale_from_range
-from diffquant.core.clock import StepClock, follow, spread, tick
+from diffquant.core.clock import StepClock, spread
+from diffquant.core.model import ModelState
 from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
-from diffquant.core.spec import QuantSpec, SpecError
+from diffquant.core.spec import QuantSpec
+from diffquant.errors import SpecError
+from diffquant.host.denoiser import tick, tock
 
 UINT8 = QuantSpec(bits=8)
 INT4 = QuantSpec(bits=4, symmetric=True)
@@ -114,8 +117,7 @@ class Denoiser(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.step_clock = StepClock([900, 100])
-        self.timestep_argument = ("timestep", 1)
+        self.diffquant = ModelState(StepClock([900, 100]), ("timestep", 1))
         self.register_forward_pre_hook(tick, with_kwargs=True)
 
     def forward(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
@@ -125,11 +127,11 @@ class Denoiser(nn.Module):
 def test_the_hook_reads_the_timestep_by_place_and_by_name() -> None:
     model, sample = Denoiser(), torch.zeros(1)
     model(sample, 100)
-    assert model.step_clock.interval == 1
+    assert model.diffquant.clock.interval == 1
     model(sample, timestep=torch.tensor(900))
-    assert model.step_clock.interval == 0
+    assert model.diffquant.clock.interval == 0
     model(timestep=100, sample=sample)
-    assert model.step_clock.interval == 1
+    assert model.diffquant.clock.interval == 1
     with pytest.raises(SpecError, match=r"^Denoiser: called without timestep; the quantizers need it"):
         model(sample)
 
@@ -138,7 +140,7 @@ def test_a_deep_copy_ticks_its_own_clock() -> None:
     model = Denoiser()
     twin = copy.deepcopy(model)
     twin(torch.zeros(1), 100)
-    assert (twin.step_clock.interval, model.step_clock.interval) == (1, 0)
+    assert (twin.diffquant.clock.interval, model.diffquant.clock.interval) == (1, 0)
 
 
 # ---- parameter sets
@@ -365,18 +367,19 @@ class Nested(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.step_clock, self.timestep_argument = StepClock([900, 500, 100]), ("timestep", 1)
+        self.diffquant = ModelState(StepClock([900, 500, 100]), ("timestep", 1))
         self.seen: list[int] = []
-        follow(self)
+        self.register_forward_pre_hook(tick, with_kwargs=True)
+        self.register_forward_hook(tock, always_call=True)
 
     def forward(self, sample: Tensor, timestep: float, inner: float | None = None, fails: bool = False) -> Tensor:
-        self.seen.append(self.step_clock.interval)
+        self.seen.append(self.diffquant.clock.interval)
         if fails:
             raise RuntimeError("inside")
         if inner is not None:
             with suppress(RuntimeError):
                 self(sample, inner, fails=inner == 100)
-        self.seen.append(self.step_clock.interval)
+        self.seen.append(self.diffquant.clock.interval)
         return sample
 
 
@@ -386,11 +389,11 @@ def test_a_call_inside_a_call_leaves_the_outer_interval(inner: float) -> None:
     model = Nested()
     model(torch.zeros(1), 900, inner=inner)
     assert model.seen == ([0, 1, 1, 0] if inner == 500 else [0, 2, 0])
-    assert model.step_clock.interval == 0
+    assert model.diffquant.clock.interval == 0
     with pytest.raises(SpecError, match="called without timestep"):
         model(torch.zeros(1))
     model(torch.zeros(1), 100)
-    assert model.step_clock.interval == 2
+    assert model.diffquant.clock.interval == 2
 
 
 def test_threads_have_intervals_of_their_own() -> None:

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from diffquant.calibration.observe import find_denoiser
 from diffquant.evaluation.accumulation import accumulation, parts, trace
 from diffquant.evaluation.metrics import relative_l2
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.host.pipeline import Host
 from tests import pipelines
 from tests.evaluation.test_compare import disturbed
 
@@ -61,7 +61,7 @@ def test_the_last_stretch_errs_by_the_last_local_error(pipe, traced):
 @pytest.mark.parametrize("name", ["ldm", "dit", "stable_diffusion"])
 def test_pipelines_with_calls_of_their_own_are_traced(name, tmp_path):
     pipe = getattr(pipelines, name)(*((tmp_path,) if name == "stable_diffusion" else ()))
-    found = accumulation(trace(pipe, PROTOCOL), copy.deepcopy(find_denoiser(pipe)[1]))
+    found = accumulation(trace(pipe, PROTOCOL), copy.deepcopy(Host(pipe).denoiser))
     assert max(found.accumulated) < 1e-3
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 import diffquant as dq
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 from diffquant.evaluation import report as reports
 from diffquant.evaluation.clip import ClipScore
 from diffquant.evaluation.pictures import statistics_of, write_pictures

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffquant.core.spec import CalibrationError, EvaluationError
+from diffquant.errors import CalibrationError, EvaluationError
 from diffquant.evaluation import distances, metrics, observers
 from diffquant.evaluation import reference as references
 from diffquant.evaluation.compare import compare, compare_to, final_error_ratio

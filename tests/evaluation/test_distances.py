@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 from diffquant.evaluation import distances
 
 

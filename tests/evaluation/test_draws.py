@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffquant.core.spec import CalibrationError, EvaluationError
+from diffquant.errors import CalibrationError, EvaluationError
 from diffquant.evaluation import draws
 from diffquant.evaluation.compare import compare_to
 from diffquant.evaluation.draws import draw

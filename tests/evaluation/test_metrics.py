@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 from diffquant.evaluation import metrics
 from diffquant.evaluation.metrics import Interval
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 from diffquant.evaluation.protocols import RECORDED, load_protocol, recording_scheduler, shipped_protocols
 from diffquant.evaluation.sampling_protocol import SCHEDULERS, SamplingProtocol
+from diffquant.host.conditions import Calibration
 from tests import pipelines
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 from diffquant.evaluation import drawing, grids
 from diffquant.evaluation import report as reporting
 from diffquant.evaluation.accumulation import Accumulation, Stretch

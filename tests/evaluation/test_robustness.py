@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 import diffquant as dq
-from diffquant.core.spec import EvaluationError, SpecError
+from diffquant.errors import EvaluationError, SpecError
 from diffquant.evaluation import robustness as module
 from diffquant.evaluation.drawing import draw_matrix
 from diffquant.evaluation.protocols import varied_fields

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LDMPipeline
 
-from diffquant.core.spec import EvaluationError, SpecError
+from diffquant.errors import EvaluationError, SpecError
 from diffquant.evaluation.metrics import to_uint8
 from diffquant.evaluation.sampling import initial_noise, sample, sample_generators, sample_unconditional
 from diffquant.evaluation.sampling_protocol import SCHEDULERS, SamplingProtocol, scheduler_of

@@ -16,14 +16,15 @@ from torch import nn
 
 import diffquant as dq
 from chains import gradient_into_leaves
-from diffquant.calibration.observe import Calibration, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Chain, Rollout
-from diffquant.core.spec import RecipeError, SpecError
-from diffquant.core.surgery import quantized_layers, quantizers
+from diffquant.core.model import quantized_layers, quantizers
+from diffquant.errors import RecipeError, SpecError
+from diffquant.host.conditions import Calibration
+from diffquant.host.pipeline import Host
 from diffquant.methods.accuquant import AccuQuant, visited
+from diffquant.methods.base import evaluating, quantizer_state
 from diffquant.methods.gradients import carried_back
-from diffquant.methods.passes import evaluating, quantizer_state
 from diffquant.recipe import load_recipe
 from tests import pipelines
 
@@ -84,7 +85,7 @@ def double(name, tmp_path):
             pipe.scheduler.config
         )
         data = record(pipe, dataclasses.replace(SMALL, steps=6), run=pipelines.own_loop, progress=False)
-    model = find_denoiser(pipe)[1]
+    model = Host(pipe).denoiser
     disturbed = copy.deepcopy(model).requires_grad_(True)
     with torch.no_grad():
         for parameter in disturbed.parameters():

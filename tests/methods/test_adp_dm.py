@@ -13,18 +13,20 @@ from torch import nn
 import diffquant as dq
 from diffquant.calibration import fit
 from diffquant.calibration.gain import StepGain
-from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.core.affine import fake_quantize
 from diffquant.core.clock import StepClock
-from diffquant.core.planning import plan
+from diffquant.core.model import quantizers, switched
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
-from diffquant.core.surgery import prepare, quantizers, switched
-from diffquant.methods.adp_dm import SearchParameterSets, _Search
-from diffquant.methods.clusters import clustered
-from diffquant.methods.mixture import entropies, mixture
-from diffquant.methods.pool import Pool
+from diffquant.core.spec import LayerRule, QuantSpec
+from diffquant.errors import CalibrationError, SpecError
+from diffquant.host.conditions import Calibration
+from diffquant.host.denoiser import prepare
+from diffquant.host.structure import plan
+from diffquant.methods.adp_dm.clusters import clustered
+from diffquant.methods.adp_dm.mixture import entropies, mixture
+from diffquant.methods.adp_dm.pool import Pool
+from diffquant.methods.adp_dm.search import SearchParameterSets, _Search
 from diffquant.methods.ranges import CalibrateRanges
 from tests import pipelines
 
@@ -61,7 +63,7 @@ def test_one_hot_shares_are_the_table_and_equal_sets_the_plain_quantizer():
 @pytest.mark.parametrize("block", [1 << 15, 5])
 def test_gradients_are_those_of_the_formulas(monkeypatch, block):
     """The hand-written backward pass against autograd through `fake_quantize`, in one piece a sample and in three."""
-    monkeypatch.setattr("diffquant.methods.mixture.BLOCK", block)
+    monkeypatch.setattr("diffquant.methods.adp_dm.mixture.BLOCK", block)
     one, x = quantizer([0.02, 0.11, 0.3]), torch.randn(6, 4, 3)
     one.clock.set_interval(torch.tensor([0, 1, 2, 3, 1, 0]))
     weights = torch.randn_like(x)
@@ -107,7 +109,7 @@ def test_intervals_are_chosen_by_entropy_and_seldomness(monkeypatch):
     assert chosen(4, [2.0, 1.0, 1.9]) == [0, 2, 0, 2]
     assert sorted(chosen(6, [1.0] * 6)) == list(range(6))
     assert chosen(2, [1.74, 1.0]) == [0, 1] and chosen(2, [1.76, 1.0]) == [0, 0]  # 1.5 that was not chosen, 0.75 that was once
-    monkeypatch.setattr("diffquant.methods.pool.BONUS", 0.0)
+    monkeypatch.setattr("diffquant.methods.adp_dm.pool.BONUS", 0.0)
     assert chosen(3, [1.0, 1.2, 0.9]) == [1, 1, 1]
 
 
@@ -157,7 +159,7 @@ def test_every_quantizer_gets_a_gradient_and_entropy_falls(pipe, data, monkeypat
         return value
 
     monkeypatch.setattr(_Search, "loss", spied)
-    monkeypatch.setattr("diffquant.methods.adp_dm.ENTROPY", 5.0)
+    monkeypatch.setattr("diffquant.methods.adp_dm.search.ENTROPY", 5.0)
     figures = searched(model, data, rounds=16, updates=2)
     assert len(seen[0]) == sum(one.clock is not None for _, one in quantizers(model))
     assert all(any(step[name] > 0 for step in seen) for name in seen[0])
@@ -170,9 +172,9 @@ def test_timesteps_of_equal_scale_share_a_set():
     """Inputs of four scales over eight timesteps: the search finds them, and one step for all is worse."""
     torch.manual_seed(0)
     model = nn.Module()
-    model.step_clock = StepClock(tuple(float(i) for i in range(8)))
+    model.diffquant.clock = StepClock(tuple(float(i) for i in range(8)))
     one = quantizer([1.0] * 4, 8)
-    one.clock = model.step_clock
+    one.clock = model.diffquant.clock
     scales = torch.tensor([1.0, 4, 16, 64, 64, 16, 4, 1])
     table, low, high = clustered(-3 * scales[:, None], 3 * scales[:, None], 4)
     one.set_ranges(low, high)
@@ -199,7 +201,7 @@ def test_resumed_searches_are_equal(pipe, data, tmp_path, monkeypatch, method, k
         return original(self, *given)
 
     fitted = fit.fit
-    monkeypatch.setattr("diffquant.methods.adp_dm.fit", lambda *given, **more: fitted(*given, **more, save_every=2))
+    monkeypatch.setattr("diffquant.methods.adp_dm.search.fit", lambda *given, **more: fitted(*given, **more, save_every=2))
     with fit.run(tmp_path, show=False) as run:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(_Search, method, failing)
@@ -250,7 +252,7 @@ def test_the_error_of_the_latent_is_the_outputs_times_what_the_sampler_makes_of_
 def test_the_control_learns_ranges_and_searches_nothing(pipe, data, monkeypatch, sets):
     """One set is static quantization, four for four intervals are one each. Tables stay, errors fall, all are visited."""
     model, start = prepared(pipe, data, sets), prepared(pipe, data, sets)
-    monkeypatch.setattr("diffquant.methods.adp_dm.STEP_RATE", 2e-2)
+    monkeypatch.setattr("diffquant.methods.adp_dm.search.STEP_RATE", 2e-2)
     monkeypatch.setattr(CalibrateRanges, "calibrate_activations", lambda *given, **more: [])  # extremes: much to learn
     options = {"table": "clusters", "rounds": 16, "images": 16}
     before = searched(start, data, **options, learn_ranges=False)

@@ -13,8 +13,9 @@ from diffquant.core.affine import fake_quantize, scale_from_range
 from diffquant.core.clock import StepClock
 from diffquant.core.layers import make_quantizable
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.spec import LayerSpec, QuantSpec, SpecError
-from diffquant.core.surgery import Unit
+from diffquant.core.spec import LayerSpec, QuantSpec
+from diffquant.errors import SpecError
+from diffquant.host.structure import Unit
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling, TimestepWeights
 from diffquant.methods.ranges import search_range
 from diffquant.methods.scaling import Live, live_output, sample_errors, searched_shrink

@@ -10,26 +10,28 @@ from torch import nn
 
 from diffquant.calibration import fit, replay
 from diffquant.calibration.gain import StepGain
-from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
-from diffquant.calibration.trajectory import Trajectory
+from diffquant.calibration.recording import Trajectory
 from diffquant.core.affine import fake_quantize
 from diffquant.core.clock import StepClock
-from diffquant.core.planning import plan
+from diffquant.core.model import enable, full_precision, quantized_layers, quantizers
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.spec import CalibrationError, LayerRule, QuantSpec, SpecError
-from diffquant.core.surgery import Unit, enable, full_precision, prepare, quantized_layers, quantizers
+from diffquant.core.spec import LayerRule, QuantSpec
+from diffquant.errors import CalibrationError, SpecError
+from diffquant.host.conditions import Calibration
+from diffquant.host.denoiser import prepare
+from diffquant.host.structure import Unit, plan
 from diffquant.methods.accuquant import AccuQuant
-from diffquant.methods.adp_dm import SearchParameterSets
-from diffquant.methods.allocation import AllocateBits, AllocateWeightBits
-from diffquant.methods.corrections import FitCoefficients, FitProportional, RuntimeNoiseEstimate
+from diffquant.methods.adp_dm.search import SearchParameterSets
+from diffquant.methods.base import Pass, quantizer_state
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.learned import LearnedSmooth
-from diffquant.methods.passes import Pass, quantizer_state
+from diffquant.methods.learned_scale import LearnedSteps
+from diffquant.methods.mixed_precision import AllocateBits, AllocateWeightBits
+from diffquant.methods.noise_correction import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.qncd import EmbeddingSmoothing
 from diffquant.methods.ranges import CalibrateRanges, search_range
-from diffquant.methods.rounding import LearnScales, ReconstructRounding
-from diffquant.methods.steps import LearnedSteps
+from diffquant.methods.reconstruction import LearnScales, ReconstructRounding
 from diffquant.methods.units import minibatch_error, unit_error
 from diffquant.recipe import PASSES
 from tests import pipelines
@@ -213,7 +215,7 @@ def test_reconstruction_lowers_the_error_of_units(pipe, data):
 
 
 def test_learned_scales_lower_the_error_of_units(pipe, data, monkeypatch):
-    monkeypatch.setattr("diffquant.methods.rounding.STEP_RATE", 0.02)
+    monkeypatch.setattr("diffquant.methods.reconstruction.STEP_RATE", 0.02)
     model = quantizable(pipe, data, rules=(LayerRule(match="@conv", weight_bits=8, input_bits=4),))
     for _, quantizer in quantizers(model):
         if quantizer.clock is not None:
@@ -327,7 +329,7 @@ def test_smooth_gets_the_gradient_of_its_logarithm(pipe, data):
 
 def test_sets_share_a_zero_point_where_a_rule_says_so(pipe, data, monkeypatch):
     """Calibrated or learned, the sets differ in their scales only."""
-    monkeypatch.setattr("diffquant.methods.rounding.STEP_RATE", 0.05)
+    monkeypatch.setattr("diffquant.methods.reconstruction.STEP_RATE", 0.05)
     shared = LayerRule(match="@all", weight_bits=4, input_bits=8, sets=4, shared_zero_point=True)
     model = quantizable(pipe, data, rules=(shared, LayerRule(match="@attention", input_bits=8, sets=4, shared_zero_point=True)))
 

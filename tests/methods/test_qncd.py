@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from diffquant.calibration import fit
-from diffquant.calibration.observe import Calibration
 from diffquant.calibration.record import record
 from diffquant.core.clock import StepClock
 from diffquant.core.layers import make_quantizable
-from diffquant.core.planning import plan
-from diffquant.core.spec import LayerRule, LayerSpec, QuantSpec, SpecError
-from diffquant.core.surgery import prepare
-from diffquant.methods.qncd import EmbeddingSmoothing, group_normalised, projected_embeddings, residual_blocks, smoothing
+from diffquant.core.spec import LayerRule, LayerSpec, QuantSpec
+from diffquant.errors import SpecError
+from diffquant.host.conditions import Calibration
+from diffquant.host.denoiser import prepare
+from diffquant.host.structure import plan, residual_blocks
+from diffquant.methods.qncd import EmbeddingSmoothing, group_normalised, projected_embeddings, smoothing
 from diffquant.methods.scaling import relative_error
 from tests import pipelines
 

@@ -11,8 +11,8 @@ from torch.distributions import Normal, kl_divergence
 
 from diffquant import zoo
 from diffquant.calibration import fit
-from diffquant.calibration.observe import default_prompts
-from diffquant.core.spec import ZooError
+from diffquant.errors import ZooError
+from diffquant.host.conditions import default_prompts
 from diffquant.zoo import latent, models, train
 from diffquant.zoo.data import Letters
 from diffquant.zoo.prompts import DEFAULT_PROMPTS, LETTERS, labels_of, prompt_of, tokenize, tokenizer

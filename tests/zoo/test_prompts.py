@@ -5,7 +5,7 @@ import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.ttLib.tables.O_S_2f_2 import Panose
 
-from diffquant.core.spec import ZooError
+from diffquant.errors import ZooError
 from diffquant.zoo.prompts import LETTERS, PROMPT_TOKENS, WORDS, labels_of, prompt_of, style_of, tokenize, tokenizer
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffquant import zoo
 from diffquant.calibration import fit
-from diffquant.core.spec import ZooError
+from diffquant.errors import ZooError
 from diffquant.evaluation.sampling import sample
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.zoo import models

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 
 from diffquant.calibration.memory import BUDGET
 from diffquant.calibration.progress import Bars, Shown, bars
-from diffquant.core.files import DIGEST, digest_tensor, renamed_when_done
-from diffquant.core.spec import CalibrationError
+from diffquant.errors import CalibrationError
+from diffquant.files import DIGEST, digest_tensor, renamed_when_done
 
 Schedule = Callable[[int, int], float]
+T = TypeVar("T")
 
 SAVE_SECONDS = 60.0
 
@@ -41,6 +43,16 @@ class Run:
     progress: Bars
     folder: Path | None = None
     memory: float = BUDGET
+
+    def track(self, items: Sequence[T], label: str) -> Iterator[T]:
+        """The items one by one, with a bar that says how many are done."""
+        task = self.progress.add_task(label, total=len(items))
+        try:
+            for item in items:
+                yield item
+                self.progress.advance(task)
+        finally:
+            self.progress.remove_task(task)
 
     def below(self, name: str) -> Run:
         """The same run with a folder of its own for one pass or unit."""

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.rollout import Rollout
-from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.spec import CalibrationError, SpecError
-from diffquant.core.surgery import device_of
+from diffquant.core.model import device_of
+from diffquant.errors import CalibrationError, SpecError
 
 
 @final

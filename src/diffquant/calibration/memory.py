@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffquant.core.clock import StepClock
-from diffquant.core.spec import CalibrationError
-from diffquant.core.surgery import units
+from diffquant.core.model import state_of
+from diffquant.errors import CalibrationError
+from diffquant.host.structure import units
 
 GIB = 2**30
 BUDGET = 2 * GIB  # bytes of a unit's recorded inputs and outputs that are held in memory
@@ -105,7 +106,8 @@ def checkpointed(model: nn.Module, on: bool = True) -> Iterator[None]:
 
     Backward passes may come later. Nothing changes for `on` False, and where gradients are off.
     """
-    clock = getattr(model, "step_clock", None)
+    state = state_of(model)
+    clock = None if state is None else state.clock
     modules = [unit.module for unit in units(model)] if on else []
     for module in modules:
         module.forward = recomputed(module.forward, clock)

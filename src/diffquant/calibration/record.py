@@ -17,21 +17,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from diffquant.calibration.observe import (
-    Calibration,
-    Pipeline,
-    check_step_cache,
-    evaluation_mode,
-    find_denoiser,
-    first_call,
-    observe,
-    run_pipeline,
-    timestep_name,
-)
 from diffquant.calibration.progress import Shown, bars
 from diffquant.calibration.recorded_batch import BudgetCheck, RecordedBatch, Shapes
-from diffquant.calibration.scheduling import clipping
-from diffquant.calibration.trajectory import (
+from diffquant.calibration.recording import (
     FORMAT_VERSION,
     MANIFEST,
     Trajectory,
@@ -41,9 +29,13 @@ from diffquant.calibration.trajectory import (
     read_manifest,
     write_manifest,
 )
-from diffquant.core.files import PARTIAL
-from diffquant.core.spec import CalibrationError
-from diffquant.core.surgery import is_frozen
+from diffquant.core.model import is_frozen, is_quantizable
+from diffquant.errors import CalibrationError
+from diffquant.files import PARTIAL
+from diffquant.host.conditions import Calibration
+from diffquant.host.denoiser import timestep_argument
+from diffquant.host.pipeline import Host, Pipeline, check_step_cache
+from diffquant.host.scheduler import clipping
 
 Run: TypeAlias = Callable[[Pipeline, torch.Generator, int], Any]
 
@@ -69,8 +61,9 @@ def record(
     temporary = folder is None
     folder = Path(tempfile.mkdtemp(prefix="diffquant-")) if folder is None else Path(folder)
     try:
-        with _clipping(pipe, calibration.clip_sample):
-            _record(pipe, calibration, folder, run, progress)
+        host = Host(pipe)
+        with _clipping(host, calibration.clip_sample):
+            _record(host, calibration, folder, run, progress)
         trajectory = Trajectory.open(folder)
     except BaseException:
         if temporary:
@@ -81,24 +74,24 @@ def record(
     return trajectory
 
 
-def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | None, progress: Shown) -> None:
-    manifest = _describe(pipe, calibration, run)
+def _record(host: Host, calibration: Calibration, folder: Path, run: Run | None, progress: Shown) -> None:
+    manifest = _describe(host, calibration, run)
     _prepare(folder, manifest)
     count = math.ceil(calibration.samples / calibration.batch_size)
     missing = [b for b in range(count) if not batch_path(folder, b).exists()]
     if not missing and read_manifest(folder)["complete"]:
         return
 
-    with bars(progress) as bar, bar.part("recording", 0.0, 1.0), evaluation_mode(pipe), _quiet(pipe):
+    with bars(progress) as bar, bar.part("recording", 0.0, 1.0), host.evaluating(), host.quiet():
         task = bar.add_task("batches", total=count, completed=count - len(missing))
-        shapes = _shapes_of_another_size(pipe, calibration, run, _rows_of_batch(calibration, missing[0])) if missing else NO_SHAPES
+        shapes = _shapes_of_another_size(host, calibration, run, _rows_of_batch(calibration, missing[0])) if missing else NO_SHAPES
         for b in missing:
             rows = _rows_of_batch(calibration, b)
             budget = BudgetCheck(calibration, rows, folder) if b == missing[0] else None
-            batch = RecordedBatch(find_denoiser(pipe)[1], rows, b, budget, shapes)
-            with observe(pipe, on_call=batch.add_call, on_step=batch.add_step, on_timetable=batch.add_timetable):
-                _sample(pipe, calibration, run, b, rows)
-            batch.check(type(pipe).__name__)
+            batch = RecordedBatch(host.denoiser, rows, b, budget, shapes)
+            with host.observed(on_call=batch.add_call, on_step=batch.add_step, on_timetable=batch.add_timetable):
+                _sample(host, calibration, run, b, rows)
+            batch.check(host.kind)
             if not (folder / MANIFEST).exists():  # a refused recording leaves nothing behind
                 folder.mkdir(parents=True, exist_ok=True)
                 write_manifest(folder, manifest)
@@ -109,34 +102,34 @@ def _record(pipe: Pipeline, calibration: Calibration, folder: Path, run: Run | N
     write_manifest(folder, manifest | {"complete": True, "timesteps": timesteps})
 
 
-def _sample(pipe: Pipeline, calibration: Calibration, run: Run | None, batch: int, rows: int) -> None:
+def _sample(host: Host, calibration: Calibration, run: Run | None, batch: int, rows: int) -> None:
     """Run the pipeline on the first `rows` trajectories of a batch."""
     generator = torch.Generator().manual_seed(_seed(calibration.seed, batch))
     with _global_seed(generator.initial_seed()):
         if run is None:
             first = batch * calibration.batch_size
-            run_pipeline(pipe, calibration, generator, range(first, first + rows))
+            host.run(calibration, generator, range(first, first + rows))
         else:
-            run(pipe, generator, rows)
+            run(host.pipe, generator, rows)
 
 
-def _shapes_of_another_size(pipe: Pipeline, calibration: Calibration, run: Run | None, rows: int) -> Shapes:
+def _shapes_of_another_size(host: Host, calibration: Calibration, run: Run | None, rows: int) -> Shapes:
     """What the first denoiser call is given for another number of samples than `rows`: which axes follow it."""
-    call = first_call(pipe, lambda: _sample(pipe, calibration, run, 0, 2 if rows == 1 else 1))
-    return NO_SHAPES if call is None else Shapes.of(find_denoiser(pipe)[1], *call)
+    call = host.first_call(lambda: _sample(host, calibration, run, 0, 2 if rows == 1 else 1))
+    return NO_SHAPES if call is None else Shapes.of(host.denoiser, *call)
 
 
 NO_SHAPES = Shapes(0, {}, {})
 
 
-def _describe(pipe: Pipeline, calibration: Calibration, run: Run | None) -> dict[str, Any]:
+def _describe(host: Host, calibration: Calibration, run: Run | None) -> dict[str, Any]:
     """The manifest of a recording that is about to be made."""
-    name, denoiser = find_denoiser(pipe)
+    pipe, denoiser = host.pipe, host.denoiser
     check_step_cache(denoiser)
-    if hasattr(denoiser, "step_clock") and is_frozen(denoiser):
+    if is_quantizable(denoiser) and is_frozen(denoiser):
         raise CalibrationError(f"{type(denoiser).__name__}: is quantized; record the full-precision pipeline that it came from")
     if getattr(pipe, "scheduler", None) is None:
-        raise CalibrationError(f"{type(pipe).__name__}: has no scheduler; only pipelines that hold one can be recorded")
+        raise CalibrationError(f"{host.kind}: has no scheduler; only pipelines that hold one can be recorded")
     config = json.loads(pipe.scheduler.to_json_string())
     config.pop("_diffusers_version", None)
     try:
@@ -147,8 +140,8 @@ def _describe(pipe: Pipeline, calibration: Calibration, run: Run | None) -> dict
         "format_version": FORMAT_VERSION,
         "complete": False,
         "model_hash": model_hash(denoiser),
-        "pipeline": type(pipe).__name__,
-        "denoiser": {"component": name, "class": type(denoiser).__name__, "timestep": timestep_name(denoiser)},
+        "pipeline": host.kind,
+        "denoiser": {"component": host.name, "class": type(denoiser).__name__, "timestep": timestep_argument(denoiser)[0]},
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
         "calibration": dataclasses.asdict(calibration),
         "run": "pipeline" if run is None else getattr(run, "__qualname__", type(run).__name__),
@@ -208,25 +201,11 @@ def _global_seed(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _clipping(pipe: Pipeline, clip_sample: bool | None) -> Iterator[None]:
+def _clipping(host: Host, clip_sample: bool | None) -> Iterator[None]:
     """Give the pipeline a scheduler that clips, or does not clip, while the block runs; None leaves it as it is."""
-    own = getattr(pipe, "scheduler", None)
+    own = getattr(host.pipe, "scheduler", None)
     if own is None or clip_sample is None:
         yield
         return
-    try:
-        pipe.scheduler = clipping(own, clip_sample)
+    with host.sampling_with(clipping(own, clip_sample)):
         yield
-    finally:
-        pipe.scheduler = own
-
-
-@contextmanager
-def _quiet(pipe: Pipeline) -> Iterator[None]:
-    """Switch the pipeline's own progress bar off."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**(before | {"disable": True}))
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffquant.calibration.memory import GIB
-from diffquant.calibration.observe import Calibration, timestep_name
-from diffquant.calibration.trajectory import PLACE
-from diffquant.core.files import content_name, renamed_when_done, with_digest
-from diffquant.core.spec import CalibrationError
+from diffquant.calibration.recording import PLACE
+from diffquant.errors import CalibrationError
+from diffquant.files import content_name, renamed_when_done, with_digest
+from diffquant.host.conditions import Calibration
+from diffquant.host.denoiser import timestep_argument
 
 
 def free_bytes(place: Path) -> int:
@@ -93,7 +94,7 @@ class RecordedBatch:
     """The calls and steps of one batch on their way to a file."""
 
     def __init__(self, denoiser: nn.Module, rows: int, number: int, budget: BudgetCheck | None, shapes: Shapes) -> None:
-        self.denoiser_name, self.timestep_name = type(denoiser).__name__, timestep_name(denoiser)
+        self.denoiser_name, self.timestep_name = type(denoiser).__name__, timestep_argument(denoiser)[0]
         self.rows, self.number, self.budget, self.shapes = rows, number, budget, shapes
         self.tensors: dict[str, Tensor] = {}
         self.calls: list[dict[str, Any]] = []

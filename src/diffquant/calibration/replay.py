@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffquant.calibration.memory import Columns, Key
-from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.surgery import device_of
+from diffquant.calibration.recording import Trajectory
+from diffquant.core.model import clock_of, device_of, state_of
+from diffquant.core.watch import Enough, watching
 
 
 @contextmanager
 def rows_of(model: nn.Module, data: Trajectory, picked: Int[Tensor, " n"]) -> Iterator[None]:
     """While the block runs, calls of `model` are of the recorded samples `picked`: its clock knows the guided half of each."""
-    clock = getattr(model, "step_clock", None)
-    if clock is None or clock.conditional is None:
+    state = state_of(model)
+    if state is None or state.clock.conditional is None:
         yield
         return
-    with clock.rows_are(data.half_of()[picked]):
+    with state.clock.rows_are(data.half_of()[picked]):
         yield
 
 
@@ -38,22 +40,17 @@ def call_recorded(model: nn.Module, data: Trajectory, picked: Int[Tensor, " n"])
 def never_called(model: nn.Module, names: Sequence[str], data: Trajectory) -> list[str]:
     """Which of the modules `names` of `model` no recorded call of the first trajectory reaches."""
     left, modules = dict.fromkeys(names), dict(model.named_modules())
-    handles = [modules[name].register_forward_pre_hook(lambda *_, name=name: left.pop(name, None)) for name in names]
     own = (data.trajectory_of() == 0).nonzero()[:, 0]
     calls = data.call_of()[own]
-    try:
-        with torch.no_grad():
-            for call in calls.unique():
-                if left:
-                    call_recorded(model, data, own[calls == call])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching({modules[name]: partial(_strike_out, left, name) for name in names}, before=True):
+        for call in calls.unique():
+            if left:
+                call_recorded(model, data, own[calls == call])
     return list(left)
 
 
-class _Stop(Exception):
-    """Raised inside a forward pass to end it: everything that was wanted has been seen."""
+def _strike_out(left: dict[str, None], name: str, module: nn.Module, arguments: Any) -> None:
+    left.pop(name, None)
 
 
 @dataclass
@@ -164,21 +161,15 @@ def _observed(
             seen.add(module)
             columns[module].add(len(picked), batch)
         if module is modules[-1]:
-            raise _Stop
+            raise Enough
 
     intervals = []
-    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
-    try:
+    with torch.no_grad(), watching(dict.fromkeys(modules, keep), keywords=True):
         for picked in indices.split(batch_size):
             seen.clear()
-            clock = model.step_clock
-            with torch.no_grad(), suppress(_Stop):
+            with suppress(Enough):
                 call_recorded(model, data, picked)
-            interval = clock.interval  # type: ignore[union-attr]
-            intervals.append(torch.as_tensor(interval).expand(len(picked)).clone())
-    finally:
-        for handle in handles:
-            handle.remove()
+            intervals.append(torch.as_tensor(clock_of(model).interval).expand(len(picked)).clone())
     return [
         UnitInputs(
             arguments=list(found.of("argument").values()),

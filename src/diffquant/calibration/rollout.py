@@ -8,7 +8,6 @@ the history that multistep solvers keep is rebuilt by stepping it along the reco
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffquant.calibration.memory import checkpointed, recomputed
-from diffquant.calibration.observe import predicted
+from diffquant.calibration.recording import RecordedStep, Trajectory
 from diffquant.calibration.replay import rows_of
-from diffquant.calibration.scheduling import State, build_scheduler, noise_is, restore, scale_model_input, snapshot
-from diffquant.calibration.trajectory import RecordedStep, Trajectory
-from diffquant.core.spec import CalibrationError
-from diffquant.core.surgery import device_of, full_precision
+from diffquant.core.model import device_of, full_precision, state_of
+from diffquant.errors import CalibrationError
+from diffquant.host.denoiser import input_name
+from diffquant.host.guidance import guidance_weight, guided, leading_channels
+from diffquant.host.pipeline import predicted
+from diffquant.host.scheduler import State, build_scheduler, noise_is, restore, scale_model_input, snapshot
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # relative L2 of a replayed stretch; other dtypes: HALF_TOLERANCE
 HALF_TOLERANCE = 5e-2
@@ -46,7 +47,7 @@ class Rollout:
         self.scheduler = self._build_scheduler()
         self._initial = snapshot(self.scheduler)
         self._rows = self._rows_of_calls()
-        self._input_name = next(iter(inspect.signature(model.forward).parameters))
+        self._input_name = input_name(model)
         probe = torch.arange(self._rows.shape[1])[: data.manifest["calibration"]["batch_size"]]
         recorded = [data.step(probe, k) for k in range(self.steps)]
         self._stochastic = self._injects_noise(recorded)
@@ -101,11 +102,9 @@ class Rollout:
                 )
 
     def _build_scheduler(self) -> Any:
-        scheduler = build_scheduler(self.data)
+        scheduler = build_scheduler(self.data.manifest)
         scheduler.set_timesteps(**self.data.timetable)
-        first = torch.zeros(1, dtype=torch.long)
-        recorded = [float(self.data.step(first, k).timestep) for k in range(self.steps)]
-        if scheduler.timesteps.double().tolist() != recorded:
+        if scheduler.timesteps.double().tolist() != self.data.step_timesteps:
             raise CalibrationError(
                 f"{self.where}: the recorded timesteps are not those of the scheduler's set_timesteps; they cannot be replayed"
             )
@@ -243,9 +242,8 @@ class Chain:
             return self._output(scaled, i, rows[0])
         if rollout.split_guidance:
             first, second = (self._output(scaled, i, half) for half in rows)
-        else:
-            first, second = self._output(scaled, i, rows.reshape(-1)).chunk(2)
-        return first + rollout.guidance[k] * (second - first)
+            return first + rollout.guidance[k] * (second - first)
+        return guided(self._output(scaled, i, rows.reshape(-1)), rollout.guidance[k])
 
     def _output(self, scaled: Tensor, i: int, rows: Int[Tensor, " m"]) -> Tensor:
         """The model's prediction in the recorded calls `rows` with `scaled`, once or twice, in place of the latents."""
@@ -261,7 +259,8 @@ class Chain:
                 return rollout.model(**arguments)
 
         again = rollout.split_guidance and not rollout.checkpointing
-        run = recomputed(call, getattr(rollout.model, "step_clock", None)) if again else call
+        state = state_of(rollout.model)
+        run = recomputed(call, None if state is None else state.clock) if again else call
         with checkpointed(rollout.model, rollout.checkpointing):
             output = predicted(rollout.model, run(**arguments))
         return leading_channels(output, self._recorded_step(i).model_output)
@@ -298,14 +297,6 @@ class Chain:
         return step.prev_sample - mean
 
 
-def guidance_weight(first: Tensor, second: Tensor, guided: Tensor) -> tuple[float, float]:
-    """The w for which first + w (second - first) comes nearest to `guided`, and the relative distance that is left."""
-    between, wanted = (second - first).double(), (guided - first).double()
-    weight = float((between * wanted).sum() / between.square().sum().clamp(min=1e-30))
-    weight = float(f"{weight:.5g}")  # users give a few digits; the rest is rounding
-    return weight, float((wanted - weight * between).norm() / guided.double().norm().clamp(min=1e-30))
-
-
 def conditional_half(data: Trajectory) -> int:
     """Which half of the recorded guided calls is the conditional one, 0 or 1, read off how the halves reached the scheduler.
 
@@ -325,8 +316,3 @@ def conditional_half(data: Trajectory) -> int:
     first, second = (leading_channels(data.batch(picked)[1], step.model_output) for picked in rows)
     weight, _ = guidance_weight(first, second, step.model_output)
     return int(weight > 0.5)
-
-
-def leading_channels(output: Tensor, like: Tensor) -> Tensor:
-    """The channels of a model's output that are the prediction: models that also predict a variance append it."""
-    return output[:, : like.shape[1]]

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffquant.calibration.observe import Calibration, Pipeline, evaluation_mode, find_denoiser, first_call, run_pipeline
-from diffquant.core.spec import SpecError
+from diffquant.core.layers import QUANTIZABLE
+from diffquant.core.watch import watching
+from diffquant.host.conditions import Calibration
+from diffquant.host.pipeline import Host, Pipeline
 
 TIMED_ROWS = 4  # samples in the timed call for every one of the pipeline's
 TIMED_CALLS = 3  # calls of the denoiser whose fastest is taken
@@ -35,10 +37,11 @@ class Timing:
 
 
 def timed(pipe: Pipeline) -> Timing:
-    """Run `pipe` as far as its first denoiser call, and time that call. Raises `SpecError` where it makes none."""
-    arguments = {name: _repeated(value) for name, value in first_arguments(pipe).items()}
+    """Run `pipe` as far as its first denoiser call, and time that call. Raises `CalibrationError` where it makes none."""
+    host = Host(pipe)
+    arguments = {name: _repeated(value) for name, value in host.example_call(steps=2)[0].items()}
     rows = max(value.shape[0] for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 1)
-    operations, activations, seconds = _measure(find_denoiser(pipe)[1], arguments)
+    operations, activations, seconds = _measure(host.denoiser, arguments)
     return Timing(seconds / rows, activations / rows, operations, rows // TIMED_ROWS)
 
 
@@ -47,16 +50,6 @@ def _repeated(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _repeated(member) for name, member in value.items()}
     return value.repeat_interleave(TIMED_ROWS, dim=0) if isinstance(value, Tensor) and value.dim() > 0 else value
-
-
-def first_arguments(pipe: Pipeline) -> dict[str, Any]:
-    """The arguments of the first denoiser call of a short run of the pipeline."""
-    calibration = Calibration(samples=1, steps=2, batch_size=1)
-    with evaluation_mode(pipe):
-        call = first_call(pipe, lambda: run_pipeline(pipe, calibration, torch.Generator().manual_seed(0), range(1)))
-    if call is None:
-        raise SpecError(f"{type(pipe).__name__}: ran without calling its denoiser")
-    return call[0]
 
 
 def _measure(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, int], int, float]:
@@ -69,20 +62,16 @@ def _measure(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, int
             nonlocal largest
             tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, Tensor)]
             largest = max(largest, 4 * sum(tensor.numel() for tensor in tensors))
-            if isinstance(module, nn.Conv2d | nn.Linear) and isinstance(output, Tensor):
+            if isinstance(module, tuple(QUANTIZABLE)) and isinstance(output, Tensor):
                 weight = module.weight
+                assert isinstance(weight, Tensor)
                 positions = output.numel() // weight.shape[0]
                 operations[name] = operations.get(name, 0) + positions * weight.numel()
 
         return hook
 
-    handles = [module.register_forward_hook(count(name)) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            model(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching({module: count(name) for name, module in model.named_modules()}):
+        model(**arguments)
     seconds = math.inf
     with torch.no_grad():
         for _ in range(TIMED_CALLS):

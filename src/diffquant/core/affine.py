@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffquant.core.spec import QuantSpec, SpecError
+from diffquant.core.spec import QuantSpec
+from diffquant.errors import SpecError
 
 SMALLEST_SCALE = 1e-12  # a constant-zero tensor gets this scale and codes that dequantize to exact zeros
 
@@ -120,7 +121,7 @@ def scale_from_range(low: Float[Tensor, "*p"], high: Float[Tensor, "*p"], spec: 
     return scale, zero_point
 
 
-def scale_around(low: Float[Tensor, "..."], high: Float[Tensor, "..."], zero_point: Tensor, spec: QuantSpec) -> Tensor:
+def scale_around(low: Float[Tensor, ...], high: Float[Tensor, ...], zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """The smallest scale with which codes around a given `zero_point` cover [low, high], on sides of zero that have codes."""
     below, above = zero_point - spec.code_min, spec.code_max - zero_point
     under = torch.where(below > 0, -low.float() / below.clamp(min=1), 0.0)

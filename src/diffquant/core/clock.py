@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffquant.core.spec import SpecError
+from diffquant.errors import SpecError
 
 Interval = int | Int[Tensor, " batch"]
 
@@ -32,7 +31,7 @@ class StepClock:
 
     The interval belongs to the call: threads that call one model at the same time have intervals of their own, and a call inside
     another one leaves the outer one's as it was. What is computed again for a backward pass is bound to its call
-    (`bind_checkpoints`).
+    (`host.denoiser`).
 
     ``timesteps`` are the recorded ones, noisy (large) first; interval i belongs to ``timesteps[i]`` and reaches to the midpoints of
     its neighbours (``edges``, ascending), the outermost intervals without end. Without timesteps there is one interval.
@@ -165,66 +164,6 @@ class StepClock:
             self.interval = interval
         if isinstance(self.interval, int):
             self.position.fill_(self.interval)
-
-
-def tick(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Forward pre-hook of a denoiser: set its clock from the `timestep` argument (its name and place were read at surgery)."""
-    clock = model.step_clock
-    assert isinstance(clock, StepClock)
-    if not torch.compiler.is_compiling():
-        clock.begin()
-    name, position = model.timestep_argument  # type: ignore[misc]
-    timestep = keywords.get(name, arguments[position] if position < len(arguments) else None)
-    if timestep is None:
-        raise SpecError(f"{type(model).__name__}: called without {name}; the quantizers need it to choose their parameters")
-    halves = None
-    if clock.conditional is not None:
-        sample = arguments[0] if arguments else keywords[next(iter(inspect.signature(model.forward).parameters))]
-        halves = clock.halves(sample)
-    clock.set_timestep(timestep, halves)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        bind_checkpoints(model, clock)
-
-
-def tock(model: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of a denoiser, also where its forward failed: its call is over."""
-    clock = model.step_clock
-    assert isinstance(clock, StepClock)
-    if not torch.compiler.is_compiling():
-        clock.end()
-
-
-def follow(model: nn.Module) -> None:
-    """Let the clock of a denoiser follow its calls."""
-    model.register_forward_pre_hook(tick, with_kwargs=True)
-    model.register_forward_hook(tock, always_call=True)
-
-
-class _Bound:
-    """A function of diffusers that checkpoints a block: what it computes again is in the interval of its call."""
-
-    def __init__(self, checkpoint: Callable[..., Any], clock: StepClock) -> None:
-        self.checkpoint, self.clock = checkpoint, clock
-
-    def __call__(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        interval = self.clock.interval
-
-        def again(*arguments: Any, **keywords: Any) -> Any:
-            with self.clock.at(interval):
-                return function(*arguments, **keywords)
-
-        return self.checkpoint(again, *arguments, **keywords)
-
-
-def bind_checkpoints(model: nn.Module, clock: StepClock) -> None:
-    """Bind the functions that modules of `model` checkpoint with, where gradient checkpointing is on, to their calls' intervals.
-
-    They run again in a backward pass, perhaps of another thread and after other calls, where no timestep is given.
-    """
-    for module in model.modules():
-        checkpoint = vars(module).get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, _Bound) and getattr(module, "gradient_checkpointing", False):
-            module._gradient_checkpointing_func = _Bound(checkpoint, clock)  # type: ignore[assignment]
 
 
 def spread(rows: int, intervals: int) -> Int[Tensor, " intervals"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.quantizer import in_float32
-from diffquant.core.spec import SpecError
+from diffquant.errors import SpecError
 
 
 class ReadOnlyWeight(Tensor):
@@ -57,7 +57,7 @@ class FrozenWeight:
         """The float weight; of a frozen layer the dequantized one, a new tensor each time that cannot be written."""
         if "weight" not in vars(self)["_parameters"]:
             raise AttributeError("weight")  # while the layer is being made
-        weight = float_weight(self)  # type: ignore[arg-type]
+        weight = self.float_weight
         quantizer = vars(self)["_modules"].get("weight_quantizer")
         if weight is not None or quantizer is None or quantizer.codes is None:
             return weight  # type: ignore[return-value]
@@ -72,10 +72,20 @@ class FrozenWeight:
     weight: Tensor = property(_weight)  # type: ignore[assignment]
 
     @property
+    def float_weight(self) -> Tensor | None:
+        """The float weight of the layer, None where it is frozen."""
+        weight: Tensor | None = vars(self)["_parameters"]["weight"]
+        return weight
+
+    def forget_weight(self) -> None:
+        """Let the layer have no float weight any more."""
+        vars(self)["_parameters"]["weight"] = None
+
+    @property
     def qweight(self) -> Tensor:
         """The codes of a frozen layer: where peft looks for the device of a LoRA adapter's base layer."""
         quantizer = vars(self)["_modules"].get("weight_quantizer")
-        if quantizer is None or quantizer.codes is None or vars(self)["_parameters"]["weight"] is not None:
+        if quantizer is None or quantizer.codes is None or self.float_weight is not None:
             raise AttributeError("qweight: the layer has its float weight")
         codes: Tensor = quantizer.codes
         return codes
@@ -87,14 +97,3 @@ class FrozenWeight:
             vars(self)["_buffers"][name] = in_float32(tensor, vars(self)["_buffers"][name])
         self.like = self.like if self.like.is_meta else fn(self.like)  # a tensor without data cannot be moved
         return applied
-
-
-def forget_weight(layer: nn.Module) -> None:
-    """Let a layer have no float weight any more."""
-    vars(layer)["_parameters"]["weight"] = None
-
-
-def float_weight(layer: nn.Module) -> Tensor | None:
-    """The float weight of a layer, None where it is frozen."""
-    weight: Tensor | None = vars(layer)["_parameters"]["weight"]
-    return weight

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from diffquant.core import memory
 from diffquant.core.affine import dequantize, fake_quantize, quantize, quantize_rounded, scale_around, scale_from_range
 from diffquant.core.clock import StepClock
-from diffquant.core.spec import QuantSpec, SpecError
+from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec
+from diffquant.errors import SpecError
 
 
 class Quantizer(nn.Module):
@@ -77,6 +78,11 @@ class Quantizer(nn.Module):
     def rows(self) -> int:
         """Output channels of a weight (or 1), parameter sets of an activation."""
         return self.scale.shape[0]
+
+    def sets(self, per_half: bool) -> int:
+        """Parameter sets of an activation, of one half of a guided call where each has its own (`per_half`)."""
+        assert self.clock is not None
+        return self.rows // (self.clock.branches if per_half else 1)
 
     @property
     def calibrated(self) -> bool:
@@ -226,6 +232,26 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """The spec, for `print(model)`."""
         return f"{self.spec}, rows={self.rows}, splits={self.splits or None}, enabled={self.enabled}"
+
+
+def activation_quantizer(
+    operand: QuantSpec | None,
+    spec: LayerSpec | AttentionSpec,
+    clock: StepClock,
+    axis: int,
+    splits: Sequence[int] = (),
+    shifted: int = 0,
+) -> Quantizer | None:
+    """The quantizer of one operand of a layer or attention with parameter sets as `spec` says; None for floating point.
+
+    ``shifted``: channels with exponents of their own.
+    """
+    if operand is None:
+        return None
+    rows = spec.sets * (clock.branches if spec.guidance_sets else 1)
+    quantizer = Quantizer(operand, rows, splits, axis, clock, shifted, spec.guidance_sets)
+    quantizer.shared_zero_point = spec.shared_zero_point
+    return quantizer
 
 
 def in_float32(before: Tensor, after: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is asked of a layer: bits, symmetry, granularity, and the rules that decide which layer gets what. And the typed errors.
+"""What is asked of a layer: bits, symmetry, granularity, and the rules that decide which layer gets what.
 
 No tensors here: a spec is a value that can be written in a recipe and read back from a checkpoint.
 """
@@ -11,34 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MIN_BITS, MAX_BITS = 2, 8
 RuleBits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | Literal["float"]
-
-
-class DiffquantError(ValueError):
-    """Base of every error that is the user's to mend; its text is one line: where, what was found, what is allowed, what to do."""
-
-
-class SpecError(DiffquantError):
-    """A layer cannot be quantized as asked."""
-
-
-class CalibrationError(DiffquantError):
-    """Calibration data are missing, damaged, or of another model."""
-
-
-class RecipeError(DiffquantError):
-    """A recipe is not one that can be run."""
-
-
-class CheckpointError(DiffquantError):
-    """A packed checkpoint cannot be written or read."""
-
-
-class EvaluationError(DiffquantError):
-    """Two things cannot be compared."""
-
-
-class ZooError(DiffquantError):
-    """A reference model cannot be trained or found."""
 
 
 class _Value(BaseModel):

@@ -22,13 +22,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffquant.calibration.observe import Calibration, Pipeline, find_denoiser
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout
-from diffquant.core.spec import CalibrationError
+from diffquant.errors import CalibrationError
 from diffquant.evaluation.metrics import Interval, bootstrap_mean, relative_l2
 from diffquant.evaluation.sampling import OnProgress, initial_noise, sample_shape, sample_unconditional
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, is_unconditional, scheduler_of
+from diffquant.host.conditions import Calibration
+from diffquant.host.pipeline import Host, Pipeline
 
 BATCH = 16  # trajectories at once
 DIFFERENCE = 1e-2  # of the latent's norm: length of the step of the central difference
@@ -79,7 +80,7 @@ def trace(pipe: Pipeline, protocol: SamplingProtocol) -> Rollout:
     with scheduler_of(pipe, protocol):
         run = _unconditional(protocol) if is_unconditional(pipe) else None
         data = record(pipe, calibration, run=run, progress=False)
-    rollout = Rollout(find_denoiser(pipe)[1], data)
+    rollout = Rollout(Host(pipe).denoiser, data)
     rollout.verify()
     return rollout
 

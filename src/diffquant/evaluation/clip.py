@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 
 BATCH = 32  # pictures per call
 

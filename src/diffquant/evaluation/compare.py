@@ -14,8 +14,8 @@ from typing import Any
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diffquant.calibration.observe import Pipeline, evaluation_mode, find_denoiser, has_step_cache
-from diffquant.core.spec import EvaluationError
+from diffquant.engines.base import engine_of
+from diffquant.errors import EvaluationError
 from diffquant.evaluation.accumulation import Accumulation, accumulation
 from diffquant.evaluation.distances import Distances, distances
 from diffquant.evaluation.features import (
@@ -43,7 +43,7 @@ from diffquant.evaluation.observers import Differ, Snapshots
 from diffquant.evaluation.reference import ReferenceRun, run_reference, snapshot_steps
 from diffquant.evaluation.sampling import OnProgress, sample
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_config
-from diffquant.runtime.engines import engine_of
+from diffquant.host.pipeline import Host, Pipeline, has_step_cache
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def compare_to(
         clip=clip_score(reference.scorer, pictures, protocol),
         pictures=pictures,
         seconds=drawn.seconds,
-        engine=engine_of(find_denoiser(quantized_pipe)[1]),
+        engine=engine_of(Host(quantized_pipe).denoiser),
     )
 
 
@@ -179,10 +179,11 @@ def final_error_ratio(numerator: Comparison, denominator: Comparison) -> Interva
 
 
 def _accumulation(reference: ReferenceRun, pipe: Pipeline, name: str, progress: OnProgress | None) -> Accumulation | None:
-    denoiser = find_denoiser(pipe)[1]
+    host = Host(pipe)
+    denoiser = host.denoiser
     if reference.traced is None or has_step_cache(denoiser):
         return None
-    with evaluation_mode(pipe):
+    with host.evaluating():
         return accumulation(reference.traced, denoiser, name=name, progress=progress)
 
 

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from diffquant.analysis.sensitivity import Sensitivity
 from diffquant.evaluation.accumulation import Accumulation
 from diffquant.evaluation.grids import GREY, INK, RULE, folded
-from diffquant.runtime.sensitivity import Sensitivity
 
 LABEL_GAP = 25.0  # pixels between the names of lines: their height at 150 dots an inch
 MAP_LINES, MAP_RANGE = 36, 1e4  # of a sensitivity map: quantizers shown, and largest value over the least that is told apart

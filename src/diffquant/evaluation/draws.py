@@ -19,14 +19,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import load_tensors, save_tensors
-from diffquant.calibration.observe import Pipeline, find_denoiser
-from diffquant.core.files import digest_tensor
-from diffquant.core.spec import EvaluationError
+from diffquant.engines.base import engine_of
+from diffquant.errors import EvaluationError
 from diffquant.evaluation.observers import Keeper, Snapshots, Trajectory, finite_only
 from diffquant.evaluation.sampling import OnProgress, sample
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_config
-from diffquant.runtime.correction import attachment_of
-from diffquant.runtime.engines import engine_of
+from diffquant.files import digest_tensor
+from diffquant.host.pipeline import Host, Pipeline
+from diffquant.sampling.correction import attachment_of
 
 FORMAT = 1
 _NOISY = "noisy."
@@ -40,7 +40,7 @@ class Draw:
     """
 
     pictures: UInt8[Tensor, "n c h w"]
-    last_samples: Float[Tensor, "n *shape"]
+    last_samples: Float[Tensor, n * shape]
     seconds: float | None
     trajectory: Trajectory | None = None
     noisy: dict[int, Tensor] = field(default_factory=dict)
@@ -94,7 +94,7 @@ def identity(pipe: Pipeline) -> dict[str, Any]:
         "components": {name: _component(part) for name, part in pipe.components.items() if name != "scheduler"},
         "device": str(pipe.device),
         "dtype": str(pipe.dtype),
-        "engine": engine_of(find_denoiser(pipe)[1]),
+        "engine": engine_of(Host(pipe).denoiser),
         "correction": attached.correction.model_dump(mode="json") if attached is not None else None,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffquant.calibration.observe import Pipeline, find_denoiser
+from diffquant.checkpoint.folder import file_size, float32_size, load
 from diffquant.evaluation.compare import compare_to
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer
@@ -13,7 +13,7 @@ from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import Report, make_report
 from diffquant.evaluation.sampling import OnProgress
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
-from diffquant.runtime.checkpoint import file_size, float32_size, load
+from diffquant.host.pipeline import Host, Pipeline
 
 
 def evaluate(
@@ -48,7 +48,7 @@ def evaluate(
     full = load(reference) if isinstance(reference, str | Path) else reference
     folder = None if work is None else Path(work)
     run = run_reference(full, protocol, features=features, data=data, clip=clip, folder=folder, progress=progress)
-    sizes = {run.name: float32_size(find_denoiser(full)[1])}
+    sizes = {run.name: float32_size(Host(full).denoiser)}
     comparisons = []
     for name, model in named.items():
         if isinstance(model, str | Path):

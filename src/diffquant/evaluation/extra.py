@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 
 PACKAGES = {"skimage": "scikit-image", "matplotlib": "matplotlib"}
 

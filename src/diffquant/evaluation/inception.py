@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 
 SIZE = 299  # pixels that the network sees
 LOGITS = 1008

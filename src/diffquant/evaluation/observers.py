@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 from diffquant.evaluation.metrics import relative_l2, sqnr_db, to_uint8
 from diffquant.evaluation.sampling import OnStep, StepResult
 from diffquant.evaluation.sampling_protocol import SamplingProtocol

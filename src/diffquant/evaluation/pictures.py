@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -21,10 +21,11 @@ import yaml
 from diffusers import DDIMPipeline
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from diffquant.calibration.observe import Calibration, Pipeline
-from diffquant.core.files import read_text
-from diffquant.core.spec import DiffquantError, EvaluationError
+from diffquant.errors import DiffquantError, EvaluationError
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_of
+from diffquant.files import read_text
+from diffquant.host.conditions import Calibration
+from diffquant.host.pipeline import Pipeline
 
 BUILTIN = "builtin"  # prompts: the pipeline's own, or those of `calibration.observe`
 RECORDED = 64  # trajectories, where nothing says how many

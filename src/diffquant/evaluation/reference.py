@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diffquant.calibration.observe import Pipeline, find_denoiser
+from diffquant.calibration.recording import model_hash
 from diffquant.calibration.rollout import Rollout
-from diffquant.calibration.trajectory import model_hash
-from diffquant.core.spec import CalibrationError, EvaluationError
+from diffquant.errors import CalibrationError, EvaluationError
 from diffquant.evaluation.accumulation import trace
 from diffquant.evaluation.distances import Distances, distances
 from diffquant.evaluation.draws import draw
@@ -33,6 +32,7 @@ from diffquant.evaluation.metrics import Interval
 from diffquant.evaluation.observers import Trajectory
 from diffquant.evaluation.sampling import OnProgress
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, is_unconditional, resolved, scheduler_config
+from diffquant.host.pipeline import Host, Pipeline
 
 SNAPSHOTS = (0.2, 0.4, 0.6, 0.8)  # shares of the sampling steps after which pixel models are compared as sets of pictures
 
@@ -54,7 +54,7 @@ class ReferenceRun:
     device: str
     dtype: str
     pictures: UInt8[Tensor, "n c h w"]
-    last_samples: Float[Tensor, "n *shape"]
+    last_samples: Float[Tensor, n * shape]
     trajectory: Trajectory
     seconds: float | None
     extractor: FeatureExtractor | None
@@ -93,7 +93,7 @@ def run_reference(
     """
     if data is not None and features is None:
         raise EvaluationError("data: statistics are given without an extractor; pass the extractor that made them")
-    _, denoiser = find_denoiser(pipe)
+    denoiser = Host(pipe).denoiser
     protocol = resolved(pipe, protocol)
     if clip is not None and protocol.prompts is None:
         raise EvaluationError(f"clip: {type(pipe).__name__} takes no prompts to compare pictures with; leave it out")

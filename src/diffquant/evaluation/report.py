@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
-from diffquant.core.spec import EvaluationError
+from diffquant.errors import EvaluationError
 from diffquant.evaluation import rendering
 from diffquant.evaluation.compare import Comparison
 from diffquant.evaluation.distances import GROUPS

@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
-from diffquant.calibration.observe import Pipeline
-from diffquant.core.spec import DiffquantError, EvaluationError
+from diffquant.checkpoint.folder import load
+from diffquant.errors import DiffquantError, EvaluationError
 from diffquant.evaluation import rendering
 from diffquant.evaluation.draws import identity
 from diffquant.evaluation.evaluate import evaluate
@@ -29,7 +29,7 @@ from diffquant.evaluation.report import Report, save_image, write_whole
 from diffquant.evaluation.rows import Row
 from diffquant.evaluation.sampling import OnProgress
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
-from diffquant.runtime.checkpoint import load
+from diffquant.host.pipeline import Pipeline
 
 FORMAT = 1  # of robustness.json
 FILE = "robustness.json"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from diffquant.calibration.observe import Pipeline, conditions, evaluation_mode, find_denoiser, observe
-from diffquant.core.spec import DiffquantError, EvaluationError
+from diffquant.errors import DiffquantError, EvaluationError
 from diffquant.evaluation.metrics import to_uint8
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, asked, is_unconditional, scheduler_of
+from diffquant.host.pipeline import Host, Pipeline
 
 Generators = torch.Generator | list[torch.Generator] | None
 OnProgress = Callable[[str, int, int], None]  # what is being sampled, samples done, samples in all
@@ -34,9 +33,9 @@ class StepResult:
 
     step: int
     timestep: float
-    sample_before: Float[Tensor, "n *shape"]
-    noise_prediction: Float[Tensor, "n *output"]
-    sample_after: Float[Tensor, "n *shape"]
+    sample_before: Float[Tensor, n * shape]
+    noise_prediction: Float[Tensor, n * output]
+    sample_after: Float[Tensor, n * shape]
 
 
 OnStep = Callable[[range, StepResult], None]  # the numbers of the samples in the batch, and the step
@@ -50,7 +49,7 @@ class Sampled:
     """
 
     pictures: UInt8[Tensor, "n c h w"]
-    last_samples: Float[Tensor, "n *shape"]
+    last_samples: Float[Tensor, n * shape]
     seconds: float
 
 
@@ -64,7 +63,7 @@ def sample_generators(seed: int, indices: range) -> list[torch.Generator]:
     return [torch.Generator().manual_seed((start + index) % 2**32) for index in indices]
 
 
-def initial_noise(shape: tuple[int, ...], seed: int, indices: range) -> Float[Tensor, "n *shape"]:
+def initial_noise(shape: tuple[int, ...], seed: int, indices: range) -> Float[Tensor, n * shape]:
     """Standard normal noise of the samples `indices`, each of `shape` (channels, height, width): float32, on the CPU."""
     return _draw(shape, sample_generators(seed, indices))
 
@@ -76,7 +75,7 @@ def _draw(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
 def sample_unconditional(
     denoiser: nn.Module,
     scheduler: Any,
-    noise: Float[Tensor, "n *shape"],
+    noise: Float[Tensor, n * shape],
     steps: int,
     eta: float = 0.0,
     generator: Generators = None,
@@ -167,10 +166,10 @@ def sample_denoiser(
     for name in ("prompts", "class_labels", "guidance_scale"):
         if getattr(protocol, name) is not None:
             raise EvaluationError(f"protocol.{name}: is given, but {type(pipe).__name__} is unconditional; leave it out")
-    denoiser: Any = find_denoiser(pipe)[1]
+    denoiser: Any = Host(pipe).denoiser
     generators = sample_generators(seed, indices)
     noise = _draw(sample_shape(denoiser, protocol), generators).to(denoiser.device, denoiser.dtype)
-    with evaluation_mode(pipe), scheduler_of(pipe, protocol) as scheduler:
+    with Host(pipe).evaluating(), scheduler_of(pipe, protocol) as scheduler:
         for result in sample_unconditional(denoiser, scheduler, noise, protocol.steps, protocol.eta, generators):
             on_step(indices, result)
     last = result.sample_after.float().cpu()
@@ -179,7 +178,7 @@ def sample_denoiser(
 
 def sample_pipeline(
     pipe: Pipeline, protocol: SamplingProtocol, seed: int, indices: range, on_step: OnStep
-) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n *shape"]]:
+) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, n * shape]]:
     """One batch through the pipeline's own ``__call__``: pictures in [-1, 1], and last latents.
 
     The generators of the samples are passed in, from which diffusers draws the same noise as `initial_noise`, whatever shape the
@@ -198,9 +197,10 @@ def sample_pipeline(
         on_step(indices, latest)
 
     devices = [pipe.device] if pipe.device.type == "cuda" else []
-    with evaluation_mode(pipe), scheduler_of(pipe, protocol) as scheduler, _without_progress_bar(pipe):
+    host = Host(pipe)
+    with host.evaluating(), scheduler_of(pipe, protocol) as scheduler, host.quiet():
         arguments = _call_arguments(pipe, scheduler, protocol, seed, indices)
-        with torch.random.fork_rng(devices), observe(pipe, on_step=observed):
+        with torch.random.fork_rng(devices), host.observed(on_step=observed):
             torch.manual_seed(int(np.random.SeedSequence([seed, indices.start]).generate_state(1)[0]))
             try:
                 output = pipe(**arguments)
@@ -230,7 +230,7 @@ def _call_arguments(pipe: Pipeline, scheduler: Any, protocol: SamplingProtocol, 
         "num_inference_steps": protocol.steps,
         "generator": sample_generators(seed, indices),
         "output_type": "np",
-        **conditions(pipe, asked(protocol), indices),
+        **Host(pipe).conditions(asked(protocol), indices),
     }
     given = {name: getattr(protocol, name) for name in ("guidance_scale", "height", "width")}
     arguments |= {name: value for name, value in given.items() if value is not None}
@@ -250,13 +250,3 @@ def _without_guidance_half(tensor: Tensor, count: int) -> Tensor:
     if len(tensor) not in (count, 2 * count):
         raise EvaluationError(f"scheduler.step: saw a batch of {len(tensor)} for {count} samples; it cannot be compared")
     return tensor[:count]
-
-
-@contextmanager
-def _without_progress_bar(pipe: Pipeline) -> Iterator[None]:
-    before = getattr(pipe, "_progress_bar_config", None)  # diffusers has a setter only
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**(before or {}))

@@ -19,10 +19,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffquant.calibration.observe import Calibration, Pipeline, conditions
-from diffquant.calibration.scheduling import clipping
-from diffquant.core.spec import CalibrationError, EvaluationError
-from diffquant.runtime.correction import attachment_of
+from diffquant.errors import CalibrationError, EvaluationError
+from diffquant.host.conditions import Calibration
+from diffquant.host.pipeline import Host, Pipeline
+from diffquant.host.scheduler import clipping
+from diffquant.sampling.correction import attachment_of
 
 SCHEDULERS: dict[str, type] = {
     "ddim": DDIMScheduler,
@@ -96,7 +97,7 @@ def resolved(pipe: Pipeline, protocol: SamplingProtocol) -> SamplingProtocol:
     """The protocol with the conditions that `pipe` would take by default written into it, so that other pipelines take the same."""
     if is_unconditional(pipe):
         return protocol
-    found = conditions(pipe, asked(protocol), range(protocol.samples))
+    found = Host(pipe).conditions(asked(protocol), range(protocol.samples))
     prompts, class_labels = (tuple(found[name]) if name in found else None for name in ("prompt", "class_labels"))
     return replace(protocol, prompts=prompts, class_labels=class_labels)
 

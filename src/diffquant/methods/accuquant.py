@@ -20,13 +20,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, cosine, fit
+from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.rollout import Chain, Rollout
-from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.planning import PlannedLayer
-from diffquant.core.surgery import quantized_layers, quantizers, switched
-from diffquant.methods.gradients import Gradient, gradient_of, segment_gradient
-from diffquant.methods.learned import Learned, LearnedOffset, LearnedRounding, LearnedSmooth, float_weight
-from diffquant.methods.passes import (
+from diffquant.core.model import activation_quantizers, quantized_layers, quantizers, switched
+from diffquant.host.structure import PlannedLayer
+from diffquant.methods.base import (
     Figures,
     Pass,
     draw_seed,
@@ -36,7 +34,9 @@ from diffquant.methods.passes import (
     restore_quantizers,
     scaled_layers,
 )
-from diffquant.methods.steps import LearnedSteps
+from diffquant.methods.gradients import Gradient, gradient_of, segment_gradient
+from diffquant.methods.learned import Learned, LearnedOffset, LearnedRounding, LearnedSmooth
+from diffquant.methods.learned_scale import LearnedSteps
 
 LOW_COSINE = 0.8  # of approximate and exact gradient: below it a segment is called too long
 SAVE_EVERY = 50  # iterations
@@ -155,7 +155,7 @@ class AccuQuant(Pass):
                 learned.append(LearnedRounding.of(quantizer, layers[quantizer], ROUNDING_RATE))
             else:
                 if quantizer.codes is None:
-                    quantizer.decide(float_weight(layers[quantizer]))
+                    quantizer.decide(layers[quantizer].weight_to_quantize())
                 learned.append(LearnedSteps.of(quantizer, self.rate, zero_points=False))
         if self.smooth:
             scaled = [layer for layer in layers.values() if layer.input_quantizer is not None and layer.smooth is not None]
@@ -200,12 +200,11 @@ def visited(segments: int, iteration: int, seed: int) -> int:
 
 def _divide_sets(rollout: Rollout, segments: list[range]) -> None:
     """A parameter set per segment for every activation quantizer that has one for all."""
-    first = torch.zeros(1, dtype=torch.long)
     segment_at: dict[float, int] = {}
     for number, segment in enumerate(segments):
         for k in segment:
-            segment_at.setdefault(float(rollout.data.step(first, k).timestep), number)
-    for _, quantizer in quantizers(rollout.model):
+            segment_at.setdefault(rollout.data.step_timesteps[k], number)
+    for quantizer in activation_quantizers(rollout.model).values():
         if quantizer.clock is not None and quantizer.rows == 1:
             table = torch.tensor([segment_at[timestep] for timestep in quantizer.clock.timesteps])
             quantizer.divide_sets(table.repeat(quantizer.clock.branches))

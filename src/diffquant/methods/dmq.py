@@ -23,16 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.calibration.fit import Run, cosine, fit
+from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import UnitInputs, observe_unit
-from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize
 from diffquant.core.clock import StepClock, spread
 from diffquant.core.layers import QuantizedLayer
-from diffquant.core.planning import PlannedLayer
+from diffquant.core.model import clock_of, quantized_layers, switched
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.spec import MAX_BITS, SpecError
-from diffquant.core.surgery import Unit, quantized_layers, switched, units
-from diffquant.methods.passes import Figures, Pass, evaluating, require_smooth, scaled_layers
+from diffquant.core.spec import MAX_BITS
+from diffquant.errors import SpecError
+from diffquant.host.structure import PlannedLayer, Unit, units
+from diffquant.methods.base import Figures, Pass, evaluating, require_smooth, scaled_layers
 from diffquant.methods.scaling import Live, has_both, live_output, relative_error, sample_errors, searched_shrink
 from diffquant.methods.units import Fitted, UnitPass, in_order, thinned
 
@@ -71,9 +72,7 @@ class LearnEquivalentScaling(UnitPass):
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Learn the vectors; ranges have to be calibrated afterwards. Raises `SpecError` where no layer has one."""
         require_smooth("LearnEquivalentScaling", [name for name, layer in quantized_layers(model) if has_both(layer)])
-        clock = model.step_clock
-        assert isinstance(clock, StepClock)
-        weights = TimestepWeights(clock)
+        weights = TimestepWeights(clock_of(model))
 
         def fit_unit(unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> Fitted:
             return self._fit_layer(unit, given, weights.fresh(), seed, run)
@@ -174,9 +173,8 @@ class PowerOfTwoScaling(Pass):
             return {"note": note}
         indices = data.subset(min(self.samples, len(data)), generator)
         rows: list[dict[str, object]] = []
-        task = run.progress.add_task("power-of-two scaling", total=len(with_shift))
         with evaluating(model), switched(model, True), torch.no_grad():
-            for unit in with_shift:
+            for unit in run.track(with_shift, "power-of-two scaling"):
                 layer = _layer(unit)
                 reason = self._refusal(layer)
                 row: dict[str, object] = {"layer": unit.name, "operand": "shift"}
@@ -185,8 +183,6 @@ class PowerOfTwoScaling(Pass):
                 else:
                     row |= self._choose(layer, observe_unit(model, layer, data, indices, self.batch_size))
                 rows.append(row)
-                run.progress.advance(task)
-        run.progress.remove_task(task)
         return {"layers": rows, "samples": len(indices)}
 
     def sample_forwards(self, blocks: int) -> float:

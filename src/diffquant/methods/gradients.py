@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffquant.calibration.rollout import Chain
-from diffquant.calibration.scheduling import Key, history, with_history
+from diffquant.host.scheduler import Key, history, with_history
 from diffquant.methods.learned import Learned, LearnedRounding
 
 Gradient = Literal["identity", "exact"]

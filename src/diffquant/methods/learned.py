@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffquant.core.layers import QuantizedLayer, smoothed_weight
+from diffquant.core.layers import QuantizedLayer
 from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
-from diffquant.methods.steps import LearnedSteps
+from diffquant.methods.learned_scale import LearnedSteps
 
 DECIDED = 0.9  # how far towards its decided code a weight starts where rounding is learned again
 DEVIATIONS = 8.0  # standard deviations that the range of an input is taken to hold
@@ -34,7 +34,7 @@ class LearnedOffset:
     @classmethod
     def of(cls, layer: QuantizedLayer, rate: float) -> LearnedOffset:
         """`rate` is relative to the spread of the output. The layer's input has to be quantized."""
-        given, weight = layer.input_quantizer, float_weight(layer)
+        given, weight = layer.input_quantizer, layer.weight_to_quantize()
         assert given is not None
         spread = given.scale.mean() * 2.0**given.spec.bits / DEVIATIONS
         unit = weight.flatten(1).norm(dim=1) * spread
@@ -115,7 +115,7 @@ class LearnedRounding:
     @classmethod
     def of(cls, quantizer: Quantizer, layer: QuantizedLayer, rate: float) -> LearnedRounding:
         """Puts the weight back to real codes, near those that were decided."""
-        weight = float_weight(layer)
+        weight = layer.weight_to_quantize()
         scale, zero_point = quantizer.operands(weight)
         codes = quantizer.quantize(weight).detach()
         up = (codes - zero_point - (weight / scale).floor()).clamp(0, 1)
@@ -147,12 +147,7 @@ class LearnedRounding:
     def finish(self) -> None:
         """Decide every weight's code."""
         self.quantizer.rounding = self.logits.detach()
-        self.quantizer.decide(float_weight(self.layer))
-
-
-def float_weight(layer: QuantizedLayer) -> Tensor:
-    """What the weight quantizer sees, float32: made anew at every call, as all of them are the size of the model."""
-    return smoothed_weight(layer).detach().float()
+        self.quantizer.decide(self.layer.weight_to_quantize())
 
 
 Learned = LearnedSteps | LearnedSmooth | LearnedOffset | LearnedRounding

@@ -13,6 +13,7 @@ over recorded calls. Vectors of several methods on one layer multiply. What else
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -21,13 +22,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run
+from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import call_recorded, observe_unit
-from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.clock import StepClock
-from diffquant.core.planning import PlannedLayer
-from diffquant.core.spec import SpecError
-from diffquant.core.surgery import full_precision
-from diffquant.methods.passes import Figures, Pass, evaluating, scaled_layers
+from diffquant.core.model import clock_of, full_precision
+from diffquant.core.watch import watching
+from diffquant.errors import SpecError
+from diffquant.host.structure import PlannedLayer, residual_blocks
+from diffquant.methods.base import Figures, Pass, evaluating, scaled_layers
 from diffquant.methods.scaling import Live, has_both, relative_error
 
 NO_BLOCK = (
@@ -67,10 +68,9 @@ class EmbeddingSmoothing(Pass):
             raise SpecError(NO_BLOCK)
         indices = data.subset(min(self.samples, len(data)), generator)
         rows: list[dict[str, object]] = []
-        task = run.progress.add_task("embedding smoothing", total=len(blocks))
         with evaluating(model), torch.no_grad(), full_precision(model):
             embeddings = projected_embeddings(model, blocks, data, indices.split(self.batch_size))
-            for name, block in blocks.items():
+            for name, block in run.track(list(blocks.items()), "embedding smoothing"):
                 layer, found = block.conv2, smoothing(block, embeddings[name])
                 row: dict[str, object] = {"layer": f"{name}.conv2", "operand": "smooth", "largest": float(found.max())}
                 row["least"], row["used"] = float(found.min()), bool((found != 1).any())
@@ -85,8 +85,6 @@ class EmbeddingSmoothing(Pass):
                 if row["used"]:
                     layer.smooth = layer.smooth * found
                 rows.append(row)
-                run.progress.advance(task)
-        run.progress.remove_task(task)
         return {"layers": rows, "samples": len(indices)}
 
     def sample_forwards(self, blocks: int) -> float:
@@ -94,39 +92,19 @@ class EmbeddingSmoothing(Pass):
         return (1.0 + (0.25 * blocks if self.guard else 0.0)) * self.samples
 
 
-def residual_blocks(model: nn.Module) -> dict[str, Any]:
-    """Residual blocks of `model` that a projected time embedding enters before a norm or after it, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if getattr(module, "time_embedding_norm", None) in ("default", "scale_shift")
-        and isinstance(getattr(module, "time_emb_proj", None), nn.Linear)
-        and isinstance(getattr(module, "norm2", None), nn.GroupNorm)
-        and isinstance(getattr(module, "conv2", None), nn.Conv2d)
-    }
-
-
 def projected_embeddings(
     model: nn.Module, blocks: dict[str, Any], data: Trajectory, batches: tuple[Tensor, ...]
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """What each block's projection put out over recorded calls: pairs of ``[n, channels]`` and the interval of each sample."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in blocks}
-    clock = model.step_clock
-    assert isinstance(clock, StepClock)
+    clock = clock_of(model)
 
-    def watch(name: str, block: Any) -> Any:
-        def see(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            found[name].append((output.float(), torch.as_tensor(clock.interval).expand(len(output))))
+    def seen(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        found[name].append((output.float(), torch.as_tensor(clock.interval).expand(len(output))))
 
-        return block.time_emb_proj.register_forward_hook(see)
-
-    handles = [watch(name, block) for name, block in blocks.items()]
-    try:
+    with watching({block.time_emb_proj: partial(seen, name) for name, block in blocks.items()}):
         for picked in batches:
             call_recorded(model, data, picked)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -20,14 +20,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run
+from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import call_recorded
-from diffquant.calibration.trajectory import Trajectory
 from diffquant.core.affine import fake_quantize, scale_from_range
-from diffquant.core.layers import smoothed_weight
+from diffquant.core.model import activation_quantizers, full_precision, quantized_layers
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.spec import CalibrationError, QuantSpec
-from diffquant.core.surgery import full_precision, quantized_layers, quantizers
-from diffquant.methods.passes import Figures, Pass, evaluating
+from diffquant.core.spec import QuantSpec
+from diffquant.core.watch import observing
+from diffquant.errors import CalibrationError
+from diffquant.methods.base import Figures, Pass, evaluating
 
 BINS = 2048
 CHUNK = 1 << 21  # values that a search holds at a time
@@ -56,7 +57,7 @@ class CalibrateRanges(Pass):
         with evaluating(model), torch.no_grad():
             for name, layer in quantized_layers(model):
                 if layer.weight_quantizer is not None:
-                    weight = smoothed_weight(layer).detach().float()
+                    weight = layer.weight_to_quantize()
                     error = self._calibrate_weight(layer.weight_quantizer, weight)
                     rows.append({"layer": name, "operand": "weight", "relative_error": error})
             rows += self.calibrate_activations(model, data, generator, run)
@@ -71,7 +72,7 @@ class CalibrateRanges(Pass):
         """Once over the samples for the extremes, once more for histograms."""
         return self.samples * (2.0 if self.activations == "mse" else 1.0)
 
-    def _calibrate_weight(self, quantizer: Quantizer, weight: Float[Tensor, "out in ..."]) -> float:
+    def _calibrate_weight(self, quantizer: Quantizer, weight: Float[Tensor, out in ...]) -> float:
         sizes = quantizer.splits or (weight.shape[1],)
         for part, values in enumerate(weight.split(sizes, dim=1)):
             flat = values.reshape(quantizer.rows, -1)
@@ -88,8 +89,7 @@ class CalibrateRanges(Pass):
         self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run, only: Collection[str] | None = None
     ) -> list[dict[str, object]]:
         """Calibrate the quantizers of activations, or those named `only`; a row of figures for each."""
-        named = [(name, quantizer) for name, quantizer in quantizers(model) if quantizer.clock is not None]
-        watched = [(name, quantizer) for name, quantizer in named if only is None or name in only]
+        watched = [(name, each) for name, each in activation_quantizers(model).items() if only is None or name in only]
         if not watched:
             return []
         indices = data.subset(min(self.samples, len(data)), generator)
@@ -132,19 +132,9 @@ class CalibrateRanges(Pass):
         label: str,
     ) -> None:
         """Run the full-precision model over `indices` with an observer on every watched quantizer."""
-        for name, quantizer in watched:
-            quantizer.observer = observers[name]
-        batches = indices.split(self.batch_size)
-        task = run.progress.add_task(label, total=len(batches))
-        try:
-            with full_precision(model):
-                for picked in batches:
-                    call_recorded(model, data, picked)
-                    run.progress.advance(task)
-        finally:
-            for _, quantizer in watched:
-                quantizer.observer = None
-            run.progress.remove_task(task)
+        with observing({quantizer: observers[name] for name, quantizer in watched}), full_precision(model):
+            for picked in run.track(indices.split(self.batch_size), label):
+                call_recorded(model, data, picked)
 
     def _range(
         self,

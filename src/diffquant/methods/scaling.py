@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from diffquant.core.affine import fake_quantize, scale_from_range
-from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
+from diffquant.core.layers import QuantizedLayer
 from diffquant.core.spec import QuantSpec
 from diffquant.methods.ranges import search_range
 
@@ -37,7 +36,7 @@ def live_output(
     layer: QuantizedLayer, smooth: Float[Tensor, " in"], x: Float[Tensor, "n ..."], live: Live = Live()
 ) -> Float[Tensor, "n ..."]:
     """The output of `layer` with both operands quantized over their present ranges, per split, differentiable in `smooth`."""
-    return _multiply(layer, _live_input(layer, smooth, x, live), _live_weight(layer, smooth, live))
+    return layer.compute(_live_input(layer, smooth, x, live), _live_weight(layer, smooth, live), layer.bias)
 
 
 def relative_error(layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Tensor, batch_size: int, live: Live = Live()) -> float:
@@ -46,7 +45,7 @@ def relative_error(layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Ten
     with torch.no_grad():
         weight = _live_weight(layer, smooth, live)
         for picked in torch.arange(len(x)).split(batch_size):
-            output = _multiply(layer, _live_input(layer, smooth, x[picked].to(smooth.device), live), weight)
+            output = layer.compute(_live_input(layer, smooth, x[picked].to(smooth.device), live), weight, layer.bias)
             wanted = target[picked].to(smooth.device)
             error += float((output - wanted).square().sum())
             signal += float(wanted.float().square().sum())
@@ -58,7 +57,7 @@ def searched_shrink(
 ) -> tuple[Float[Tensor, " splits"], Float[Tensor, " splits"]]:
     """What the search of ``mse`` leaves of the least and the largest input: the mean share over some batches."""
     assert layer.input_quantizer is not None
-    axis, spec = 1 if isinstance(layer, QuantizedConv2d) else x.dim() - 1, layer.input_quantizer.spec
+    axis, spec = layer.channel_axis, layer.input_quantizer.spec
     lows, highs = [], []
     for batch in x[:: max(1, len(x) // (batches * batch_size))].split(batch_size)[:batches]:
         for part in batch.float().split(_sizes(layer), dim=axis):
@@ -74,19 +73,12 @@ def searched_shrink(
 
 def sample_errors(output: Tensor, target: Tensor, layer: QuantizedLayer) -> Float[Tensor, " n"]:
     """Squared error of each sample: summed over channels, averaged over positions."""
-    channels = output.shape[1 if isinstance(layer, QuantizedConv2d) else -1]
+    channels = output.shape[layer.channel_axis]
     return (output - target.float()).square().flatten(1).mean(dim=1) * channels
 
 
-def _multiply(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
-    if isinstance(layer, QuantizedConv2d):
-        output: Tensor = layer._conv_forward(x, weight, layer.bias)
-        return output
-    return functional.linear(x, weight, layer.bias)
-
-
 def _live_input(layer: QuantizedLayer, smooth: Tensor, x: Tensor, live: Live) -> Tensor:
-    quantizer, axis = layer.input_quantizer, 1 if isinstance(layer, QuantizedConv2d) else x.dim() - 1
+    quantizer, axis = layer.input_quantizer, layer.channel_axis % x.dim()
     assert quantizer is not None
     sizes, spec = _sizes(layer), quantizer.spec
     shrink = [(1.0, 1.0)] * len(sizes) if live.shrink is None else list(zip(*(ends.tolist() for ends in live.shrink), strict=True))
@@ -113,14 +105,13 @@ def _live_part(x: Tensor, factors: Tensor, axis: int, shrink: tuple[float, float
 def _live_weight(layer: QuantizedLayer, smooth: Tensor, live: Live) -> Tensor:
     quantizer = layer.weight_quantizer
     assert quantizer is not None and layer.weight is not None
-    weight = layer.weight.float() * smooth.view(1, -1, *[1] * (layer.weight.dim() - 2))
+    weight = layer.weight.float() * layer.along_inputs(smooth)
     parts = weight.split(_sizes(layer), dim=1)
     return torch.cat([_live(part, quantizer.rows, quantizer.spec, live.searched) for part in parts], dim=1)
 
 
 def _sizes(layer: QuantizedLayer) -> tuple[int, ...]:
-    assert layer.input_quantizer is not None and layer.weight_quantizer is not None and layer.smooth is not None
-    return layer.input_quantizer.splits or layer.weight_quantizer.splits or (len(layer.smooth),)
+    return layer.splits or (layer.input_channels,)
 
 
 def _live(values: Tensor, rows: int, spec: QuantSpec, searched: bool) -> Tensor:

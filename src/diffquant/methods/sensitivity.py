@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, iteration_generator, load_tensors, save_tensors
 from diffquant.calibration.memory import checkpointed
-from diffquant.calibration.observe import predicted
+from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.rollout import Chain, Rollout
-from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.planning import PlannedLayer
+from diffquant.core.model import full_precision, switched
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.surgery import full_precision, switched
+from diffquant.core.watch import observing, watching
+from diffquant.host.pipeline import predicted
+from diffquant.host.structure import PlannedLayer
+from diffquant.methods.base import Pass, draw_seed, evaluating
 from diffquant.methods.gradients import carried_back
-from diffquant.methods.passes import Pass, draw_seed, evaluating
 
 DIRECTIONS = 2  # for each batch
 
@@ -71,7 +72,6 @@ class SensitivityPass(Pass):
             return self._of_last_samples(model, quantizers, data, generator, run)
         batches = data.subset(min(self.samples, len(data)), generator).split(self.batch_size)
         squares = dict.fromkeys(quantizers, 0.0)
-        task = run.progress.add_task("sensitivity", total=len(batches))
         with (
             evaluating(model),
             switched(model, True),  # refuses where ranges are missing
@@ -79,7 +79,7 @@ class SensitivityPass(Pass):
             gated(quantizers) as gates,
             checkpointed(model, self.checkpointing),
         ):
-            for picked in batches:
+            for picked in run.track(batches, "sensitivity"):
                 with torch.enable_grad():
                     output = predicted(model, call_recorded(model, data, picked)).float()
                 for i in range(DIRECTIONS):
@@ -89,8 +89,6 @@ class SensitivityPass(Pass):
                     )
                     for name, value in zip(gates, found, strict=True):
                         squares[name] += 0.0 if value is None else float(value) ** 2
-                run.progress.advance(task)
-        run.progress.remove_task(task)
         calls = len(batches) * DIRECTIONS
         return {name: value / calls for name, value in squares.items()}
 
@@ -159,18 +157,10 @@ def relative(changes: Float[Tensor, "trajectories quantizers steps"]) -> Float[T
 @contextmanager
 def gated(quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Tensor]]:
     """While the block runs, what enters each quantizer has ``gate * (its quantization error)`` added, of a gate that is 0."""
-    gates, handles = {}, []
-    try:
-        for name, quantizer in quantizers.items():
-            gates[name] = torch.zeros((), device=quantizer.scale.device, requires_grad=True)
-            quantizer.observer = _ignore  # with one, the quantizer is called although it is off
-            handles.append(quantizer.register_forward_hook(_added_error(gates[name])))
+    gates = {name: torch.zeros((), device=each.scale.device, requires_grad=True) for name, each in quantizers.items()}
+    hooks = {quantizer: _added_error(gates[name]) for name, quantizer in quantizers.items()}
+    with observing(dict.fromkeys(quantizers.values(), _ignore)), watching(hooks):  # observed, a quantizer that is off is called
         yield gates
-    finally:
-        for quantizer in quantizers.values():
-            quantizer.observer = None
-        for handle in handles:
-            handle.remove()
 
 
 def _ignore(x: Tensor) -> None:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run, load_tensors, lp_loss, save_tensors
 from diffquant.calibration.gain import step_gain
+from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import UnitInputs, call_recorded, observe_outputs, observe_unit, output_tensors
-from diffquant.calibration.trajectory import Trajectory
-from diffquant.core.planning import PlannedLayer
+from diffquant.core.model import full_precision, quantizers, switched
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.surgery import Unit, full_precision, quantizers, switched, units
-from diffquant.methods.passes import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
+from diffquant.core.watch import watching
+from diffquant.host.structure import PlannedLayer, Unit, units
+from diffquant.methods.base import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class UnitPass(Pass):
             targets = _Targets(model, ordered, data, indices, self.batch_size)
             if self.error == "latent":
                 targets.counts = step_gain(type(self).__name__, model, data).sizes(indices).cpu()
-            task = run.progress.add_task(label, total=len(ordered))
-            for position, unit in enumerate(ordered):
+            for position, unit in enumerate(run.track(ordered, label)):
                 seed = draw_seed(generator)
                 here = run.below(f"{position:04d}-{unit.name}")
                 done = None if here.folder is None else here.folder / "unit.safetensors"
@@ -102,8 +102,6 @@ class UnitPass(Pass):
                         save_tensors(done, quantizer_state(unit.module, self.weights_only), {"fitted": json.dumps(asdict(fitted))})
                         _leave_only(done)
                 rows.append({"layer": unit.name, "operand": "unit"} | asdict(fitted))
-                run.progress.advance(task)
-            run.progress.remove_task(task)
         return {"layers": rows, "iterations": self.iterations, "samples": len(indices)}
 
     def _observed(self, unit: Unit, targets: _Targets, prefixed: bool, run: Run) -> tuple[UnitInputs, UnitInputs]:
@@ -164,13 +162,9 @@ def in_order(model: nn.Module, found: list[Unit], data: Trajectory, kind: str) -
     if kind == "layer":
         found = [Unit(name, layer, ((name, layer),)) for unit in found for name, layer in unit.layers]
     seen: list[nn.Module] = []
-    handles = [unit.module.register_forward_pre_hook(lambda module, _: seen.append(module)) for unit in found]
-    try:
-        with torch.no_grad(), full_precision(model):
-            call_recorded(model, data, torch.arange(1))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = dict.fromkeys((unit.module for unit in found), lambda module, _: seen.append(module))
+    with torch.no_grad(), full_precision(model), watching(hooks, before=True):
+        call_recorded(model, data, torch.arange(1))
     position = {module: index for index, module in reversed(list(enumerate(seen)))}
     return sorted((unit for unit in found if unit.module in position), key=lambda unit: position[unit.module])
 

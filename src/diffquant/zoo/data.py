@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 from torch import Tensor
 
-from diffquant.core.spec import ZooError
+from diffquant.errors import ZooError
 from diffquant.zoo.prompts import LETTERS, style_of
 
 SIZE = 32  # pixels, height and width of a picture

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffquant.calibration.fit import run
-from diffquant.core.spec import ZooError
+from diffquant.errors import ZooError
 from diffquant.evaluation.features import DataStatistics
 from diffquant.evaluation.metrics import accuracy, confidence
 from diffquant.zoo.data import LARGE_SIZE, SIZE, Letters, to_samples

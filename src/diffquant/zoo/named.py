@@ -10,8 +10,8 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 
-from diffquant.core.spec import CheckpointError, DiffquantError
-from diffquant.runtime import checkpoint
+from diffquant.checkpoint import folder as checkpoint
+from diffquant.errors import CheckpointError, DiffquantError
 from diffquant.zoo import models
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, tensor
 from transformers import CLIPTokenizer
 
-from diffquant.core.spec import ZooError
+from diffquant.errors import ZooError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WEIGHTS = ("thin", "light", "bold", "black")

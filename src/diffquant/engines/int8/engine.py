@@ -1,0 +1,189 @@
+"""The int8 engine: a frozen model computed with integers on a CPU, by PyTorch's own kernels and no further dependency.
+
+`lower` changes the class of frozen layers in place, as `make_quantizable` did before: their integer weights are laid out once for
+the kernels and held in that form only; a call quantizes its input to codes of 2-8 bits, held in 8, and multiplies integers.
+
+A lowered model still has its codes: `state_dict`, saving and `simulate` unpack them, and so does moving it to another device. What
+cannot be lowered stays as it was, and `lower` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any, final
+
+from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from diffquant.core.attention import AttentionProducts
+from diffquant.core.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from diffquant.core.model import quantized_layers
+from diffquant.engines.base import Engine, Lowered, attentions, float_operand
+from diffquant.engines.exactness import ALL, answer_of, products_needed
+from diffquant.engines.int8.attention import BlockedProducts, integer_products
+from diffquant.engines.int8.float_layers import FloatLinear, FloatProduct, faster_in_float
+from diffquant.engines.int8.integer_blocks import (
+    IntegerFeedForward,
+    IntegerResnetBlock2D,
+    IntegerUpsample,
+    TokenNorm,
+)
+from diffquant.engines.int8.integer_layers import (
+    INTEGER,
+    ChannelsLastConv2d,
+    IntegerConv2d,
+    IntegerLinear,
+    PackedCodes,
+    products_of,
+    steps_of,
+)
+from diffquant.engines.int8.kernels import Product
+from diffquant.engines.int8.packed import kernel_of
+
+KERNELS = ("torch linear", "torch convolution")  # as `exactness` names them
+LARGE = 1 << 20  # values of a weight after whose loading freed memory is given back
+SIMULATED: dict[type[nn.Module], type[nn.Module]] = {
+    IntegerFeedForward: FeedForward,
+    IntegerResnetBlock2D: ResnetBlock2D,
+    IntegerUpsample: Upsample2D,
+    BlockedProducts: AttentionProducts,
+    TokenNorm: nn.GroupNorm,
+}  # the class that a module had before it was lowered
+
+
+@final
+class Int8(Engine):
+    """PyTorch's integer kernels; what it makes of a model is in the model's layers."""
+
+    name, rank = "int8", 10
+
+    @classmethod
+    def unsupported(cls) -> str:
+        """Why PyTorch multiplies no 8-bit integers exactly on this machine; empty where it does."""
+        answers = [answer_of(kernel) for kernel in KERNELS]
+        if any(answer.usable for answer in answers):
+            return ""
+        return answers[0].reason or "PyTorch's integer products are not exact on this machine"
+
+    @classmethod
+    def explained(cls) -> str:
+        """How many products a weight takes."""
+        return products_needed(KERNELS)
+
+    @classmethod
+    def speed(cls) -> float:
+        """Of the faster kernel."""
+        return max((answer.speed for answer in map(answer_of, KERNELS) if answer.usable), default=0.0)
+
+    def install(self, model: nn.Module) -> list[Lowered]:
+        """Lay out the weights of all layers that can compute with integers."""
+        return lower(model)
+
+    def uninstall(self, model: nn.Module) -> None:
+        """Unpack them."""
+        simulate(model)
+
+    def take(self, layer: QuantizedLayer) -> None:
+        """Lay out one layer's weight at once: all codes, and all of them laid out, are twice the memory."""
+        codes = None if layer.weight_quantizer is None else layer.weight_quantizer.codes
+        size = 0 if codes is None else codes.numel()
+        del codes
+        lower_layer(layer)
+        if size > LARGE:
+            release_freed_memory()
+
+
+def lower(model: nn.Module) -> list[Lowered]:
+    """Let every layer and attention of a frozen `model` that can compute with integers, in place; a row for each."""
+    rows = []
+    integer_products()  # is asked before a call needs the answer
+    for name, layer in quantized_layers(model):
+        reason = lower_layer(layer) or ("other code reads its weight, and computes with it" if layer.weight_was_read else "")
+        rows.append(Lowered(name, reason))
+        if type(layer) is QuantizedConv2d:
+            layer.__class__ = ChannelsLastConv2d
+    module: Any
+    for module in model.modules():
+        if type(module) is FeedForward and type(module.net[0]) in (GELU, GEGLU):
+            module.__class__ = IntegerFeedForward
+            assert isinstance(module, IntegerFeedForward)
+            module.halved_where_gated()
+        if type(module) is ResnetBlock2D:
+            module.__class__ = IntegerResnetBlock2D
+        if type(module) is Upsample2D:
+            module.__class__ = IntegerUpsample
+        if isinstance(module, Attention) and type(module.group_norm) is nn.GroupNorm:
+            module.group_norm.__class__ = TokenNorm
+        if type(module) is AttentionProducts:
+            module.__class__ = BlockedProducts
+    return rows + [Lowered(name, "") for name, module in attentions(model).items() if isinstance(module, BlockedProducts)]
+
+
+def simulate(model: nn.Module) -> None:
+    """Undo `lower`: every layer holds its codes again and computes with them in floating point."""
+    for _, layer in quantized_layers(model):
+        if isinstance(layer.weight_quantizer, PackedCodes):
+            layer.weight_quantizer.unpack()
+        if isinstance(layer, INTEGER):
+            layer.__class__ = QuantizedLinear if isinstance(layer, IntegerLinear) else QuantizedConv2d  # type: ignore[assignment]
+            del layer.product
+        if isinstance(layer, FloatLinear):
+            layer.__class__ = QuantizedLinear  # type: ignore[assignment]
+            del layer.float_product
+        if isinstance(layer, ChannelsLastConv2d):
+            layer.__class__ = QuantizedConv2d  # type: ignore[assignment]
+    for module in model.modules():
+        if type(module) in SIMULATED:
+            module.__class__ = SIMULATED[type(module)]
+
+
+def lower_layer(layer: QuantizedLayer) -> str:
+    """Let one frozen layer compute with integers, in place; the reason why not where it cannot."""
+    weight, given = layer.weight_quantizer, layer.input_quantizer
+    if weight is None or given is None:
+        return float_operand(layer)
+    if isinstance(weight, PackedCodes):
+        return ""
+    if isinstance(layer, FloatLinear):
+        return layer.float_product.reason
+    if weight.codes is None:
+        return "its weight is not frozen"
+    if weight.codes.device.type != "cpu":
+        return f"it is on {weight.codes.device}"
+    if not isinstance(layer, QuantizedLinear | QuantizedConv2d):
+        return f"PyTorch has no integer kernel for {type(layer).__mro__[1].__name__}"
+    if isinstance(layer, QuantizedConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        return f"padding {layer.padding!r}, mode {layer.padding_mode!r}"
+    if not (answer := answer_of(kernel_of(layer))).usable:
+        return f"this machine's {answer.kernel} is not exact"
+    largest = answer.largest(given.spec.code_max - given.spec.code_min)
+    if given.shift is None and largest < ALL - 1:
+        products = products_of(weight, largest)
+        if faster_in_float(layer, products, largest):
+            reason = f"{products} products of integers would take longer here than one in floating point"
+            steps = steps_of(layer, given, weight)
+            layer.__class__ = FloatLinear
+            layer.float_product = FloatProduct(weight.dequantized_codes(), steps, given.splits, reason)  # type: ignore[assignment]
+            return reason
+    weight.__class__ = PackedCodes
+    assert isinstance(weight, PackedCodes)
+    weight.pack(layer, given)
+    layer.__class__ = IntegerConv2d if isinstance(layer, QuantizedConv2d) else IntegerLinear
+    layer.product = Product(layer, steps_of(layer, given, weight), given.splits)  # type: ignore[assignment]
+    return ""
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it (glibc); elsewhere nothing.
+
+    Unpacking and laying out the weights of a large model one by one leaves holes as large as half the model.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

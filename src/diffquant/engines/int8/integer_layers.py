@@ -1,0 +1,277 @@
+"""Layers that compute with integers: a frozen layer's class while it is lowered, and the packed codes of its weight.
+
+    q[c] = clamp(round(x[c] / (step * smooth[c] * 2^shift[c])) + zero_point)
+    y[o] = step * weight_step[o] * sum_c (q[c] - zero_point) * ((code[o, c] - weight_zero_point[o]) * 2^shift[c]) + bias[o]
+
+A weight is laid out once for each distinct row of `shift`. Integer weights that the kernels do not multiply exactly beside the
+input's codes (`exactness`: on any machine shifted ones and asymmetric ones of 8 bits, on some all beyond 64) are written as two
+digits and cost two products. Half a step, which the simulation rounds to even, may go to either side, and division by the step is
+multiplication: codes on an edge may differ by one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from diffquant.core.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from diffquant.core.quantizer import Quantizer
+from diffquant.engines.exactness import answer_of
+from diffquant.engines.int8.kernels import OUTPUTS, Product, Step, compiled_product
+from diffquant.engines.int8.packed import Packed, digits, kernel_of
+
+
+class LaidOut:
+    """How a lowered module is copied, sharing what was laid out, and pickled: as a plain one that is lowered again."""
+
+    laid_out = ("product", "float_product")  # attributes that are not pickled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in vars(self).items() if name not in self.laid_out}
+        plain = QuantizedConv2d if isinstance(self, QuantizedConv2d) else QuantizedLinear
+        return _plain, (plain,), state, None, None, _lower_again
+
+
+def _plain(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
+def _lower_again(layer: nn.Module, state: dict[str, Any]) -> None:
+    """Give an unpickled layer its state, and lower it where this machine can."""
+    from diffquant.engines.int8.engine import Int8, lower_layer  # which imports this file
+
+    layer.__setstate__(state)
+    if not Int8.unsupported():
+        lower_layer(layer)  # type: ignore[arg-type]
+
+
+class PackedCodes(LaidOut, Quantizer):
+    """A weight quantizer whose codes exist only in the layout of the integer kernels; `codes` unpacks them at every look.
+
+    ``packed``: by distinct row of the input's shift, then by split, the digits of the integer weight.
+    """
+
+    packed: list[list[list[Packed]]]
+    rows_of_shift: Int[Tensor, "rows channels"] | None
+    groups: int
+
+    def pack(self, layer: QuantizedLayer, given: Quantizer) -> None:
+        """Lay the codes out for the kernel of `layer` and the codes of its input quantizer `given`.
+
+        One matrix for each distinct row of the input's shift, split and digit.
+        """
+        codes, shift = self._buffers.pop("codes"), given.shift
+        largest = answer_of(kernel_of(layer)).largest(given.spec.code_max - given.spec.code_min)
+        assert codes is not None
+        self.rows_of_shift, self.groups = None if shift is None else shift.unique(dim=0), getattr(layer, "groups", 1)
+        zero_point, scale = self.zero_point.expand(len(codes), -1), self.scale.expand(len(codes), -1)  # [out, splits]
+        self.packed = []
+        for row in [None] if self.rows_of_shift is None else self.rows_of_shift:
+            beside = zip(self._split(codes), self._split_shift(row, codes), strict=True)
+            weights = [_integers(values, zero_point[:, part], shifts) for part, (values, shifts) in enumerate(beside)]
+            self.packed.append(
+                [
+                    [Packed(digit, factor, scale[:, part], layer) for digit, factor in digits(weight, largest)]
+                    for part, weight in enumerate(weights)
+                ]
+            )
+
+    @property
+    def codes(self) -> Tensor | None:  # type: ignore[override]
+        """The codes, unpacked: a new tensor each time."""
+        weights = [torch.stack([packed.integers() for packed in part]).sum(0, dtype=torch.int32) for part in self.packed[0]]
+        row = None if self.rows_of_shift is None else self.rows_of_shift[0]
+        shifts = self._split_shift(row, torch.cat(weights, dim=1))
+        zero_point = self.zero_point.expand(len(weights[0]), -1).int()
+        parts = [
+            (weight if shift is None else weight >> shift) + _beside(zero_point[:, part], weight)
+            for part, (weight, shift) in enumerate(zip(weights, shifts, strict=True))
+        ]
+        return torch.cat(parts, dim=1).contiguous().to(torch.int8 if self.spec.symmetric else torch.uint8)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As a plain quantizer that holds its codes."""
+        state = {name: value for name, value in vars(self).items() if name not in ("packed", "rows_of_shift", "groups")}
+        state["_buffers"] = {**self._buffers, "codes": self.codes}
+        return _plain, (Quantizer,), state
+
+    def frozen_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, computed at each call: the packed codes are here to save memory."""
+        return self.dequantized_codes().to(dtype)
+
+    def unpack(self) -> None:
+        """Become a plain quantizer that holds its codes."""
+        codes = self.codes
+        del self.packed, self.rows_of_shift, self.groups
+        self.__class__ = Quantizer  # type: ignore[assignment]
+        self._buffers["codes"] = codes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if fn(torch.empty(0)).device.type != "cpu":
+            self.unpack()  # it is of its parent's class then, which rules super() out
+        applied: nn.Module = Quantizer._apply(self, fn, recurse)
+        return applied
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}codes"] = self.codes
+
+    def _split(self, codes: Tensor) -> tuple[Tensor, ...]:
+        return codes.split(list(self.splits), dim=1) if self.splits else (codes,)
+
+    def _split_shift(self, row: Int[Tensor, " channels"] | None, codes: Tensor) -> tuple[Tensor | None, ...]:
+        """A row of shift as it lies beside codes [out, in / groups, ...], for each split."""
+        if row is None:
+            return (None,) * max(1, len(self.splits))
+        outputs, channels = codes.shape[:2]
+        beside = row.int().view(self.groups, channels).repeat_interleave(outputs // self.groups, dim=0)
+        return self._split(beside.view(outputs, channels, *[1] * (codes.dim() - 2)))
+
+
+def _integers(codes: Tensor, zero_point: Tensor, shift: Tensor | None) -> Tensor:
+    """The integer weight that is multiplied: codes minus zero point, shifted; int8 where it is the codes themselves."""
+    if shift is None and codes.dtype == torch.int8 and not zero_point.any():
+        return codes
+    integers = codes.int() - _beside(zero_point.int(), codes)
+    return integers if shift is None else integers << shift
+
+
+def _beside(values: Tensor, weight: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def products_of(weight: Quantizer, largest: int) -> int:
+    """How many products the widest part of a frozen weight takes, no digit of it larger than `largest`; without a shift."""
+    codes = weight.codes
+    assert codes is not None
+    integers = _integers(codes, weight.zero_point[:, :1].expand(len(codes), 1), None)
+    if weight.zero_point.shape[1] > 1:
+        zero_point = torch.cat(
+            [part.expand(-1, size) for part, size in zip(weight.zero_point.split(1, 1), weight.splits, strict=True)], 1
+        )
+        integers = codes.int() - zero_point.int().view(*zero_point.shape, *[1] * (codes.dim() - 2))
+    return sum(1 for _ in digits(integers, largest))
+
+
+def steps_of(layer: QuantizedLayer, given: Quantizer, weight: Quantizer) -> list[list[Step]]:
+    """The parameter sets of a layer's input, [sets][splits]; their matrices where the weight is packed."""
+    raised = -given.spec.code_min  # signed codes become unsigned ones
+    rows = []
+    for row in range(given.rows):
+        factor = torch.ones(1) if layer.smooth is None else layer.smooth.detach().float()
+        if given.shift is not None:
+            factor = factor * torch.exp2(given.shift[row].float())
+        matrices: Sequence[Sequence[Packed]] = [()] * max(1, len(given.splits))
+        if isinstance(weight, PackedCodes):
+            matrices = weight.packed[_row_of(weight.rows_of_shift, given.shift, row)]
+        factors = factor.split(list(given.splits)) if given.splits and len(factor) > 1 else [factor] * len(matrices)
+        parts = []
+        for part, channels in enumerate(factors):
+            scale, zero_point = float(given.scale[row, part]), int(given.zero_point[row, part]) + raised
+            shape = (-1, 1, 1) if isinstance(layer, QuantizedConv2d) else (-1,)
+            inverse = 1.0 / scale if len(factor) == 1 else (1.0 / (scale * channels)).view(shape)
+            parts.append(Step(scale, inverse, zero_point, given.spec.code_max + raised, matrices[part]))
+        rows.append(parts)
+    return rows
+
+
+def _row_of(distinct: Tensor | None, shift: Tensor | None, row: int) -> int:
+    if distinct is None or shift is None:
+        return 0
+    return int((distinct == shift[row]).all(dim=1).nonzero()[0])
+
+
+class IntegerLinear(LaidOut, QuantizedLinear):
+    """A lowered linear layer; made by `lower`, never constructed."""
+
+    product: Product
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        return _forward(self, input) if computes_integers(self) and not differentiated(input) else super().forward(input)
+
+
+class IntegerConv2d(LaidOut, QuantizedConv2d):
+    """A lowered convolution; made by `lower`, never constructed."""
+
+    product: Product
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``, channels last in memory."""
+        if not computes_integers(self) or differentiated(input):
+            return super().forward(input)
+        return _forward(self, input.contiguous(memory_format=torch.channels_last))
+
+
+IntegerLayer = IntegerLinear | IntegerConv2d
+
+
+class ChannelsLastConv2d(QuantizedConv2d):
+    """A convolution that stays in floating point; what follows it expects channels last, as integer convolutions write them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As without the engine; the output channels last."""
+        return super().forward(input).contiguous(memory_format=torch.channels_last)
+
+
+INTEGER = (IntegerLinear, IntegerConv2d)  # for isinstance
+
+
+def computes_integers(layer: IntegerLayer) -> bool:
+    """Whether the quantizers are on and unobserved, and the codes where `lower` put them."""
+    weight, given = layer.weight_quantizer, layer.input_quantizer
+    if weight is None or given is None or not isinstance(weight, PackedCodes):
+        return False
+    return weight.enabled and given.enabled and weight.observer is None and given.observer is None
+
+
+def differentiated(x: Tensor) -> bool:
+    """Whether gradients have to flow through what is made of `x`; integer kernels have none, the simulation does."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _forward(layer: IntegerLayer, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _computed(layer, x)
+    with torch._C.DisableTorchFunction():  # the mode that finds an attention's products looks at every operation in it
+        product, bias = layer.product, layer.bias
+        if product.alone is not None and x.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32):
+            return product.single(x, bias)
+        return _computed(layer, x)
+
+
+def _computed(layer: IntegerLayer, x: Tensor) -> Tensor:
+    given = layer.input_quantizer
+    assert given is not None
+    dtype = x.dtype if x.dtype in OUTPUTS else torch.float32
+    bias = bias_of(layer)
+    rows = given.present_rows(x.device)
+    if isinstance(rows, int) or torch.compiler.is_compiling():
+        return multiply(layer, layer.product.codes(x.float(), rows), rows, bias, dtype).to(x.dtype)
+    chosen = [(row, (rows == row).nonzero().flatten()) for row in rows.unique().tolist()]  # samples at different timesteps
+    parts = [multiply(layer, layer.product.codes(x[samples].float(), row), row, bias, dtype) for row, samples in chosen]
+    return torch.cat(parts)[torch.cat([samples for _, samples in chosen]).argsort()].to(x.dtype)
+
+
+def multiply(layer: IntegerLayer, codes: list[Tensor], row: int | Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The output of `layer` for codes of its input (one tensor a split) in parameter set `row`."""
+    if torch.compiler.is_compiling():
+        output: Tensor = compiled_product(codes, None if isinstance(row, int) else row, layer.product.number, bias, dtype)
+        return output
+    return layer.product.multiply(codes, int(row), bias, dtype)
+
+
+def bias_of(layer: IntegerLayer) -> Tensor | None:
+    """Its bias as the kernels take it: float32."""
+    return None if layer.bias is None else layer.bias.float()

@@ -1,0 +1,85 @@
+"""From a frozen model to an OpenVINO graph, with a FakeQuantize wherever the simulation quantizes.
+
+OpenVINO turns a product of quantized operands into an integer kernel where it finds the forms it knows: the input as a FakeQuantize
+of 256 levels, the weight as a constant of int8 times a scale for each output. `convert` lets PyTorch trace the model while its
+layers write themselves in these forms (`graph`). OpenVINO's kernels may add products in 16 bits: form `EXACT` holds no two products
+that saturate there, so the file is right on every machine, that of `here` none that saturate on this one, and `SINGLE` writes every
+8-bit weight as one digit.
+
+Two activations (the products of an attention) are multiplied as integers only where their codes minus the zero point fit int8.
+Codes of 8 bits with a zero point are therefore written as codes minus 128 plus a constant: for the keys softmax drops what it adds,
+for the queries it adds a multiple of each key's sum, for the values one of each softmax row's sum. Where there are many keys the
+rows' sums cost more than they save, and values are multiplied in floating point: the same quantized values in any case.
+
+FakeQuantize multiplies by the reciprocal step where the simulation divides: codes on an edge may differ by one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffquant.engines.exactness import answer_of
+from diffquant.engines.graph import Form, MakeOutput, Trace, check, portable, status, whole
+from diffquant.engines.graph_call import Call, inputs, timesteps
+from diffquant.errors import CheckpointError
+
+
+def convert(model: nn.Module, call: Call, form: Form, original: type[nn.Module] | None = None) -> tuple[Any, MakeOutput]:
+    """The graph of `model` for calls like `call`, and what makes its output of the tensors that the graph puts out.
+
+    ``original``: the class whose forward is traced, where the model has another one now.
+    """
+    openvino = package()
+    check(model, form.runtime)
+    trace = Trace(model, call, form, original)
+    tensors, names, shapes = inputs(model, call)
+    kind, example = type(model).__name__, tuple(tensors)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that tracing is deprecated, and that sizes other than the batch become constants
+        with status(f"tracing {kind}"), trace.rewritten():
+            traced = torch.jit.trace(trace, example, check_trace=False, strict=False)
+        with status(f"converting {kind} to OpenVINO"):
+            # not `convert_model`, which reports its use to the vendor
+            frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
+            decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
+            decoder = decoders.TorchScriptPythonDecoder(traced, example_input=example)  # has to live until the end
+            graph = frontend.convert(frontend.load(decoder))
+            offline = importlib.import_module("openvino._offline_transformations")
+            offline.apply_moc_transformations(graph, cf=False, smart_reshape=True)
+    for parameter, name in zip(graph.inputs, names, strict=True):
+        parameter.get_tensor().set_names({name})
+    graph.reshape(dict(zip(names, shapes, strict=True)))
+    graph.set_rt_info(timesteps(model), ["diffquant", "timesteps"])
+    graph.set_rt_info(str(trace.pair), ["diffquant", "pair"])
+    return graph, trace.make_output
+
+
+def _quantize(x: Tensor, scale: float, zero_point: int, signed: bool) -> Tensor:
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *((-128, 127) if signed else (0, 255)))
+
+
+def _dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
+
+
+EXACT = Form("OpenVINO", _quantize, _dequantize, portable, portable, centres=True)
+SINGLE = EXACT._replace(largest=whole, attention=whole)
+
+
+def here() -> Form:
+    """What this machine multiplies exactly; it is asked now, because nothing may compute while a model is traced."""
+    linear, convolution, attention = (answer_of(f"openvino {kernel}") for kernel in ("linear", "convolution", "attention"))
+    return EXACT._replace(largest=lambda last: min(linear.largest(last), convolution.largest(last)), attention=attention.largest)
+
+
+def package() -> Any:
+    """The package. Raises `CheckpointError` where it is missing."""
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise CheckpointError("engine 'openvino': the package openvino is missing; pip install 'diffquant[openvino]'") from error

@@ -1,0 +1,132 @@
+"""What a pass is: a frozen options object whose one method transforms a quantizable model and returns figures."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from diffquant.calibration.fit import Run
+from diffquant.calibration.recording import Trajectory
+from diffquant.core.model import device_of, quantized_layers, quantizers
+from diffquant.core.spec import LayerSpec
+from diffquant.errors import SpecError
+from diffquant.host.structure import PlannedLayer
+
+Figures = dict[str, Any]
+EFFORT = {"iterations": 20, "samples": 64, "rounds": 16, "images": 64, "trajectories": 8}  # what buys quality with time; least
+OF_LAYERS = ("smooth", "offset")  # buffers that passes change
+
+
+class Pass(BaseModel):
+    """Options of one step of a recipe; subclasses are final and add one method.
+
+    A pass leaves quantizers switched on or off as it found them, and leaves no hook, gradient or observer behind.
+    ``before_ranges``: it changes what ranges are calibrated on, so `CalibrateRanges` has to come after it.
+    """
+
+    before_ranges: ClassVar[bool] = False
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def weight_options(self) -> dict[str, Any] | None:
+        """The options that decide what it does to weights ({}: nothing); None where that may depend on activation quantizers."""
+        return None
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether it changes quantizers of weights alone, and none of activations has a say in it."""
+        return False
+
+    @property
+    def needs(self) -> Literal["smooth", "shift"] | None:
+        """What a rule of the recipe has to give some layer, or the pass has nothing to work on."""
+        return None
+
+    def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
+        """Raise what `apply` would, of what can be known before anything is learned.
+
+        `model` is not quantizable yet, `rows` are its plan, and `data` may be a single trajectory.
+        """
+
+    def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
+        """Change the quantizers of `model` in place; return figures that JSON can hold, ``layers`` among them a row per layer."""
+        raise TypeError(f"{type(self).__name__}: not a pass")
+
+    def thinned(self, share: float) -> Pass:
+        """The same pass with a `share` of its iterations and samples, as far as what is the least of each."""
+        given = {name: getattr(self, name) for name in EFFORT if name in type(self).model_fields}
+        return self.model_copy(update={name: max(min(EFFORT[name], n), round(n * share)) for name, n in given.items()})
+
+    def sample_forwards(self, blocks: int) -> float:
+        """About how many times one sample goes through a model of `blocks` units, a backward pass counted as two: for estimates."""
+        raise TypeError(f"{type(self).__name__}: not a pass")
+
+
+def scaled_layers(rows: Sequence[PlannedLayer]) -> set[str]:
+    """Layers of a plan that equivalent scaling means anything for: they have the vector, and both operands are quantized."""
+    specs = {row.name: row.spec for row in rows if isinstance(row.spec, LayerSpec)}
+    return {name for name, spec in specs.items() if spec.smooth and spec.weight is not None and spec.input is not None}
+
+
+def require_smooth(kind: str, layers: Collection[object]) -> None:
+    """Raise `SpecError` where a pass called `kind` has no layers with the vector."""
+    if not layers:
+        raise SpecError(f"{kind}: no layer has smooth: true and quantizes both operands; add it to a rule")
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """A seed for everything a pass draws, itself drawn from the run's generator."""
+    return int(torch.randint(2**31, (1,), generator=generator))
+
+
+def quantizer_state(model: nn.Module, weights_only: bool = False) -> dict[str, Tensor]:
+    """Every buffer of every quantizer (of weights, on demand), their bits, `smooth` and `offset` of the layers, by full name.
+
+    It is all that passes change.
+    """
+    named = [(name, quantizer) for name, quantizer in quantizers(model) if not weights_only or quantizer.clock is None]
+    state = {
+        f"{name}.{buffer}": value for name, quantizer in named for buffer, value in quantizer._buffers.items() if value is not None
+    }
+    state |= {f"{name}.bits": torch.tensor(one.spec.bits) for name, one in named}
+    for name, layer in quantized_layers(model):
+        state |= {f"{name}.{buffer}": value for buffer in OF_LAYERS if (value := layer._buffers[buffer]) is not None}
+    return state
+
+
+def restore_quantizers(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back a `quantizer_state`; buffers that it lacks become None again, quantizers that it does not name stay as they are."""
+    for name, quantizer in quantizers(model):
+        if f"{name}.scale" not in state:
+            continue
+        if f"{name}.bits" in state:
+            quantizer.spec = quantizer.spec.model_copy(update={"bits": int(state[f"{name}.bits"])})
+        for buffer in list(quantizer._buffers):
+            value = state.get(f"{name}.{buffer}")
+            quantizer._buffers[buffer] = None if value is None else value.to(quantizer.scale.device)
+    for name, layer in quantized_layers(model):
+        for buffer in OF_LAYERS:
+            value = state.get(f"{name}.{buffer}")
+            layer._buffers[buffer] = None if value is None else value.to(device_of(layer))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode with its parameters not requiring gradients; as it was afterwards."""
+    training = model.training
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _ in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter, state in required:
+            parameter.requires_grad_(state)

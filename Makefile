@@ -35,7 +35,7 @@ lint: $(TOOLS) ## style, format and types
 
 clean: ## remove what the other targets made, except .venv
 	@rm -rf demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find src tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and by itself: the pinned version decides which build everything else has to fit.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -40,7 +40,6 @@ from diffquant.recipe import shipped
 from diffquant.reproduce import RELEASED, reproduce
 from diffquant.reproduce import SAMPLES as COMPARED
 from diffquant.zoo import models
-from diffquant.zoo.data import render_letters
 from diffquant.zoo.named import load_named
 
 HELP = (
@@ -345,26 +344,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
 @zoo_app.command(name="list")
 def zoo_list() -> None:
     """Name the reference models, and the recipes and protocols that come with the package."""
-    installed = [name for name in models.NAMES if (models.folder() / name).is_dir()]
-    console.print(f"models: {', '.join(installed)}")
-    for name in sorted(set(models.TRAINABLE) - set(installed)):
-        console.print(f"not in the package: {name}; diffquant zoo train {name}")
+    console.print(f"models: {', '.join(models.NAMES)}")
     console.print(f"recipes: {', '.join(shipped())} (with bits, as in brecq-w4a8)")
     console.print(f"protocols: {', '.join(shipped_protocols())}")
-
-
-@zoo_app.command(name="train")
-def zoo_train(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(models.TRAINABLE)}.")],
-    out: Annotated[Path, typer.Option(help="Folder of the trained model and of the training state; a killed run goes on.")],
-    steps: Annotated[int | None, typer.Option(help="Training steps (default: those of the shipped model).")] = None,
-    seed: Seed = 0,
-    compiled: Annotated[bool, typer.Option("--compile", help="Train glyph-ddim compiled: faster, needs a C++ compiler.")] = False,
-) -> None:
-    """Train a reference model on letters rendered from the installed fonts."""
-    letters = render_letters(size=models.picture_size(name))
-    console.print(f"{len(letters.labels)} letters of {len(letters.names)} fonts, sha256 {letters.digest()[:16]}")
-    console.print_json(data=models.train_model(name, letters, out, steps, seed, compiled))
 
 
 @app.command(name="reproduce")

@@ -1,24 +1,19 @@
-"""The shipped reference model is what it says; training resumes bit-equal; bad input is one line."""
+"""The shipped reference models are what they say, and others are refused in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
-from torch import nn
 
 from diffquant import zoo
-from diffquant.calibration import fit
 from diffquant.errors import ZooError
 from diffquant.evaluation.sampling import sample
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.zoo import models
-from diffquant.zoo.data import Letters, draw_letters, render_font, render_letters
-from diffquant.zoo.prompts import LETTERS
-from diffquant.zoo.train import denoising_loss, train, warm_constant_decay
+from diffquant.zoo.prompts import LETTERS, labels_of
 
 
 def test_weights_are_the_ones_that_comparisons_rest_on():
@@ -69,7 +64,7 @@ def test_labels_are_obeyed():
 
 def test_statistics_fit_the_classifier():
     statistics = zoo.load_statistics()
-    assert statistics.features.shape == (models.DATA_SAMPLES, models.FEATURES)
+    assert statistics.features.shape == (8192, models.FEATURES)
     assert torch.isfinite(statistics.features).all()
 
 
@@ -84,95 +79,49 @@ def test_unknown_and_altered_models_are_refused(tmp_path, monkeypatch):
         zoo.load("glyph-classifier")
 
 
-def test_fonts_that_cannot_be_used_are_passed_over(tmp_path):
-    broken = tmp_path / "broken.ttf"
-    broken.write_bytes(b"not a font")
-    assert render_font(broken) is None
-    with pytest.raises(ZooError, match="0 usable fonts below .*; at least 50 are needed; install the font packages"):
-        render_letters((tmp_path,))
+def test_load_checks_hashes_and_computes_in_float32(tmp_path, monkeypatch):
+    file = "unet/diffusion_pytorch_model.safetensors"
+    shutil.copytree(models.folder() / "glyph-sd", tmp_path / "glyph-sd")
+    monkeypatch.setattr(models, "folder", lambda: tmp_path)
+    hashes = {"glyph-sd": {file: models.file_hash(tmp_path / "glyph-sd" / file)}}
+    (tmp_path / "hashes.json").write_text(json.dumps(hashes))
+    pipe = zoo.load("glyph-sd")
+    assert pipe.unet.dtype == pipe.vae.dtype == pipe.text_encoder.dtype == torch.float32
+    hashes["glyph-sd"][file] = "0" * 64
+    (tmp_path / "hashes.json").write_text(json.dumps(hashes))
+    with pytest.raises(ZooError, match="is not the file that comparisons rest on"):
+        zoo.load("glyph-sd")
 
 
-def box_font(path):
-    """A font whose letters are boxes, 700 units high and of 26 widths."""
-    builder = FontBuilder(unitsPerEm=1000)
-    builder.setupGlyphOrder([".notdef", *LETTERS])
-    builder.setupCharacterMap({ord(letter): letter for letter in LETTERS})
-    glyphs = {".notdef": TTGlyphPen(None).glyph()}
-    for index, letter in enumerate(LETTERS):
-        pen = TTGlyphPen(None)
-        right = 100 + 20 * index
-        pen.moveTo((0, 0))
-        for corner in ((0, 700), (right, 700), (right, 0)):
-            pen.lineTo(corner)
-        pen.closePath()
-        glyphs[letter] = pen.glyph()
-    builder.setupGlyf(glyphs)
-    builder.setupHorizontalMetrics({name: (1000, 0) for name in glyphs})
-    builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Box", "styleName": "Regular"})
-    builder.setupOS2()
-    builder.setupPost()
-    builder.save(path)
+def test_missing_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "folder", lambda: tmp_path)
+    with pytest.raises(ZooError, match="glyph-sd is missing; it comes with the package; install the package again"):
+        zoo.load("glyph-sd")
 
 
-def test_letters_are_drawn_at_any_size(tmp_path):
-    box_font(tmp_path / "box.ttf")
-    assert render_font(tmp_path / "box.ttf") is None  # some boxes are equal at 32x32
-    for size in (32, 64):
-        ink = draw_letters(tmp_path / "box.ttf", size) < 128
-        assert ink.shape == (26, size, size)
-        assert (ink.any(axis=2).sum(axis=1) == 0.75 * size).all()  # the longer side, the height
+def test_classifier_reads_both_sizes():
+    """A picture of 64x64 whose pixels are those of 32x32, each four times, is the same picture."""
+    features = zoo.load("glyph-classifier")
+    small = torch.randint(256, (4, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    large = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).expand(-1, 3, -1, -1)
+    expected = features.classifier.penultimate(models.to_samples(small))
+    torch.testing.assert_close(features.features(small), expected)
+    torch.testing.assert_close(features.features(large), expected)
+    labels = features.classifier.head(expected).argmax(dim=1)
+    assert features.agreement(large, labels.tolist()).tolist() == [1.0] * len(labels)
+    assert features.agreement(large, [f"bold letter {LETTERS[label]}" for label in labels]).mean() == 1.0
+    wrong = torch.cat([labels[:3], (labels[3:] + 1) % 26])
+    assert features.agreement(large, wrong.tolist()).mean() == 0.75
 
 
-def test_split_keeps_fonts_apart():
-    fonts = torch.arange(20).repeat_interleave(len(LETTERS))
-    letters = Letters(torch.zeros(len(fonts), 32, 32, dtype=torch.uint8), torch.arange(26).repeat(20), fonts, ("x",) * 20)
-    training, held_out = letters.split()
-    assert set(held_out.fonts.tolist()) == {0, 10} and not set(training.fonts.tolist()) & {0, 10}
-    assert training.samples().max() == -1.0
+def test_a_prompt_asks_for_its_last_word():
+    assert labels_of(["bold letter G", "letter g", "a"]).tolist() == [6, 6, 0]
+    for prompt in ("", "letter", "letter AB"):
+        with pytest.raises(ZooError, match=f"prompt '{prompt}': names no letter; allowed are prompts that end in one"):
+            labels_of([prompt])
 
 
-def test_training_resumes_bit_equal(tmp_path):
-    class Denoiser(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.layer = nn.Conv2d(1, 1, 3, padding=1)
-
-        def forward(self, x, timestep):
-            return type("Output", (), {"sample": self.layer(x)})
-
-    loss = denoising_loss(torch.randn(16, 1, 8, 8), torch.linspace(0.99, 0.01, 10), batch=4)
-
-    def run_training(steps: int, folder) -> torch.Tensor:
-        model = Denoiser()
-        with fit.run(folder, show=False) as run:
-            train(model, loss, steps=steps, peak_rate=0.1, seed=0, run=run)
-        return model.layer.weight.detach()
-
-    whole = run_training(40, tmp_path / "whole")
-    folder = tmp_path / "killed"
-
-    def stop_at_30(model, generator, calls=[0]):  # noqa: B006
-        calls[0] += 1
-        if calls[0] == 31:
-            raise KeyboardInterrupt
-        return loss(model, generator)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffquant.zoo.train.CURVE_STRIDE", 10)
-        with fit.run(folder, show=False) as run, pytest.raises(KeyboardInterrupt):
-            train(Denoiser(), stop_at_30, steps=40, peak_rate=0.1, seed=0, run=run)
-        assert (folder / "fit.safetensors").exists()
-        assert torch.equal(run_training(40, folder), whole)
-
-
-def test_the_rate_warms_up_stays_and_falls():
-    rates = [warm_constant_decay(step, 1000) for step in range(1000)]
-    assert rates[0] == 1 / 200 and rates[500] == 1.0 and rates[799] == 1.0 and rates[999] == 1 / 200
-
-
-def test_the_command_line_starts_without_what_only_training_needs():
+def test_the_command_line_starts_without_pipelines_that_were_not_asked_for():
     """diffusers imports a pipeline's parts when it is named, and some of them complain of packages that are not there."""
     code = "import sys, diffquant.cli; print([name for name in sys.modules if 'pipeline_stable_diffusion' in name])"
     started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -32,7 +32,7 @@ QUANTIZABLE: dict[type[nn.Module], type[QuantizedLayer]] = {}  # a class of torc
 class QuantizedLayer(FrozenWeight, nn.Module):
     """A layer with quantizers of weight and input; made by `make_quantizable`, never constructed.
 
-    A kind of layer names the class that it stands for, ``of``, which its layers had before. ``channel_axis``: of inputs and outputs.
+    A kind of layer names the class that its layers had before, ``of``. ``channel_axis``: of inputs and outputs.
     """
 
     channel_axis: ClassVar[int]
@@ -127,7 +127,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear, of=nn.Linear):
     channel_axis, channel_view = -1, (-1,)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b."""
+        """The input times the transposed weight, plus the bias."""
         return functional.linear(x, weight, bias)
 
 

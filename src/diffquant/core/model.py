@@ -26,7 +26,7 @@ class ModelState:
 
     ``timestep``: name and position of the argument that the clock follows; None while the model is not quantizable. ``recipe``:
     name of the recipe that it was quantized by. ``attachment``: the correction at work (`sampling.correction`), which a float model
-    may have too; ``warned``: that nothing applies it was said. ``engine``: what it computes with (`engines.base`); None: simulation.
+    may have too; ``warned``: that nothing applies it was said. ``engine``: what it computes with (`engines.base`), None: simulated.
     """
 
     clock: StepClock = field(default_factory=StepClock)

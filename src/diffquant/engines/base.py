@@ -43,8 +43,8 @@ class Lowered(NamedTuple):
 class Engine(ABC):
     """One way to compute a frozen model. An instance computes one model, and holds what it made for it.
 
-    Integers are those of the simulation; codes on a rounding edge may differ by one. What cannot be exact on this machine is computed
-    another way or refused, never silently. ``rank``: in listings, small first.
+    Integers are those of the simulation; codes on a rounding edge may differ by one. What cannot be exact on this machine is
+    computed another way or refused, never silently. ``rank``: in listings, small first.
     """
 
     name: ClassVar[str]

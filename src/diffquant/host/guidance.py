@@ -29,7 +29,7 @@ def guidance_weight(first: Tensor, second: Tensor, guided: Tensor) -> tuple[floa
 
 
 def guided(halves: Tensor, weight: float, copies: int = 1) -> Tensor:
-    """first + weight (second - first) of the two halves of a batch, so many times one after the other."""
+    """The sum first + weight (second - first) of the two halves of a batch, so many times one after the other."""
     first, second = halves.chunk(2)
     combined = first + weight * (second - first)
     return combined if copies == 1 else torch.cat([combined] * copies)

@@ -1,8 +1,8 @@
 """Host: a diffusers pipeline, wrapped once. Its denoiser, one run of it, its first call, and what happens while it runs.
 
-Nothing of a pipeline is copied or subclassed. It is watched at two seams, its denoiser's forward and its scheduler's step, and run on
-its own terms: what its ``__call__`` accepts is read, and a seeded generator, a number of steps and conditions are passed. Everything
-is as it was when a `with` block ends.
+Nothing of a pipeline is copied or subclassed. It is watched at two seams, its denoiser's forward and its scheduler's step, and run
+on its own terms: what its ``__call__`` accepts is read, and a seeded generator, a number of steps and conditions are passed.
+Everything is as it was when a `with` block ends.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class Host:
         `on_call(arguments, output)`: arguments by the parameter names of the denoiser's forward, only those the pipeline passed;
         output is the predicted tensor. `on_step(model_output, timestep, sample, prev_sample, options)`: as the scheduler saw and
         returned them, and whatever else it was called with. `on_timetable(arguments)`: what the scheduler's `set_timesteps` was
-        called with. Tensors are those of the pipeline, not copies. The scheduler is the object the pipeline holds at entry: one that
-        it builds later is not observed.
+        called with. Tensors are those of the pipeline, not copies. The scheduler is the object the pipeline holds at entry: one
+        that it builds later is not observed.
 
         Raises CalibrationError for a scheduler whose `step` is not (model_output, timestep, sample, ...).
         """

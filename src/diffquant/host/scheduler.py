@@ -1,5 +1,4 @@
-"""diffusers' schedulers: built from a configuration, put aside and back, their steps, the noise that they draw, and what a
-prediction of theirs means as noise.
+"""Schedulers of diffusers: built, put aside and back, their steps, the noise that they draw, what a prediction means as noise.
 
 A multistep solver's state holds a history of latents or predictions; of everything else in a state nothing is assumed.
 """

@@ -1,15 +1,14 @@
 """Capital letters rendered from installed fonts: the data the reference models are trained on.
 
-The fonts come from Debian's font packages (``zoo/README.md`` lists them) and are needed for training only. A font is kept when it
+The fonts come from Debian's font packages, which ``README.md`` here lists. A font is used when it
 really has the 26 letters: one glyph each, 26 different pictures, and shapes that resemble the median shape of the letter, which
 drops symbol fonts, boxes for missing glyphs, and faces that nobody can read. What a font says of its style
-is kept with it (`prompts.style_of`).
+is kept with it (`style.style_of`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,20 +20,16 @@ from rich.progress import track
 from torch import Tensor
 
 from diffquant.errors import ZooError
-from diffquant.zoo.prompts import LETTERS, style_of
+from diffquant.zoo.models import SIZE, to_samples
+from diffquant.zoo.prompts import LETTERS
+from tools.train_zoo.style import style_of
 
-SIZE = 32  # pixels, height and width of a picture
-LARGE_SIZE = 64  # of those that the latent models are trained on
+LARGE_SIZE = 64  # pixels, height and width of the pictures that the latent models are trained on
 INK_SHARE = 0.75  # of that, the longer side of a letter
 RENDER_SIZE = 160  # points at which a letter is drawn before it is scaled down
 MIN_AGREEMENT = 14  # of 26 letters must be nearest to the median shape of the right letter
 HELD_OUT_EVERY = 10  # every tenth font is kept for validation
 FONT_DIRECTORIES = (Path("/usr/share/fonts"), Path("/usr/share/texmf/fonts"), Path("/usr/local/share/fonts"))
-
-
-def to_samples(pictures: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Grey values 0 to 255 as float32 in [-1, 1]."""
-    return pictures.float().div(127.5).sub(1.0)
 
 
 def rgb_samples(pictures: UInt8[Tensor, "n h w"]) -> Float[Tensor, "n 3 h w"]:
@@ -117,7 +112,7 @@ def render_font(path: Path) -> Face | None:
 
     A font is refused when it is unreadable, lacks a letter, maps two letters to one picture, or draws (nearly) blank or black ones.
     """
-    from fontTools.ttLib import TTFont, TTLibError  # comes with an extra
+    from fontTools.ttLib import TTFont, TTLibError  # comes with the extra dev
 
     try:
         with path.open("rb") as file, TTFont(file, fontNumber=0, lazy=True) as tables:
@@ -148,7 +143,7 @@ def usable_fonts(directories: tuple[Path, ...]) -> list[Face]:
     if len(fonts) < 50:
         raise ZooError(
             f"fonts: {len(fonts)} usable fonts below {', '.join(map(str, directories))}; at least 50 are needed; "
-            "install the font packages that src/diffquant/zoo/README.md lists"
+            "install the font packages that tools/train_zoo/README.md lists"
         )
     return fonts
 
@@ -175,15 +170,10 @@ def _legible(fonts: list[Face]) -> list[Face]:
     if not fonts:
         return []
     median = np.median(np.stack([face.letters for face in fonts]), axis=0).reshape(len(LETTERS), -1)  # [26, size * size]
-    kept = []
+    legible = []
     for face in fonts:
         flat = face.letters.reshape(len(LETTERS), -1).astype(np.float32)
         distance = ((flat[:, None] - median[None]) ** 2).sum(axis=-1)  # [26 letters, 26 medians]
         if (distance.argmin(axis=1) == np.arange(len(LETTERS))).sum() >= MIN_AGREEMENT:
-            kept.append(face)
-    return kept
-
-
-def write_font_list(letters: Letters, path: Path) -> None:
-    """Write the names of the fonts that were used, as JSON."""
-    path.write_text(json.dumps({"fonts": letters.names, "letters": len(letters.labels), "sha256": letters.digest()}, indent=1))
+            legible.append(face)
+    return legible

@@ -1,12 +1,10 @@
-"""Prompts say what a font's metadata says, and each of their words is one token."""
+"""The words for a font's style are those that its metadata says."""
 
 import pytest
-import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.ttLib.tables.O_S_2f_2 import Panose
 
-from diffquant.errors import ZooError
-from diffquant.zoo.prompts import LETTERS, PROMPT_TOKENS, WORDS, labels_of, prompt_of, style_of, tokenize, tokenizer
+from tools.train_zoo.style import style_of
 
 
 def font(
@@ -66,29 +64,3 @@ def test_style_is_what_the_metadata_says(metadata, style):
 
 def test_font_without_tables_has_no_style():
     assert style_of(FontBuilder(unitsPerEm=1000).font) == ""
-
-
-def test_prompts_end_in_the_letter_that_they_ask_for():
-    assert prompt_of("bold italic serif", 6) == "bold italic serif letter G"
-    assert prompt_of("", 0) == "letter A"
-    assert labels_of([prompt_of("bold", label) for label in range(26)]).tolist() == list(range(26))
-    assert labels_of(["letter g"]).tolist() == [6]
-    for prompt in ("", "letter", "letter AB"):
-        with pytest.raises(ZooError, match=f"prompt '{prompt}': names no letter; allowed are prompts that end in one"):
-            labels_of([prompt])
-
-
-def test_every_word_and_letter_is_one_token():
-    words = tokenizer()
-    ids = [words(word).input_ids for word in (*WORDS, *LETTERS)]
-    assert all(len(row) == 3 for row in ids)  # start, the word, end
-    assert len({row[1] for row in ids}) == len(WORDS) + len(LETTERS)
-
-
-def test_tokens_round_trip_and_survive_saving(tmp_path):
-    words = tokenizer()
-    longest = "bold condensed italic serif letter G"
-    assert words.decode(words(longest).input_ids, skip_special_tokens=True).strip() == longest.lower()
-    words.save_pretrained(tmp_path)
-    assert torch.equal(tokenize(type(words).from_pretrained(tmp_path), [longest, ""]), tokenize(words, [longest, ""]))
-    assert tokenize(words, ["letter G"]).shape == (1, PROMPT_TOKENS)

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffquant.calibration.fit import run
-from diffquant.zoo.data import LARGE_SIZE, Letters, rgb_samples
-from diffquant.zoo.prompts import LETTERS, PROMPT_TOKENS, prompt_of, tokenize, tokenizer
-from diffquant.zoo.train import Condition, denoising_loss, hybrid_loss, reconstruction_loss, train, two_rounds
+from diffquant.zoo.prompts import LETTERS
+from tools.train_zoo.letters import LARGE_SIZE, Letters, rgb_samples
+from tools.train_zoo.loop import train, two_rounds
+from tools.train_zoo.losses import Condition, denoising_loss, hybrid_loss, reconstruction_loss
+from tools.train_zoo.prompts import PROMPT_TOKENS, prompt_of, tokenize, tokenizer
 
 LATENT_SIZE = 16
 LATENT_CHANNELS = 4
@@ -201,7 +203,7 @@ def train_glyph_vae(letters: Letters, out: Path, steps: int, seed: int) -> dict[
     training, held_out = letters.split()
     vae = glyph_vae().to(memory_format=torch.channels_last)
     with run(out / "training" / "glyph-vae") as where:
-        train(vae, reconstruction_loss(training.pictures, batch=16), steps=steps, peak_rate=1e-3, seed=seed, run=where)
+        train(vae, reconstruction_loss(training.pictures, batch=16), steps=steps, peak_lr=1e-3, seed=seed, run=where)
     vae.eval().half().float()  # rounded to what is stored
     vae.register_to_config(scaling_factor=1.0)
     vae.register_to_config(scaling_factor=1 / float(encode(vae, training.pictures).float().std()))
@@ -221,7 +223,7 @@ def train_glyph_sd(letters: Letters, out: Path, steps: int, seed: int) -> None:
     condition = prompt_condition(training, pipe.tokenizer)
     loss = denoising_loss(encode(pipe.vae, training.pictures), pipe.scheduler.alphas_cumprod, batch=32, condition=condition)
     with run(out / "training" / "glyph-sd") as where:
-        train(TextDenoiser(pipe), loss, steps=steps, peak_rate=1e-3, seed=seed, run=where)
+        train(TextDenoiser(pipe), loss, steps=steps, peak_lr=1e-3, seed=seed, run=where)
     save(pipe, out / "glyph-sd")
 
 
@@ -233,7 +235,7 @@ def train_glyph_dit(letters: Letters, out: Path, steps: int, seed: int) -> None:
     latents = encode(pipe.vae, training.pictures)
     loss = hybrid_loss(latents, pipe.scheduler.alphas_cumprod, batch=64, condition=label_condition(training))
     with run(out / "training" / "glyph-dit") as where:
-        train(LabelDenoiser(pipe), loss, steps=steps, peak_rate=1e-3, seed=seed, run=where, schedule=two_rounds)
+        train(LabelDenoiser(pipe), loss, steps=steps, peak_lr=1e-3, seed=seed, run=where, schedule=two_rounds)
     save(pipe, out / "glyph-dit")
 
 

@@ -35,7 +35,7 @@ from diffquant import zoo
 from diffquant.calibration.progress import bars
 from diffquant.calibration.rollout import Rollout
 from diffquant.checkpoint.folder import file_size, float32_size
-from diffquant.evaluation.compare import compare_to, final_error_ratio
+from diffquant.evaluation.compare import compare_to, final_error_ratio, measure_reference
 from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import make_report
 from diffquant.host.pipeline import Host
@@ -145,27 +145,29 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                     single_step = {"single_step": {"error": error, "mean": shifted}}
                 passes = json.loads((folder / "quantization.json").read_text())["passes"]
                 result = comparisons[label]
+                figures = result.figures
+                final_error, to_reference, to_data = (figures[key] for key in ("final_error", "fid_to_reference", "fid_to_data"))
                 found["arms"][label] = {
-                    "final_error": asdict(result.final_error),
-                    "median": asdict(result.final_error_median),
-                    "fid": asdict(result.to_reference.fid),
-                    "floor": reference.floor.fid.value,
-                    "to_data": asdict(result.to_data.fid),
-                    **({} if result.to_data_change is None else {"to_data_change": asdict(result.to_data_change)}),
-                    "legibility": asdict(result.legibility),
-                    "legibility_change": asdict(result.legibility_change),
-                    **({} if result.accuracy is None else {"accuracy": asdict(result.accuracy)}),
+                    "final_error": asdict(final_error),
+                    "median": asdict(figures["final_error_median"]),
+                    "fid": asdict(to_reference.distance),
+                    "floor": to_reference.floor.value,
+                    "to_data": asdict(to_data.distance),
+                    **({} if to_data.change is None else {"to_data_change": asdict(to_data.change)}),
+                    "legibility": asdict(figures["legibility"].mean),
+                    "legibility_change": asdict(figures["legibility"].change),
+                    **({"accuracy": asdict(figures["accuracy"])} if "accuracy" in figures else {}),
                     **single_step,
-                    "drift": result.drift[:: max(1, arguments.steps // 10)],
+                    "drift": figures["drift"].values[:: max(1, arguments.steps // 10)],
                     "bytes": file_size(folder),
                     "seconds": {row["pass"]: row["seconds"] for row in passes},
                     "options": {row["pass"]: row["options"] for row in passes},
                     "errors": [round(float(error), 5) for error in result.final_errors],
                 }
                 print(
-                    f"{label}: final error {result.final_error.value:.4f} [{result.final_error.low:.4f}, "
-                    f"{result.final_error.high:.4f}], median {result.final_error_median.value:.4f}, FID to full precision "
-                    f"{result.to_reference.fid.value:.3f} (floor {reference.floor.fid.value:.2f}), "
+                    f"{label}: final error {final_error.value:.4f} [{final_error.low:.4f}, "
+                    f"{final_error.high:.4f}], median {figures['final_error_median'].value:.4f}, FID to full precision "
+                    f"{to_reference.distance.value:.3f} (floor {to_reference.floor.value:.2f}), "
                     f"last pass {passes[-1]['seconds']:.0f} s",
                     flush=True,
                 )
@@ -180,7 +182,8 @@ def compare(arguments: argparse.Namespace, recipe_of: Callable[[str, str, argpar
                 )
     if reference is not None:
         sizes = {reference.name: float32_size(Host(pipe).denoiser)}
-        make_report(reference, list(comparisons.values()), sizes).write(arguments.out.with_suffix(""))
+        every = [measure_reference(reference), *comparisons.values()]
+        make_report(reference.protocol, every, sizes).write(arguments.out.with_suffix(""))
 
 
 def add_arguments(parser: argparse.ArgumentParser, work: Path, arms: list[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import diffquant as dq
 from diffquant import zoo
 from diffquant.evaluation.grids import draw_pairs
-from diffquant.evaluation.metrics import psnr
+from diffquant.evaluation.pairs import psnr
 from diffquant.evaluation.sampling import sample
 from diffquant.evaluation.sampling_protocol import SAMPLERS, resolved
 

@@ -40,8 +40,9 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration import fit
 from diffquant.core.model import enable, freeze, full_precision, quantized_layers
-from diffquant.evaluation.distances import distances
-from diffquant.evaluation.metrics import bootstrap_mean, relative_l2
+from diffquant.evaluation.distances import fid
+from diffquant.evaluation.intervals import bootstrap_mean
+from diffquant.evaluation.pairs import relative_l2
 from diffquant.evaluation.sampling import Sampled, StepResult, sample
 from diffquant.host.denoiser import prepare
 from diffquant.host.pipeline import Host
@@ -326,8 +327,8 @@ def row(label: str, result: Drawn, reference: Drawn) -> dict[str, Any]:
     found: dict[str, Any] = {
         "final_error": asdict(bootstrap_mean(errors, generator)),
         "median": float(errors.median()),
-        "fid": asdict(distances(features, classifier.features(wanted), "paired", generator).fid),
-        "fid_to_data": asdict(distances(features, data.features, "fixed", generator).fid),
+        "fid": asdict(fid(features, classifier.features(wanted), "paired", generator)),
+        "fid_to_data": asdict(fid(features, data.features, "fixed", generator)),
         "legibility": asdict(bootstrap_mean(classifier.confidence(pictures), generator)),
         "samples": len(errors),
         "calls": result.calls,

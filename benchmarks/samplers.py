@@ -19,7 +19,7 @@ from compare import with_scheduler
 import diffquant as dq
 from diffquant import zoo
 from diffquant.errors import EvaluationError
-from diffquant.evaluation.compare import compare_to
+from diffquant.evaluation.compare import compare_to, measure_reference
 from diffquant.evaluation.reference import run_reference
 
 SAMPLERS = ("ddim", "ddim eta 1", "ddpm", "pndm", "dpm-solver++", "euler", "unipc")
@@ -71,22 +71,23 @@ def main() -> None:
             except EvaluationError as error:
                 print(f"{arguments.model}, {sampler}: {error}", flush=True)
                 break
+            full_figures = measure_reference(reference).figures
             for folder, label in labels.items():
                 pipe = dq.load(folder)
                 pipe.scheduler = full.scheduler
-                result = compare_to(reference, pipe, name=label)
-                assert result.to_reference is not None and reference.floor is not None
+                figures = compare_to(reference, pipe, name=label).figures
+                error, fid = figures["final_error"], figures["fid_to_reference"]
                 found[label] = {
                     "samples": arguments.samples,
-                    "final_error": asdict(result.final_error),
-                    "median": asdict(result.final_error_median),
-                    "fid": asdict(result.to_reference.fid),
-                    "floor": reference.floor.fid.value,
-                    "accuracy": asdict(result.accuracy) if result.accuracy else None,
-                    "legibility": asdict(result.legibility) if result.legibility else None,
-                    "legibility_full_precision": asdict(reference.legibility) if reference.legibility else None,
+                    "final_error": asdict(error),
+                    "median": asdict(figures["final_error_median"]),
+                    "fid": asdict(fid.distance),
+                    "floor": fid.floor.value,
+                    "accuracy": asdict(figures["accuracy"]) if "accuracy" in figures else None,
+                    "legibility": asdict(figures["legibility"].mean) if "legibility" in figures else None,
+                    "legibility_full_precision": asdict(full_figures["legibility"].mean) if full_figures else None,
                 }
-                print(f"{label}: final error {result.final_error.value:.3f}, FID {result.to_reference.fid.value:.2f}", flush=True)
+                print(f"{label}: final error {error.value:.3f}, FID {fid.distance.value:.2f}", flush=True)
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 arguments.out.write_text(json.dumps(found, indent=1))
     print(f"\n| sampler | | {' | '.join(f'{steps} steps' for steps in arguments.steps)} |\n|{'---|' * (2 + len(arguments.steps))}")

@@ -23,7 +23,7 @@ from torch import Tensor
 import diffquant as dq
 from diffquant import zoo
 from diffquant.core.model import quantizers
-from diffquant.evaluation.metrics import relative_l2
+from diffquant.evaluation.pairs import relative_l2
 from diffquant.evaluation.sampling import sample
 from diffquant.host.pipeline import Host
 

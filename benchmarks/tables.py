@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 
-from diffquant.evaluation.features import interval_generator
-from diffquant.evaluation.metrics import Interval, bootstrap_ratio_of_means
+from diffquant.evaluation.intervals import Interval, bootstrap_ratio_of_means, interval_generator
 
 COLUMNS = ("seed", "arm", "final error", "median", "single steps", "FID (floor)", "ratio", "over seeds")
 QUALITY = ("seed", "arm", "FID to data", "change", "legibility", "change")

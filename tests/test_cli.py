@@ -61,8 +61,9 @@ def test_evaluate_without_checkpoints_shows_full_precision(tmp_path, capsys):
     few = ("--samples", 70, "--steps", 2, "--protocol", "accumulation_samples=0", "--protocol", "trajectory_samples=2")
     assert run("evaluate", "--reference", "glyph-ddim", "--out", tmp_path, *few) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "pairs.png"}
-    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert row["to_data"]["fid"]["value"] > 0 and row["legibility"]["value"] > 0
+    (measurement,) = json.loads((tmp_path / "report.json").read_text())["measurements"]
+    figures = measurement["figures"]
+    assert figures["fid_to_data"]["distance"]["value"] > 0 and figures["legibility"]["mean"]["value"] > 0
 
 
 def test_inspect_names_every_layer_and_the_cost(capsys, monkeypatch):

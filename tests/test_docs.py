@@ -34,7 +34,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         code = code.replace(original, small)
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert names["result"].rows[1].name == "quantized"
+    assert names["result"].measurements[1].name == "quantized"
 
 
 def test_files_that_the_documents_link_to_exist():

@@ -53,7 +53,7 @@ def test_quantize_and_sample_need_no_extra(tmp_path: Path) -> None:
     )
     assert (tmp_path / "grid.png").is_file(), printed
     assert printed.count("ended with 0") == 3 and "ended with 1" in printed, printed
-    assert "error: scikit-image, matplotlib: not installed; pip install 'diffquant[evaluate]'" in printed
+    assert "error: scikit-image, scipy, matplotlib: not installed; pip install 'diffquant[evaluate]'" in printed
     assert not (tmp_path / "report").exists()
     assert "the package openvino is missing; pip install 'diffquant[openvino]'" in printed  # brackets are no markup
 

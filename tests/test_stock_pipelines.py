@@ -134,11 +134,11 @@ def test_a_step_cache_is_for_the_quantized_model_only(tmp_path):
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
     assert not np.array_equal(_sample(pipe, calibration), before)
     protocol = dq.SamplingProtocol(samples=2, steps=4, accumulation_samples=2)
-    row = dq.evaluate(pipe, full, protocol=protocol).rows[1]
-    assert row.final_error.value > 0 and row.accumulation is None
+    figures = dq.evaluate(pipe, full, protocol=protocol).measurements[1].figures
+    assert figures["final_error"].value > 0 and "accumulation" not in figures
     pipe.transformer.disable_cache()
     assert np.array_equal(_sample(pipe, calibration), before)
-    assert dq.evaluate(pipe, full, protocol=protocol).rows[1].accumulation is not None
+    assert "accumulation" in dq.evaluate(pipe, full, protocol=protocol).measurements[1].figures
 
 
 COMPILED = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffquant.evaluation.accumulation import accumulation, parts, trace
-from diffquant.evaluation.metrics import relative_l2
+from diffquant.evaluation.pairs import relative_l2
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.host.pipeline import Host
 from tests import pipelines

@@ -86,11 +86,11 @@ def test_prompts_of_a_file_reach_both_sides_and_the_clip_score(tmp_path):
     report = reports.read(tmp_path / "report")
     assert report.protocol.sampling.prompts == PROMPTS and report.protocol.clip == "clip"
     scorer = ClipScore.from_directory(clip)
-    for row, model in zip(report.rows, ("float", "packed"), strict=True):
+    for measurement, model in zip(report.measurements, ("float", "packed"), strict=True):
         assert run("sample", tmp_path / model, "--out", tmp_path / f"{model}.npz", "--count", 3, *common) == 0
         with np.load(tmp_path / f"{model}.npz") as stored:
             pictures = torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2)
-        assert row.clip.value == pytest.approx(float(scorer.score(pictures, PROMPTS).mean()), abs=1e-4)
+        assert measurement.figures["clip"].value == pytest.approx(float(scorer.score(pictures, PROMPTS).mean()), abs=1e-4)
     assert "| CLIP |" in (tmp_path / "report" / "report.md").read_text()
     assert isinstance(dq.load(tmp_path / "float"), StableDiffusionPipeline)
 

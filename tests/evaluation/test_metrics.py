@@ -1,123 +1,155 @@
-"""Metrics against slow references and known answers."""
+"""A metric is a class: of a file of the package or of somebody else's, it is computed, shown and read back like the others."""
 
 from __future__ import annotations
 
-import math
+import io
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
 
-import numpy as np
 import pytest
-import torch
+from rich.console import Console
 
+import diffquant as dq
 from diffquant.errors import EvaluationError
 from diffquant.evaluation import metrics
-from diffquant.evaluation.metrics import Interval
+from diffquant.evaluation.intervals import Interval
+from diffquant.evaluation.metrics import base
+from diffquant.evaluation.metrics.base import Metric
+from diffquant.evaluation.report import read
+from tests import pipelines
+
+ROOT = Path(__file__).parents[2]
+PROTOCOL = dq.SamplingProtocol(samples=3, steps=2, batch_size=3, trajectory_samples=2, accumulation_samples=0)
+IN_THE_PACKAGE = """
+from typing import final
+from diffquant.evaluation.metrics.base import Metric
+
+@final
+class Constant(Metric[float]):
+    name, title, figure = "constant", "always one", float
+
+    def compute(self, run, prepared):
+        return 1.0
+"""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """The metrics as they were, after the test."""
+    monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
 
 
-def gaussian(n: int, d: int, generator: torch.Generator, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
-    return shift + scale * torch.randn(n, d, generator=generator, dtype=torch.float64)
+@dataclass(frozen=True)
+class Grey:
+    mean: float
+    above: Interval | None
 
 
-def pictures(n: int, channels: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 256, (n, channels, 8, 8), generator=generator, dtype=torch.uint8)
+def define():
+    """A metric from outside of the package: how bright pictures are."""
+
+    @final
+    class Brightness(Metric[Grey]):
+        name, title, figure, place = "brightness", "brightness", Grey, 15
+        of_reference = True
+
+        def prepare(self, reference, other):
+            return float(reference.samples.pictures.double().mean())
+
+        def compute(self, run, prepared):
+            mean = float(run.samples.pictures.double().mean())
+            return Grey(mean, None if run.steps is None else Interval(mean - prepared, -1.0, float("inf")))
+
+        def format(self, figure, newline):
+            return f"{figure.mean:.1f}{newline}grey"
+
+        def change(self, figure):
+            return figure.above
+
+        def section(self, figures):
+            return [f"## Brightness of {', '.join(figures)}"]
+
+    return Brightness
 
 
-def test_to_uint8_rounds_half_to_even_and_clamps():
-    # 0.5, 1.5, 2.5 grey values exactly, then the ends and beyond
-    samples = torch.tensor([0.5 / 127.5 - 1, 1.5 / 127.5 - 1, 2.5 / 127.5 - 1, -1.0, 0.0, 1.0, -3.0, 7.0], dtype=torch.float64)
-    expected = [int(np.clip(np.round(127.5 * (np.float32(x) + np.float32(1))), 0, 255)) for x in samples.tolist()]
-    assert metrics.to_uint8(samples.float()).tolist() == expected
-    assert metrics.to_uint8(torch.tensor([0.0, -1.0, 1.0, 9.0])).tolist() == [128, 0, 255, 255]  # 127.5 to even is 128
+@pytest.fixture
+def report(tmp_path):
+    define()
+    return dq.evaluate(pipelines.micro(seed=1), pipelines.micro(), protocol=PROTOCOL, out=tmp_path)
 
 
-def test_to_uint8_returns_every_grey_value_unchanged():
-    grey = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(metrics.to_uint8(grey.float() / 127.5 - 1), grey)
+def shown(report) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(report.table())
+    return console.export_text()
 
 
-def test_to_uint8_refuses_non_finite_values():
-    with pytest.raises(EvaluationError, match="pictures: hold non-finite values"):
-        metrics.to_uint8(torch.tensor([0.0, math.nan]))
+def test_a_metric_from_outside_is_shown_and_read_back(report, tmp_path):
+    full, quantized = (measurement.figures["brightness"] for measurement in report.measurements)
+    assert full.above is None and quantized.above.value == pytest.approx(quantized.mean - full.mean) and quantized.mean != full.mean
+    assert "brightness" in shown(report) and f"{quantized.mean:.1f}" in shown(report)
+    text = (tmp_path / "report.md").read_text()
+    assert "| final error | brightness | PSNR dB |" in text and f"| {full.mean:.1f}<br>grey |" in text
+    assert "## Brightness of full precision, quantized" in text
+    assert f"| quantized | {quantized.above.value:+.3g} [-1, +inf] |" in text
+    assert read(tmp_path).measurements == report.measurements
+    assert '"high": "Infinity"' in (tmp_path / "report.json").read_text()
 
 
-def test_relative_l2_and_sqnr_match_a_loop(generator):
-    reference, other = torch.randn(3, 2, 4, generator=generator), torch.randn(3, 2, 4, generator=generator)
-    for i in range(3):
-        signal = sum(float(x) ** 2 for x in reference[i].flatten())
-        error = sum((float(a) - float(b)) ** 2 for a, b in zip(other[i].flatten(), reference[i].flatten(), strict=True))
-        assert float(metrics.relative_l2(reference, other)[i]) == pytest.approx(math.sqrt(error / signal), rel=1e-12)
-        assert float(metrics.sqnr_db(reference, other)[i]) == pytest.approx(10 * math.log10(signal / error), rel=1e-9)
+def test_a_report_is_read_where_its_metric_is_not_defined(report, tmp_path):
+    del base.REGISTRY["brightness"]
+    back = read(tmp_path)
+    assert "Not shown, since nothing here defines these metrics: brightness." in back.markdown()
+    assert "| brightness |" not in back.markdown() and "final error" in shown(back)
+    back.write(tmp_path / "again")
+    define()
+    assert read(tmp_path / "again").measurements == report.measurements  # nothing is lost on the way
 
 
-def test_equal_samples_have_no_error_and_infinite_ratios(generator):
-    samples, grey = torch.zeros(2, 3), pictures(2, 1, generator)
-    assert metrics.relative_l2(samples, samples).tolist() == [0.0, 0.0]
-    assert metrics.sqnr_db(samples, samples).tolist() == [math.inf, math.inf]
-    assert metrics.psnr(grey, grey).tolist() == [math.inf, math.inf]
-    assert metrics.ssim(grey, grey).tolist() == [1.0, 1.0]
+def test_the_metric_of_the_documents_is_one():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), flags=re.DOTALL)
+    exec(compile(code, "evaluation.md", "exec"), {"__name__": "own"})
+    report = dq.evaluate(pipelines.micro(seed=1), pipelines.micro(), protocol=PROTOCOL)
+    ours, full = (report.pictures[name].astype(float).mean() for name in ("quantized", "full precision"))
+    assert report.measurements[1].figures["brightness"].value == pytest.approx(ours - full)
+    assert "| brightness |" in report.markdown()
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_psnr_is_that_of_the_mean_squared_error(generator, channels):
-    a, b = pictures(3, channels, generator), pictures(3, channels, generator)
-    errors = metrics.mean_squared_error(a, b)
-    for i in range(3):
-        error = float(np.mean((a[i].numpy().astype(float) - b[i].numpy().astype(float)) ** 2))
-        assert float(errors[i]) == pytest.approx(error, rel=1e-12)
-        assert float(metrics.psnr(a, b)[i]) == pytest.approx(10 * math.log10(255**2 / error), rel=1e-12)
+def test_a_file_of_the_package_is_a_metric(tmp_path, monkeypatch):
+    (tmp_path / "constant.py").write_text(IN_THE_PACKAGE)
+    monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
+    metrics.register_all()
+    try:
+        assert list(metrics.registered())[-1] == "constant"
+        report = dq.evaluate({}, pipelines.micro(), protocol=PROTOCOL)
+        assert "constant" not in report.measurements[0].figures  # it says how far a model is from full precision
+        report = dq.evaluate(pipelines.micro(), pipelines.micro(), protocol=PROTOCOL)
+        assert report.measurements[1].figures["constant"] == 1.0 and "always one" in shown(report)
+    finally:
+        sys.modules.pop("diffquant.evaluation.metrics.constant")
 
 
-def test_pooled_psnr_turns_the_interval_around():
-    pooled = metrics.pooled_psnr(Interval(100.0, 25.0, 400.0))
-    assert pooled.low < pooled.value < pooled.high
-    assert pooled.value == pytest.approx(28.1308, abs=1e-4)
-    assert metrics.pooled_psnr(Interval(0.0, 0.0, 0.0)).value == math.inf
+def test_a_name_is_taken_once():
+    with pytest.raises(EvaluationError, match=r'metric "psnr": diffquant.*Psnr and .*Mine have this name; one class is allowed'):
+
+        class Mine(Metric[float]):
+            name = "psnr"
+
+    first = define()
+    again = define()  # such as a cell of a notebook that runs twice
+    assert base.REGISTRY["brightness"] is again is not first
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_ssim_matches_a_loop_over_windows(generator, channels):
-    a, b = pictures(1, channels, generator), pictures(1, channels, generator)
-    c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
-    for x, y in zip(a[0].double().numpy(), b[0].double().numpy(), strict=True):
-        for top in range(2):  # 7x7 windows in 8x8 pixels
-            for left in range(2):
-                u, v = (p[top : top + 7, left : left + 7].ravel() for p in (x, y))
-                ((uu, uv), (_, vv)), mu, mv = np.cov(u, v), u.mean(), v.mean()
-                values.append((2 * mu * mv + c1) * (2 * uv + c2) / ((mu**2 + mv**2 + c1) * (uu + vv + c2)))
-    assert float(metrics.ssim(a, b)) == pytest.approx(np.mean(values), rel=1e-9)
+def test_a_figure_of_another_type_is_refused():
+    @final
+    class Wrong(Metric[float]):
+        name, figure = "wrong", float
 
+        def compute(self, run, prepared):
+            return "much"
 
-def test_ssim_refuses_pictures_smaller_than_its_window():
-    with pytest.raises(EvaluationError, match="ssim: pictures are 4x8; at least 7x7 are needed"):
-        metrics.ssim(torch.zeros(1, 1, 4, 8, dtype=torch.uint8), torch.zeros(1, 1, 4, 8, dtype=torch.uint8))
-
-
-def test_confidence_is_the_largest_probability():
-    assert metrics.confidence(torch.tensor([[0.0, 0.0], [0.0, math.log(3.0)]])).tolist() == pytest.approx([0.5, 0.75])
-
-
-def test_bootstrap_covers_the_mean_at_its_rate_and_repeats(generator):
-    hits = 0
-    for _ in range(200):
-        interval = metrics.bootstrap_mean(gaussian(40, 1, generator, shift=2.0)[:, 0].exp(), generator, resamples=300)
-        assert interval.low <= interval.value <= interval.high
-        hits += interval.low <= math.exp(2.5) <= interval.high
-    assert 160 <= hits <= 200  # measured 176: the lognormal's tail costs some of the 95 %
-    values = gaussian(50, 1, generator)[:, 0]
-    runs = [metrics.bootstrap_median(values, torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert runs[0] == runs[1] and runs[0].value == float(np.median(values.numpy()))
-
-
-def test_ratio_of_means_is_paired(generator):
-    noise = gaussian(200, 1, generator)[:, 0].exp()
-    paired = metrics.bootstrap_ratio_of_means(0.8 * noise, noise, generator)
-    assert paired.low == pytest.approx(0.8) and paired.high == pytest.approx(0.8)
-    unpaired = metrics.bootstrap_ratio_of_means(0.8 * noise.flip(0), noise, generator)
-    assert unpaired.value == pytest.approx(0.8) and unpaired.high - unpaired.low > 0.1
+    with pytest.raises(ValueError, match=r"wrong: Input should be a valid number"):
+        dq.evaluate(pipelines.micro(), pipelines.micro(), protocol=PROTOCOL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -13,20 +12,30 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from diffquant.errors import EvaluationError
+from diffquant import files
+from diffquant.errors import CalibrationError, EvaluationError
 from diffquant.evaluation import drawing, grids
-from diffquant.evaluation import report as reporting
 from diffquant.evaluation.accumulation import Accumulation, Stretch
-from diffquant.evaluation.compare import Comparison, StepDistances
-from diffquant.evaluation.distances import Distances, FrechetDistance, KernelDistance
-from diffquant.evaluation.metrics import Interval
-from diffquant.evaluation.observers import Trajectory
-from diffquant.evaluation.reference import ReferenceRun
-from diffquant.evaluation.report import Report, check_comparable, make_report, read
+from diffquant.evaluation.compare import Comparison
+from diffquant.evaluation.distances import FrechetDistance, KernelDistance
+from diffquant.evaluation.intervals import Interval
+from diffquant.evaluation.measurement import Measurement
+from diffquant.evaluation.metrics.fid import Fid
+from diffquant.evaluation.metrics.fid_by_step import StepDistance
+from diffquant.evaluation.metrics.kid import Kid
+from diffquant.evaluation.metrics.legibility import Confidence
+from diffquant.evaluation.metrics.over_steps import OverSteps
+from diffquant.evaluation.provenance import Protocol, protocol_of
+from diffquant.evaluation.report import Report, make_report, read
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from tests import pipelines
 
-NEAR = Distances(FrechetDistance(1.5, 1.25, 1.0, 1.5), KernelDistance(0.01, 0.002))
-SHORT = Distances(FrechetDistance(0.7, None, None, None), KernelDistance(0.0, 0.001))
+NEAR, SHORT = FrechetDistance(1.5, 1.25, 1.0, 1.5), FrechetDistance(0.7, None, None, None)
+SETS = {
+    "fid_to_reference": Fid(NEAR, SHORT),
+    "kid_to_reference": Kid(KernelDistance(0.01, 0.002), KernelDistance(0.0, 0.001)),
+    "legibility": Confidence(Interval(0.5, 0.4, 0.6)),
+}
 
 
 class Extractor:
@@ -39,65 +48,48 @@ class Extractor:
     confidence = agreement = features
 
 
-def reference_run(features: bool = True, **protocol) -> ReferenceRun:
-    return ReferenceRun(
-        name="full precision",
-        protocol=SamplingProtocol(samples=3, steps=2, trajectory_samples=3, **protocol),
-        scheduler={"_class_name": "DDIMScheduler", "beta_end": 0.02},
-        weights_sha256="f0",
-        device="cpu",
-        dtype="float32",
-        pictures=torch.full((3, 1, 8, 8), 255, dtype=torch.uint8),
-        last_samples=torch.ones(3, 1, 8, 8),
-        trajectory=Trajectory((500.0, 0.0), torch.ones(2, 3, 1, 8, 8), torch.ones(2, 3, 1, 8, 8)),
-        seconds=2.0,
-        extractor=Extractor() if features else None,
-        data=None,
-        features=torch.zeros(3, 2) if features else None,
-        floor=SHORT if features else None,
-        to_data=None,
-        floor_to_data=None,
-        legibility=Interval(0.9, 0.8, 1.0) if features else None,
-    )
+def provenance_of(features: bool = True, **protocol) -> Protocol:
+    sampling = SamplingProtocol(samples=3, steps=2, trajectory_samples=3, **protocol)
+    return protocol_of("full precision", pipelines.micro(), sampling, Extractor() if features else None, None, None)
 
 
-def comparison(name: str, error: float, psnr: float, features: bool = True) -> Comparison:
-    return Comparison(
-        name=name,
-        timesteps=(500.0, 0.0),
-        drift=(error / 2, error),
-        noise_sqnr_db=(psnr, psnr),
-        final_errors=torch.full((3,), error, dtype=torch.float64),
-        final_error=Interval(error, error, error),
-        final_error_median=Interval(error, error, error),
-        psnr=Interval(psnr, psnr, psnr),
-        psnr_median=psnr,
-        ssim=Interval(1.0, 1.0, 1.0),
-        to_reference=NEAR if features else None,
-        to_data=None,
-        legibility=Interval(0.5, 0.4, 0.6) if features else None,
-        pictures=torch.zeros(3, 1, 8, 8, dtype=torch.uint8),
-        seconds=1.0,
-    )
+def compared(name: str, figures: dict) -> Comparison:
+    pictures = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    return Comparison(Measurement(name=name, seconds=1.0, figures=figures), pictures, torch.zeros(3))
+
+
+def full_precision(features: bool = True) -> Comparison:
+    return compared("full precision", {"legibility": Confidence(Interval(0.9, 0.8, 1.0))} if features else {})
+
+
+def comparison(name: str, error: float, psnr: float, features: bool = True, **more) -> Comparison:
+    figures = {
+        "final_error": Interval(error, error, error),
+        "psnr": Interval(psnr, psnr, psnr),
+        "ssim": Interval(1.0, 1.0, 1.0),
+        "drift": OverSteps((500.0, 0.0), (error / 2, error)),
+        "noise_sqnr_db": OverSteps((500.0, 0.0), (psnr, psnr)),
+    }
+    return compared(name, figures | (SETS if features else {}) | more)
 
 
 def report(**protocol) -> Report:
-    comparisons = [comparison("same", 0.0, math.inf), comparison("mse-w4a8", 0.25, 20.0)]
-    return make_report(reference_run(**protocol), comparisons, {"full precision": 4_000_000, "mse-w4a8": 600_000})
+    comparisons = [full_precision(), comparison("same", 0.0, math.inf), comparison("mse-w4a8", 0.25, 20.0)]
+    return make_report(provenance_of(**protocol), comparisons, {"full precision": 4_000_000, "mse-w4a8": 600_000})
 
 
 ADDED_UP = Accumulation(3, (500.0, 0.0), (0.1, 0.2), (0.1, 0.5), (0.1, 0.4), (Stretch(0, 0, Interval(0.3, 0.2, 0.4)),))
 
 
 def test_how_errors_add_up_is_in_the_report(tmp_path):
-    row = dataclasses.replace(comparison("mse-w4a8", 0.25, 20.0), accumulation=ADDED_UP, by_step=(StepDistances(1, NEAR, SHORT),))
-    written = make_report(reference_run(), [row])
+    one = comparison("mse-w4a8", 0.25, 20.0, accumulation=ADDED_UP, fid_by_step=(StepDistance(1, NEAR, SHORT),))
+    written = make_report(provenance_of(), [full_precision(), one])
     written.write(tmp_path)
     assert (tmp_path / "accumulation.png").exists()
-    assert read(tmp_path).rows == written.rows
+    assert read(tmp_path).measurements == written.measurements
     text = (tmp_path / "report.md").read_text()
     assert "| 1 to 1 | 0.3 |" in text and "| all | 0.5 |" in text and "| all, as local errors predict | 0.4 |" in text
-    assert "## FID to full precision on the way" in text and f"| mse-w4a8 | {NEAR.fid.value:.3g} |" in text
+    assert "## FID to full precision on the way" in text and "| mse-w4a8 | 1.5 |" in text and "| floor | 0.7 |" in text
 
 
 def test_a_report_is_read_back_as_it_was_written(tmp_path):
@@ -106,8 +98,8 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "pairs.png", "drift.png"}
     for path in (tmp_path, tmp_path / "report.json"):
         back = read(path)
-        assert back.rows == written.rows and back.protocol == written.protocol and back.pictures == {}
-    assert back.rows[1].psnr.value == math.inf and back.rows[2].ratio == 0.15
+        assert back.measurements == written.measurements and back.protocol == written.protocol and back.pictures == {}
+    assert back.measurements[1].figures["psnr"] == Interval(math.inf, math.inf, math.inf) and back.measurements[2].ratio == 0.15
 
 
 def test_json_names_infinite_and_missing_values(tmp_path):
@@ -117,9 +109,11 @@ def test_json_names_infinite_and_missing_values(tmp_path):
         raise AssertionError(f"{constant} is not JSON")
 
     content = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
-    full, same, _ = content["rows"]
-    assert same["psnr"]["value"] == "Infinity" and same["noise_sqnr_db"] == ["Infinity", "Infinity"]
-    assert full["psnr"] is None and same["file_bytes"] is None and same["floor"]["fid"]["extrapolated"] is None
+    full, same, _ = content["measurements"]
+    figures = same["figures"]
+    assert figures["psnr"]["value"] == "Infinity" and figures["noise_sqnr_db"]["values"] == ["Infinity", "Infinity"]
+    assert "psnr" not in full["figures"] and same["file_bytes"] is None
+    assert figures["fid_to_reference"]["floor"]["extrapolated"] is None
 
 
 def test_the_protocol_says_how_figures_came_about():
@@ -128,29 +122,17 @@ def test_the_protocol_says_how_figures_came_about():
     assert protocol.extractor == "letters" and protocol.extractor_sha256 == "e0" and protocol.data_sha256 is None
     assert protocol.uint8_rule == "round(127.5 * (x + 1)) clamped to [0, 255], half to even"
     assert protocol.versions["torch"] == torch.__version__.partition("+")[0] or protocol.versions["torch"] == torch.__version__
-    assert set(protocol.versions) == {"diffquant", "torch", "diffusers", "numpy"}
-
-
-def test_equal_protocols_compare_and_others_are_refused_by_field():
-    check_comparable(report(), report())
-    with pytest.raises(EvaluationError) as refused:
-        check_comparable(report(), report(seed=4, sampler="euler"))
-    text = str(refused.value)
-    assert "floor_seed: 1 and 5" in text and "sampling.seed: 0 and 4" in text and "sampling.sampler: pipeline and euler" in text
-    assert "steps" not in text
-    other = report()
-    changed = other.protocol.model_copy(update={"versions": other.protocol.versions | {"torch": "1.0"}})
-    with pytest.raises(EvaluationError, match=r"versions.torch: .* and 1.0; evaluate both under one protocol"):
-        check_comparable(report(), other.model_copy(update={"protocol": changed}))
+    assert set(protocol.versions) == {"diffquant", "torch", "diffusers", "numpy", "scipy"}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", r"report.json: is not JSON"),
-        ('{"format": 99}', r"is of format 99; this version reads 1"),
+        ('{"format": 99}', r"is of format 99; this version reads 2; evaluate again"),
+        ('{"format": 1, "rows": []}', r"is of format 1; this version reads 2; evaluate again"),
         ("[1]", r"is of format None"),
-        ('{"format": 1, "rows": []}', r"protocol: Field required"),
+        ('{"format": 2, "measurements": []}', r"protocol: Field required"),
     ],
 )
 def test_damaged_reports_are_refused(tmp_path, content, message):
@@ -164,10 +146,18 @@ def test_unknown_keys_and_missing_files_are_refused(tmp_path):
         read(tmp_path)
     report().write(tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
-    content["rows"][0]["fidd"] = 1
-    (tmp_path / "report.json").write_text(json.dumps(content))
-    with pytest.raises(EvaluationError, match=r"rows.0.fidd: Extra inputs are not permitted"):
-        read(tmp_path)
+    for place, key, value, message in (
+        (content["measurements"][0], "fidd", 1, r"measurements.0.fidd: Extra inputs are not permitted"),
+        (content["measurements"][2]["figures"]["psnr"], "high", "much", r"measurements.2.figures: psnr.high: Input should be a"),
+        (content["measurements"][2]["figures"]["psnr"], "middle", 1, r"measurements.2.figures: psnr.middle: Unexpected keyword"),
+    ):
+        before = dict(place)
+        place[key] = value
+        (tmp_path / "report.json").write_text(json.dumps(content))
+        with pytest.raises(EvaluationError, match=message):
+            read(tmp_path)
+        place.clear()
+        place.update(before)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -177,15 +167,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(reporting.os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(files.os, "replace", full_disk)
+    with pytest.raises(CalibrationError, match=r"pairs.png: cannot be written: No space left"):
         report(seed=4).write(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_two_models_of_one_name_are_refused():
     with pytest.raises(EvaluationError, match="mse-w4a8 names more than one model"):
-        make_report(reference_run(), [comparison("mse-w4a8", 0.1, 20.0)] * 2)
+        make_report(provenance_of(), [full_precision(), *[comparison("mse-w4a8", 0.1, 20.0)] * 2])
 
 
 def test_the_table_shows_every_model_with_its_floor():
@@ -198,8 +188,8 @@ def test_the_table_shows_every_model_with_its_floor():
 
 
 def test_markdown_says_how_far_quality_is_from_full_precision():
-    changed = dataclasses.replace(comparison("q", 0.1, 20.0), to_data_change=Interval(1.25, 0.5, 2.0))
-    text = make_report(reference_run(), [changed, comparison("unknown", 0.1, 20.0)]).markdown()
+    changed = comparison("q", 0.1, 20.0, fid_to_data=Fid(NEAR, SHORT, Interval(1.25, 0.5, 2.0)))
+    text = make_report(provenance_of(), [full_precision(), changed, comparison("unknown", 0.1, 20.0)]).markdown()
     assert "| model | FID to data |" in text and "| q | +1.25 [+0.5, +2] |" in text and "| unknown | +" not in text
     assert "## Change from full precision" not in report().markdown()
 
@@ -210,7 +200,9 @@ def test_markdown_holds_table_pictures_and_protocol():
     assert "| 1.5<br>floor 0.7<br>inf 1.25<br>[1, 1.5] | 0.01 ± 0.002<br>floor 0 ± 0.001 |" in text
     assert "(pairs.png)" in text and "(drift.png)" in text
     assert "| sampling.steps | 2 |" in text and "| scheduler.beta_end | 0.02 |" in text
-    bare = make_report(reference_run(features=False), [comparison("q", 0.1, 20.0, features=False)]).markdown()
+    bare = make_report(
+        provenance_of(features=False), [full_precision(features=False), comparison("q", 0.1, 20.0, features=False)]
+    ).markdown()
     assert "FID" not in bare.split("## Protocol")[0] and "legibility" not in bare
 
 

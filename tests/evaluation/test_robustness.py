@@ -54,8 +54,9 @@ def test_every_combination_is_an_evaluation_of_its_own(found, full, worse):
     alone = dq.evaluate({"same": full, "worse": worse}, full, protocol=asked)
     (cell,) = (cell for cell in result.cells if cell.settings == {"sampler": "ddpm", "eta": 0.0, "steps": 3})
     assert cell.report.protocol == alone.protocol
-    assert [row.final_error for row in cell.report.rows] == [row.final_error for row in alone.rows]
-    assert cell.report.rows[1].final_error.value == 0 < cell.report.rows[2].final_error.value
+    assert [row.figures for row in cell.report.measurements] == [row.figures for row in alone.measurements]
+    same, other = (row.figures["final_error"] for row in cell.report.measurements[1:])
+    assert same.value == 0 < other.value
 
 
 def test_what_the_pipeline_cannot_do_is_part_of_the_result(found):
@@ -75,7 +76,7 @@ def test_tables_have_a_column_for_each_value_of_the_last_setting(found):
     assert lines[2].startswith("4 samples. Final error: mean relative L2") and lines[4] == "## Final error"
     assert "| sampler | eta | model | steps=2 | steps=3 |" in lines
     assert "| --- | --- | --- | ---: | ---: |" in lines
-    error = result.cells[1].report.rows[2].final_error
+    error = result.cells[1].report.measurements[2].figures["final_error"]
     row = next(line for line in lines if line.startswith("|  |  | worse |"))
     assert row.endswith(f"| {error.value:.3f} [{error.low:.3f}, {error.high:.3f}] |")
     assert "| ddpm | 1.0 | same | - | - |" in lines
@@ -94,8 +95,8 @@ def test_what_is_written(found):
     assert (out / "robustness.md").read_text() == result.markdown()
     back = Robustness.model_validate_json((out / "robustness.json").read_text())
     assert back.markdown() == result.markdown()
-    same = json.loads((out / "robustness.json").read_text())["cells"][0]["report"]["rows"][1]
-    assert same["psnr"]["value"] == "Infinity"  # JSON has no number for it
+    same = json.loads((out / "robustness.json").read_text())["cells"][0]["report"]["measurements"][1]
+    assert same["figures"]["psnr"]["value"] == "Infinity"  # JSON has no number for it
 
 
 def test_a_killed_run_goes_on(full, worse, tmp_path, monkeypatch):
@@ -132,7 +133,8 @@ def test_a_killed_run_goes_on(full, worse, tmp_path, monkeypatch):
 def test_one_setting_alone(full, worse):
     result = dq.robustness(worse, full, vary={"seed": (1, 2)}, protocol=PROTOCOL)
     assert result.markdown().splitlines()[6].startswith("| model | seed=1 | seed=2 |")
-    assert result.cells[0].report.rows[1].final_error != result.cells[1].report.rows[1].final_error
+    first, second = (cell.report.measurements[1].figures["final_error"] for cell in result.cells)
+    assert first != second
 
 
 def test_a_correction_that_was_fitted_elsewhere_is_part_of_the_result(full, worse, monkeypatch):

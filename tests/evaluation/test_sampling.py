@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LDMPipeline
 
 from diffquant.errors import EvaluationError, SpecError
-from diffquant.evaluation.metrics import to_uint8
+from diffquant.evaluation.pairs import to_uint8
 from diffquant.evaluation.sampling import initial_noise, sample, sample_generators, sample_unconditional
 from diffquant.evaluation.sampling_protocol import SCHEDULERS, SamplingProtocol, scheduler_of
 from tests import pipelines

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffquant.calibration.fit import run
-from diffquant.evaluation.metrics import accuracy, confidence
+from diffquant.evaluation.features import accuracy, confidence
 from diffquant.zoo.models import STATISTICS, GlyphClassifier
 from tools.train_zoo.letters import Letters
 from tools.train_zoo.loop import train

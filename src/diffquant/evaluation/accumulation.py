@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from diffquant.calibration.record import record
 from diffquant.calibration.rollout import Rollout
 from diffquant.errors import CalibrationError
-from diffquant.evaluation.metrics import Interval, bootstrap_mean, relative_l2
+from diffquant.evaluation.intervals import Interval, bootstrap_mean
+from diffquant.evaluation.pairs import relative_l2
 from diffquant.evaluation.sampling import OnProgress, initial_noise, sample_shape, sample_unconditional
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, is_unconditional, scheduler_of
 from diffquant.host.conditions import Calibration

@@ -27,12 +27,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffquant.errors import EvaluationError
-from diffquant.evaluation.metrics import Interval
+from diffquant.evaluation.intervals import Interval
 
 Pairing = Literal["paired", "independent", "fixed"]
 
 GROUPS = 20  # of the jackknife: Student's t of 19 degrees of freedom is 7 % wider than a normal
-T_975 = 2.0930240544  # 97.5 % quantile of Student's t with GROUPS - 1 degrees of freedom
 BLOCK = 1024  # rows of a kernel matrix in memory at once
 
 
@@ -56,14 +55,6 @@ class KernelDistance:
 
     value: float
     standard_error: float
-
-
-@dataclass(frozen=True)
-class Distances:
-    """Both distances between two sets of features."""
-
-    fid: FrechetDistance
-    kid: KernelDistance
 
 
 def moments(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
@@ -144,12 +135,14 @@ def _jackknife(full: float, without: Callable[[int], float], group: Tensor) -> I
 
     Source: Busing et al. 1999, equations 5 and 8; with equal groups the value is G full - (G - 1) mean(left out).
     """
+    from scipy.stats import t  # comes with an extra
+
     left_out = torch.tensor([without(g) for g in range(GROUPS)], dtype=torch.float64)
     share = group.bincount(minlength=GROUPS).double() / len(group)
     extrapolated = GROUPS * full - ((1 - share) * left_out).sum()
     pseudo_values = (full - (1 - share) * left_out) / share
     variance = ((pseudo_values - extrapolated).square() * share / (1 - share)).mean()
-    half = T_975 * float(variance.sqrt())
+    half = float(t.ppf(0.975, GROUPS - 1)) * float(variance.sqrt())
     return Interval(float(extrapolated), float(extrapolated) - half, float(extrapolated) + half)
 
 
@@ -185,17 +178,6 @@ def kid(
     without_y = (yy - 2 * within_y) / ((m - 1) * (m - 2)) - 2 * (xy - across_y) / (n * (m - 1))
     error = _jackknife_error(without_x)
     return KernelDistance(float(value), error if pairing == "fixed" else math.hypot(error, _jackknife_error(without_y)))
-
-
-def distances(
-    samples: Float[Tensor, "n d"],
-    reference: Float[Tensor, "m d"],
-    pairing: Pairing,
-    generator: torch.Generator,
-    within: Float[Tensor, " m"] | None = None,
-) -> Distances:
-    """FID and KID of `samples` to `reference`; `within` as for `kid`."""
-    return Distances(fid(samples, reference, pairing, generator), kid(samples, reference, pairing, within))
 
 
 def _jackknife_error(left_out: Tensor) -> float:

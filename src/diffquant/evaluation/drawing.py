@@ -44,13 +44,11 @@ def draw_drift(lines: Mapping[str, Sequence[float]]) -> Image.Image:
         axes.plot(steps, values, color=color, linewidth=1.8, marker="o" if longest <= 30 else None, markersize=3, clip_on=False)
         last = max(step for step, value in zip(steps, values, strict=True) if not math.isnan(value))
         ends.append((name, color, last, values[last - 1]))
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.set_xlim(1 if longest > 1 else 0.5, max(longest, 1.5))
     positive = [value for line in lines.values() for value in line if value > 0]
     if positive and max(positive) < 10 * min(positive):  # less than a decade: show the whole one, or two, for marks on the axis
         axes.set_ylim(10 ** math.floor(math.log10(min(positive))), 10 ** math.ceil(math.log10(max(positive)) + 1e-9))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
     dress(axes, "Relative L2 distance of the latents from full precision", "sampling steps done")
     if beside:
         for name, color, _, _ in sorted(ends, key=lambda end: -end[3]):  # in the order of the lines' ends
@@ -87,9 +85,7 @@ def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
         )
     for style, what in (("-", "accumulated"), ("--", "as local errors predict"), (":", "local: one step")):
         over_steps.plot([], [], style, color=GREY, label=what)
-    over_steps.set_yscale("log")
-    over_steps.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    over_steps.yaxis.set_minor_formatter(lambda value, _: "")
+    _logarithmic(over_steps)
     by_stretch.set_ylim(bottom=0)
     dress(over_steps, "Error after each step", "sampling steps done")
     dress(by_stretch, "Final error, only one stretch quantized", "middle of the stretch, sampling steps")
@@ -158,6 +154,12 @@ def draw_sensitivity(found: Sensitivity) -> Image.Image:
     if rest:
         figure.supxlabel(f"{len(rest)} more quantizers together: {sum(rest):.1%}", x=0.99, ha="right", fontsize=9, color=GREY)
     return rendered(figure)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
 
 
 def dress(axes: Axes, title: str, horizontal: str) -> None:

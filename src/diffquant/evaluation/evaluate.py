@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffquant.checkpoint.folder import file_size, float32_size, load
-from diffquant.evaluation.compare import compare_to
+from diffquant.evaluation.compare import compare_to, measure_reference
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer
 from diffquant.evaluation.reference import run_reference
@@ -49,14 +49,14 @@ def evaluate(
     folder = None if work is None else Path(work)
     run = run_reference(full, protocol, features=features, data=data, clip=clip, folder=folder, progress=progress)
     sizes = {run.name: float32_size(Host(full).denoiser)}
-    comparisons = []
+    comparisons = [measure_reference(run)]
     for name, model in named.items():
         if isinstance(model, str | Path):
             sizes[name] = file_size(model)
         pipe = load(model) if isinstance(model, str | Path) else model
         comparisons.append(compare_to(run, pipe, name=name, progress=progress))
         del pipe
-    report = make_report(run, comparisons, sizes)
+    report = make_report(run.protocol, comparisons, sizes)
     if out is not None:
         report.write(Path(out))
     return report

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from diffquant.errors import EvaluationError
 
-PACKAGES = {"skimage": "scikit-image", "matplotlib": "matplotlib"}
+PACKAGES = {"skimage": "scikit-image", "scipy": "scipy", "matplotlib": "matplotlib"}
 
 
 def require_extra() -> None:

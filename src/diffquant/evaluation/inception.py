@@ -10,10 +10,11 @@ Sources: Szegedy et al. 2016 (arXiv 1512.00567) for the blocks; Heusel et al. 20
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, UInt8
@@ -26,123 +27,101 @@ from diffquant.errors import EvaluationError
 
 SIZE = 299  # pixels that the network sees
 LOGITS = 1008
-Shape = int | tuple[int, int]
+POOL = "branch_pool"  # the branch that sees the block's pooled input
+
+Layer = tuple[Any, ...]  # a convolution: output channels, kernel, and with a third entry, its stride, no padding
+Branches = dict[str, list[Any]]  # by the branch's name its layers in a row; a dict forks it at its end
+
+STEM: dict[str, Layer] = {
+    "Conv2d_1a_3x3": (32, 3, 2),
+    "Conv2d_2a_3x3": (32, 3, 1),
+    "Conv2d_2b_3x3": (64, 3),
+    "Conv2d_3b_1x1": (80, 1),
+    "Conv2d_4a_3x3": (192, 3, 1),
+}
+HALVED = ("Conv2d_3b_1x1", "Mixed_5b")  # what sees its input through a maximum pool
+
+
+def _a(pooled: int) -> Branches:
+    double = [(64, 1), (96, 3), (96, 3)]
+    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)], "branch3x3dbl": double, POOL: [(pooled, 1)]}
+
+
+def _c(width: int) -> Branches:
+    across, down = (width, (1, 7)), (width, (7, 1))
+    single, double = [(width, 1), across, (192, (7, 1))], [(width, 1), down, across, down, (192, (1, 7))]
+    return {"branch1x1": [(192, 1)], "branch7x7": single, "branch7x7dbl": double, POOL: [(192, 1)]}
+
+
+_FORK = {"a": (384, (1, 3)), "b": (384, (3, 1))}
+_B: Branches = {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], POOL: []}
+_SEVEN = [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]
+_D: Branches = {"branch3x3": [(192, 1), (320, 3, 2)], "branch7x7x3": _SEVEN, POOL: []}
+_DOUBLE = [(448, 1), (384, 3), _FORK]
+_E: Branches = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), _FORK], "branch3x3dbl": _DOUBLE, POOL: [(192, 1)]}
+
+_average = functools.partial(functional.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+_maximum = functools.partial(functional.max_pool2d, kernel_size=3, stride=1, padding=1)
+_halve = functools.partial(functional.max_pool2d, kernel_size=3, stride=2)
+
+BLOCKS: dict[str, tuple[Branches, Callable[[Tensor], Tensor]]] = {
+    "Mixed_5b": (_a(32), _average),
+    "Mixed_5c": (_a(64), _average),
+    "Mixed_5d": (_a(64), _average),
+    "Mixed_6a": (_B, _halve),
+    "Mixed_6b": (_c(128), _average),
+    "Mixed_6c": (_c(160), _average),
+    "Mixed_6d": (_c(160), _average),
+    "Mixed_6e": (_c(192), _average),
+    "Mixed_7a": (_D, _halve),
+    "Mixed_7b": (_E, _average),
+    "Mixed_7c": (_E, _maximum),  # a peculiarity of the original graph
+}
 
 
 @final
 class _Convolution(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU; padding keeps the size unless `padding` says otherwise."""
+    """Convolution without bias, batch normalisation, ReLU; without a stride in `layer` padding keeps the size."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: Shape, stride: int = 1, padding: Shape | None = None) -> None:
+    def __init__(self, inputs: int, layer: Layer) -> None:
         super().__init__()
-        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        same = (sides[0] // 2, sides[1] // 2)
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, same if padding is None else padding, bias=False)
+        outputs, kernel, *stride = layer
+        padding = "valid" if stride else "same"
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride[0] if stride else 1, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.bn(self.conv(x)))
 
 
-def _average(x: Tensor) -> Tensor:
-    return functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _halve(x: Tensor) -> Tensor:
-    return functional.max_pool2d(x, 3, stride=2)
-
-
 @final
-class _BlockA(nn.Module):
-    def __init__(self, inputs: int, pooled: int) -> None:
+class _Block(nn.Module):
+    """Branches side by side, with their outputs joined; `width` is the number of channels of these."""
+
+    def __init__(self, inputs: int, branches: Branches, pool: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.branch1x1 = _Convolution(inputs, 64, 1)
-        self.branch5x5_1 = _Convolution(inputs, 48, 1)
-        self.branch5x5_2 = _Convolution(48, 64, 5)
-        self.branch3x3dbl_1 = _Convolution(inputs, 64, 1)
-        self.branch3x3dbl_2 = _Convolution(64, 96, 3)
-        self.branch3x3dbl_3 = _Convolution(96, 96, 3)
-        self.branch_pool = _Convolution(inputs, pooled, 1)
+        self.pool = pool
+        self.paths: dict[str, list[list[str]]] = {branch: [] for branch in branches}
+        self.width = 0
+        for branch, layers in branches.items():
+            widths = [inputs]
+            for number, layer in enumerate(layers, 1):
+                name = branch if len(layers) == 1 else f"{branch}_{number}"
+                named = {name + letter: part for letter, part in layer.items()} if isinstance(layer, dict) else {name: layer}
+                for part_name, part in named.items():
+                    self.add_module(part_name, _Convolution(widths[0], part))
+                self.paths[branch].append(list(named))
+                widths = [part[0] for part in named.values()]
+            self.width += sum(widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_average(x))], dim=1)
-
-
-@final
-class _BlockB(nn.Module):
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.branch3x3 = _Convolution(inputs, 384, 3, stride=2, padding=0)
-        self.branch3x3dbl_1 = _Convolution(inputs, 64, 1)
-        self.branch3x3dbl_2 = _Convolution(64, 96, 3)
-        self.branch3x3dbl_3 = _Convolution(96, 96, 3, stride=2, padding=0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, _halve(x)], dim=1)
-
-
-@final
-class _BlockC(nn.Module):
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.branch1x1 = _Convolution(inputs, 192, 1)
-        self.branch7x7_1 = _Convolution(inputs, width, 1)
-        self.branch7x7_2 = _Convolution(width, width, (1, 7))
-        self.branch7x7_3 = _Convolution(width, 192, (7, 1))
-        self.branch7x7dbl_1 = _Convolution(inputs, width, 1)
-        self.branch7x7dbl_2 = _Convolution(width, width, (7, 1))
-        self.branch7x7dbl_3 = _Convolution(width, width, (1, 7))
-        self.branch7x7dbl_4 = _Convolution(width, width, (7, 1))
-        self.branch7x7dbl_5 = _Convolution(width, 192, (1, 7))
-        self.branch_pool = _Convolution(inputs, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_average(x))], dim=1)
-
-
-@final
-class _BlockD(nn.Module):
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.branch3x3_1 = _Convolution(inputs, 192, 1)
-        self.branch3x3_2 = _Convolution(192, 320, 3, stride=2, padding=0)
-        self.branch7x7x3_1 = _Convolution(inputs, 192, 1)
-        self.branch7x7x3_2 = _Convolution(192, 192, (1, 7))
-        self.branch7x7x3_3 = _Convolution(192, 192, (7, 1))
-        self.branch7x7x3_4 = _Convolution(192, 192, 3, stride=2, padding=0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, _halve(x)], dim=1)
-
-
-@final
-class _BlockE(nn.Module):
-    def __init__(self, inputs: int, maximum: bool) -> None:
-        super().__init__()
-        self.maximum = maximum  # the last block pools by maximum, a peculiarity of the original graph
-        self.branch1x1 = _Convolution(inputs, 320, 1)
-        self.branch3x3_1 = _Convolution(inputs, 384, 1)
-        self.branch3x3_2a = _Convolution(384, 384, (1, 3))
-        self.branch3x3_2b = _Convolution(384, 384, (3, 1))
-        self.branch3x3dbl_1 = _Convolution(inputs, 448, 1)
-        self.branch3x3dbl_2 = _Convolution(448, 384, 3)
-        self.branch3x3dbl_3a = _Convolution(384, 384, (1, 3))
-        self.branch3x3dbl_3b = _Convolution(384, 384, (3, 1))
-        self.branch_pool = _Convolution(inputs, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = functional.max_pool2d(x, 3, stride=1, padding=1) if self.maximum else _average(x)
-        branches = [self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single)]
-        branches += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(pooled)]
-        return torch.cat(branches, dim=1)
+        joined: list[Tensor] = []
+        for branch, stages in self.paths.items():
+            outputs = [self.pool(x) if branch == POOL else x]
+            for names in stages:
+                outputs = [self.get_submodule(name)(outputs[0]) for name in names]
+            joined += outputs
+        return torch.cat(joined, dim=1)
 
 
 @final
@@ -151,26 +130,20 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = _Convolution(3, 32, 3, stride=2, padding=0)
-        self.Conv2d_2a_3x3 = _Convolution(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = _Convolution(32, 64, 3)
-        self.Conv2d_3b_1x1 = _Convolution(64, 80, 1)
-        self.Conv2d_4a_3x3 = _Convolution(80, 192, 3, padding=0)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _BlockA(192, 32), _BlockA(256, 64), _BlockA(288, 64)
-        self.Mixed_6a = _BlockB(288)
-        self.Mixed_6b, self.Mixed_6c = _BlockC(768, 128), _BlockC(768, 160)
-        self.Mixed_6d, self.Mixed_6e = _BlockC(768, 160), _BlockC(768, 192)
-        self.Mixed_7a = _BlockD(768)
-        self.Mixed_7b, self.Mixed_7c = _BlockE(1280, maximum=False), _BlockE(2048, maximum=True)
-        self.fc = nn.Linear(2048, LOGITS)
+        width = 3
+        for name, layer in STEM.items():
+            self.add_module(name, _Convolution(width, layer))
+            width = layer[0]
+        for name, (branches, pool) in BLOCKS.items():
+            block = _Block(width, branches, pool)
+            self.add_module(name, block)
+            width = block.width
+        self.fc = nn.Linear(width, LOGITS)
 
     def forward(self, x: Float[Tensor, "n 3 299 299"]) -> Float[Tensor, "n 2048"]:
         """Features of pictures in [-1, 1)."""
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = _halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_halve(x))))
-        for block in (self.Mixed_5b, self.Mixed_5c, self.Mixed_5d, self.Mixed_6a, self.Mixed_6b, self.Mixed_6c, self.Mixed_6d):
-            x = block(x)
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
+        for name in (*STEM, *BLOCKS):
+            x = self.get_submodule(name)(_halve(x) if name in HALVED else x)
         return x.mean(dim=(2, 3))
 
 
@@ -193,15 +166,12 @@ class InceptionFeatures:
         except (OSError, SafetensorError) as error:
             raise EvaluationError(f"{path}: no safetensors file ({error}); see docs/evaluation.md for how to make it") from error
         network = Inception()
-        counters = {name for name in network.state_dict() if name.endswith("num_batches_tracked")}
-        wanted = network.state_dict().keys() - counters
-        differing = sorted(wanted ^ (weights.keys() - counters))
-        if differing:
-            raise EvaluationError(f"{path}: tensor {differing[0]!r} does not fit; the file holds another network's weights")
         try:
-            network.load_state_dict(weights, strict=False)
+            differing = network.load_state_dict(weights, strict=False)
         except RuntimeError as error:
             raise EvaluationError(f"{path}: {str(error).splitlines()[-1].strip()}; the weights are of another network") from error
+        if names := sorted(differing.missing_keys + differing.unexpected_keys):
+            raise EvaluationError(f"{path}: tensor {names[0]!r} does not fit; the file holds another network's weights")
         return cls(network, sha256)
 
     @torch.no_grad()

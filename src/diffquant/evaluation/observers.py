@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from diffquant.errors import EvaluationError
-from diffquant.evaluation.metrics import relative_l2, sqnr_db, to_uint8
+from diffquant.evaluation.pairs import relative_l2, sqnr_db, to_uint8
 from diffquant.evaluation.sampling import OnStep, StepResult
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
 

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,25 @@ from rich.table import Table
 
 from diffquant.checkpoint.folder import load
 from diffquant.errors import DiffquantError, EvaluationError
-from diffquant.evaluation import rendering
 from diffquant.evaluation.draws import identity
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import FeatureExtractor
-from diffquant.evaluation.report import Report, save_image, write_whole
-from diffquant.evaluation.rows import Row
+from diffquant.evaluation.metrics import Metric, registered
+from diffquant.evaluation.report import Report, write_image, write_text
 from diffquant.evaluation.sampling import OnProgress
 from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.evaluation.text import markdown_table, plain_table
 from diffquant.host.pipeline import Pipeline
 
-FORMAT = 1  # of robustness.json
+FORMAT = 2  # of robustness.json
 FILE = "robustness.json"
 VARIED = ("sampler", "steps", "eta", "clip_sample", "guidance_scale", "height", "width", "seed")  # what can be varied
 DEFAULT: dict[str, tuple[Any, ...]] = {"sampler": ("pipeline", "dpm-solver++", "euler", "unipc"), "steps": (10, 20, 50)}
 SAMPLES = 64
 
+MAIN = "final_error"  # the metric of the table for a terminal, and of the picture
 LEGEND = "Final error: mean relative L2 of the last sample to full precision's, same noise and settings. Brackets: 95 % intervals."
-Figure = Callable[[Row, Row], str]  # of a quantized model's row and full precision's
-FIGURES: dict[str, Figure] = {
-    "Final error": lambda row, _: rendering.interval(row.final_error, "{:.3f}", " "),
-    "FID to full precision (floor)": lambda row, _: rendering.fid_beside_floor(row.to_reference, row.floor),
-    "Legibility (full precision's)": lambda row, full: rendering.beside(row.legibility, full.legibility),
-    "Accuracy (full precision's)": lambda row, full: rendering.beside(row.accuracy, full.accuracy),
-}
 
 
 class Cell(BaseModel):
@@ -79,7 +73,7 @@ class Robustness(BaseModel):
     @property
     def models(self) -> list[str]:
         """Names of the quantized models, in order."""
-        return list(dict.fromkeys(row.name for cell in self._asked() if cell.report for row in cell.report.rows[1:]))
+        return list(dict.fromkeys(row.name for cell in self._asked() if cell.report for row in cell.report.measurements[1:]))
 
     def refusals(self) -> dict[str, list[str]]:
         """Why combinations were left out, and which."""
@@ -91,16 +85,16 @@ class Robustness(BaseModel):
 
     def table(self) -> Table:
         """Final errors for a terminal."""
-        return rendering.plain_table(*self._lines(FIGURES["Final error"]), LEGEND)
+        return plain_table(*self._lines(registered()[MAIN]), LEGEND)
 
     def markdown(self) -> str:
         """What robustness.md holds: a table for every figure that was measured."""
         samples = next((f"{cell.report.protocol.sampling.samples} samples. " for cell in self._asked() if cell.report), "")
         parts = ["# Robustness", f"{samples}{LEGEND} The whole protocol is in the report of each combination."]
-        for title, figure in FIGURES.items():
-            header, lines = self._lines(figure)
+        for metric in (each for each in registered().values() if each.under_settings):
+            header, lines = self._lines(metric)
             if any(text != "-" for line in lines for text in line[len(self.varied) :]):
-                parts += [f"## {title}", rendering.markdown_table(header, lines, left=len(self.varied))]
+                parts += [f"## {metric.under_settings}", markdown_table(header, lines, left=len(self.varied))]
         if self.models:
             parts.append("![Final error for every combination](robustness.png)")
         if refused := self.refusals():
@@ -117,15 +111,15 @@ class Robustness(BaseModel):
             rows = [", ".join(str(value) for value in values) for values in self._combinations(fixed)]
             columns = [str(value) for value in self.varied[last]]
             picture = draw_matrix(self._final_errors(), (", ".join(fixed), rows), (last, columns))
-            write_whole(folder / "robustness.png", save_image(picture))
-        write_whole(folder / "robustness.md", lambda path: path.write_text(self.markdown(), encoding="utf-8"))
-        write_whole(folder / FILE, lambda path: path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8"))
+            write_image(picture, folder / "robustness.png")
+        write_text(self.markdown(), folder / "robustness.md")
+        write_text(self.model_dump_json(indent=1) + "\n", folder / FILE)
 
     def _asked(self) -> list[Cell]:
         wanted = [dict(zip(self.varied, values, strict=True)) for values in self._combinations(tuple(self.varied))]
         return [cell for cell in self.cells if cell.settings in wanted]
 
-    def _lines(self, figure: Figure) -> tuple[list[str], list[list[str]]]:
+    def _lines(self, metric: Metric[Any]) -> tuple[list[str], list[list[str]]]:
         """A table: a line for each combination of all settings but the last and each model, a column for each value of the last."""
         *fixed, last = self.varied
         header = [*fixed, "model", *(f"{last}={value}" for value in self.varied[last])]
@@ -133,8 +127,8 @@ class Robustness(BaseModel):
         for values in self._combinations(fixed):
             before = [str(value) for value in values]
             for model in self.models:
-                found = [self._rows(model, (*values, value)) for value in self.varied[last]]
-                lines.append([*before, model, *("-" if rows is None else figure(*rows) for rows in found)])
+                pairs = [self._figures(metric.name, model, (*values, value)) for value in self.varied[last]]
+                lines.append([*before, model, *("-" if one is None else metric.under_setting(one, full) for one, full in pairs)])
                 before = [""] * len(before)
         return header, lines
 
@@ -143,8 +137,8 @@ class Robustness(BaseModel):
         *fixed, last = self.varied
 
         def of(model: str, values: tuple[Any, ...]) -> float | None:
-            rows = self._rows(model, values)
-            return None if rows is None or rows[0].final_error is None else rows[0].final_error.value
+            error, _ = self._figures(MAIN, model, values)
+            return None if error is None else float(error.value)
 
         return {
             model: [[of(model, (*values, value)) for value in self.varied[last]] for values in self._combinations(fixed)]
@@ -154,13 +148,14 @@ class Robustness(BaseModel):
     def _combinations(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
         return list(itertools.product(*(self.varied[name] for name in names)))
 
-    def _rows(self, model: str, values: tuple[Any, ...]) -> tuple[Row, Row] | None:
-        """The row of a model and that of full precision, where the combination was measured."""
+    def _figures(self, metric: str, model: str, values: tuple[Any, ...]) -> tuple[Any, Any]:
+        """A metric's figure of a model and of full precision, where the combination was measured and they have one."""
         settings = dict(zip(self.varied, values, strict=True))
         report = next((cell.report for cell in self.cells if cell.settings == settings), None)
         if report is None:
-            return None
-        return next((row, report.rows[0]) for row in report.rows if row.name == model)
+            return None, None
+        figures = {measurement.name: measurement.figures for measurement in report.measurements}
+        return figures[model].get(metric), report.measurements[0].figures.get(metric)
 
 
 def robustness(

@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from diffquant.errors import DiffquantError, EvaluationError
-from diffquant.evaluation.metrics import to_uint8
+from diffquant.evaluation.pairs import to_uint8
 from diffquant.evaluation.sampling_protocol import SamplingProtocol, asked, is_unconditional, scheduler_of
 from diffquant.host.pipeline import Host, Pipeline
 

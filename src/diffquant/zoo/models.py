@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffquant.errors import ZooError
-from diffquant.evaluation.features import DataStatistics
-from diffquant.evaluation.metrics import confidence
+from diffquant.evaluation.features import DataStatistics, confidence
 from diffquant.zoo.prompts import LETTERS, labels_of
 
 PIPELINES = ("glyph-ddim", "glyph-sd", "glyph-dit")

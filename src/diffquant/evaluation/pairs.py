@@ -1,35 +1,23 @@
-"""How far two samples and two pictures are apart, and intervals of means over samples: pure functions, no models and no files.
+"""How far two samples, or two pictures, of the same noise are apart: pure functions, a value for each pair.
 
-Paired quantities (same noise through two models) come as one value per sample, with a percentile bootstrap over the pairs. Sets of
-pictures: `evaluation.distances`.
+Sets of pictures: `evaluation.distances`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from diffquant.errors import EvaluationError
+from diffquant.evaluation.intervals import Interval
 
 UINT8_RULE = "round(127.5 * (x + 1)) clamped to [0, 255], half to even"
 SSIM_RULE = "scikit-image, uniform 7x7 window, data range 255, mean over channels"
-RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval are then known to about 5 % of its width
 SSIM_WINDOW = 7  # pixels
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def to_uint8(samples: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -96,46 +84,3 @@ def ssim(reference: UInt8[Tensor, "n c h w"], other: UInt8[Tensor, "n c h w"]) -
         for a, b in zip(reference.cpu().numpy(), other.cpu().numpy(), strict=True)
     ]
     return torch.tensor(values, dtype=torch.float64)
-
-
-def confidence(logits: Float[Tensor, "n classes"]) -> Float[Tensor, " n"]:
-    """Largest class probability of each sample; the mean over samples is how legible a classifier finds them."""
-    return logits.double().softmax(dim=1).amax(dim=1)
-
-
-def accuracy(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> float:
-    """Share of samples whose most likely class is the one in `labels`."""
-    return float((logits.argmax(dim=1) == labels).double().mean())
-
-
-def bootstrap_mean(values: Float[Tensor, " n"], generator: torch.Generator, resamples: int = RESAMPLES) -> Interval:
-    """Mean of `values` and its 95 % percentile bootstrap interval."""
-    return _bootstrap(lambda rows: values.double()[rows].mean(dim=-1), len(values), generator, resamples)
-
-
-def bootstrap_median(values: Float[Tensor, " n"], generator: torch.Generator, resamples: int = RESAMPLES) -> Interval:
-    """Median of `values` (the mean of the middle two where n is even) and its 95 % percentile bootstrap interval."""
-    return _bootstrap(lambda rows: values.double()[rows].quantile(0.5, dim=-1), len(values), generator, resamples)
-
-
-def bootstrap_ratio_of_means(
-    numerator: Float[Tensor, " n"], denominator: Float[Tensor, " n"], generator: torch.Generator, resamples: int = RESAMPLES
-) -> Interval:
-    """mean(numerator) / mean(denominator) of paired values, and its 95 % percentile bootstrap interval over the pairs."""
-
-    def ratio(rows: Tensor) -> Tensor:
-        return numerator.double()[rows].mean(dim=-1) / denominator.double()[rows].mean(dim=-1)
-
-    return _bootstrap(ratio, len(numerator), generator, resamples)
-
-
-def _bootstrap(statistic: Callable[[Tensor], Tensor], count: int, generator: torch.Generator, resamples: int) -> Interval:
-    """The statistic of rows 0..count-1, and the 2.5 % and 97.5 % quantiles of it over rows drawn with replacement."""
-    value = float(statistic(torch.arange(count)))
-    chunk = max(1, 1_000_000 // count)  # rows drawn at once: tens of megabytes
-    drawn = [
-        statistic(torch.randint(count, (min(chunk, resamples - start), count), generator=generator))
-        for start in range(0, resamples, chunk)
-    ]
-    low, high = torch.cat(drawn).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(value, low, high)

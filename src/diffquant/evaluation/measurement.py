@@ -1,0 +1,59 @@
+"""What was measured of one model: its figures by metric, and what it takes in seconds and bytes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_serializer, field_validator
+from pydantic_core import PydanticCustomError
+
+from diffquant.evaluation.metrics import registered
+
+
+class Measurement(BaseModel):
+    """The figures of one model by the metric's name; what a metric does not apply to is left out.
+
+    `ratio` is `file_bytes` over those of full precision. `engine` is what the model computed with. Figures of metrics that are not
+    registered here, such as those of somebody else's metric in a report that was read, stay as they stand in the file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    engine: str = ""
+    seconds: float | None = None
+    file_bytes: int | None = None
+    ratio: float | None = None
+    figures: dict[str, Any] = {}
+
+    @field_validator("figures")
+    @classmethod
+    def _typed(cls, figures: dict[str, Any]) -> dict[str, Any]:
+        metrics = registered()
+        return {name: _checked(name, metrics[name].figure, value) if name in metrics else value for name, value in figures.items()}
+
+    @field_serializer("figures")
+    def _plain(self, figures: dict[str, Any]) -> dict[str, Any]:
+        metrics = registered()
+        return {
+            name: json.loads(_adapter(metrics[name].figure).dump_json([value]))[0] if name in metrics else value
+            for name, value in figures.items()
+        }
+
+
+@functools.cache
+def _adapter(figure: Any) -> Any:
+    """Of a list of one figure: pydantic takes no configuration for a dataclass alone."""
+    return TypeAdapter(list[figure], config=ConfigDict(extra="forbid", ser_json_inf_nan="strings"))
+
+
+def _checked(name: str, figure: Any, value: Any) -> Any:
+    """The value as the type of the metric's figure, or pydantic's error with the place in it."""
+    try:
+        return _adapter(figure).validate_python([value])[0]
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in (name, *first["loc"][1:]))
+        raise PydanticCustomError("figure", "{place}: {message}", {"place": place, "message": first["msg"]}) from error

@@ -1,17 +1,17 @@
 """How far a reference model's activations spread over channels and timesteps, layer by layer: has it what methods are made for?
 
     python benchmarks/activation_spread.py
-    python benchmarks/activation_spread.py --model glyph-sd --out benchmarks/results/activation_spread-glyph-sd.json
+    python benchmarks/activation_spread.py --model glyph-sd
 
 `channels`: largest over median of the channels' largest magnitudes. `timesteps`: largest over smallest of the timesteps' largest
 magnitudes. `peak`: largest magnitude over standard deviation.
 """
 
 import argparse
-import json
-from pathlib import Path
 
+import rows
 import torch
+from rich.console import Console
 
 import diffquant as dq
 from diffquant import zoo
@@ -22,7 +22,6 @@ from diffquant.host.pipeline import Host
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="glyph-ddim")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/activation_spread.json"))
     arguments = parser.parse_args()
     pipe = zoo.load(arguments.model)
     model = Host(pipe).denoiser
@@ -40,27 +39,30 @@ def main() -> None:
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
     with torch.no_grad():
         for timestep in data.timesteps:
-            rows = (data.timestep_of() == timestep).nonzero()[:, 0]
-            model(**data.batch(rows)[0])
+            calls = (data.timestep_of() == timestep).nonzero()[:, 0]
+            model(**data.batch(calls)[0])
     for handle in handles:
         handle.remove()
-    rows = []
+    table = []
     for name, steps in seen.items():
         channels = torch.stack([step["channels"] for step in steps])  # [timesteps, channels]
         std = torch.stack([step["std"] for step in steps]).mean()
         largest = channels.amax(0)
-        rows.append(
+        table.append(
             {
+                "model": arguments.model,
                 "layer": name,
                 "channels": float(largest.max() / largest.median()),
                 "timesteps": float(channels.amax(1).max() / channels.amax(1).min()),
                 "peak": float(largest.max() / std),
             }
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(rows, indent=1))
-    for row in sorted(rows, key=lambda row: -row["channels"]):
-        print(f"{row['layer']:45s} channels {row['channels']:6.1f}  timesteps {row['timesteps']:6.1f}  peak {row['peak']:6.1f}")
+    rows.put(rows.RESULTS / "activation-spread.csv", [row | rows.provenance() for row in table], ("model", "layer"))
+    console = Console(width=132)
+    for row in sorted(table, key=lambda row: -row["channels"]):
+        console.print(
+            f"{row['layer']:45s} channels {row['channels']:6.1f}  timesteps {row['timesteps']:6.1f}  peak {row['peak']:6.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import copy
 import csv
 import datetime
-import json
 import os
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import peers
+import rows as results
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from rich.console import Console
@@ -43,15 +43,13 @@ from diffquant import zoo
 from diffquant.checkpoint.folder import file_size, float32_size
 from diffquant.core.affine import scale_from_range
 from diffquant.core.model import freeze, quantizers
-from diffquant.engines import openvino
 from diffquant.engines.int8 import nibbles
 from diffquant.engines.int8.float_layers import FloatLinear
 from diffquant.engines.int8.integer_layers import INTEGER, PackedCodes
 from diffquant.host.denoiser import prepare
 from diffquant.host.structure import plan
 
-RESULTS = Path("benchmarks/results")
-SPEED = RESULTS / "engine-speed.csv"
+SPEED = results.RESULTS / "engine-speed.csv"
 KEYS = ("processor", "kernels", "threads", "model", "batch", "runtime")  # of a row that a new one replaces
 SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 Call = Callable[[nn.Module], Tensor]
@@ -342,13 +340,15 @@ def layers(arguments: argparse.Namespace) -> dict[str, Any]:
         codes, off = codes + ours.numel(), off + int((ours != theirs).sum())
         errors.append(float((layer(x) - simulated).norm() / simulated.norm()))
     row = {
+        "model": "glyph-ddim",
+        "bits": arguments.bits,
         "layers": len(errors),
         "codes": codes,
-        "off by one": off,
+        "off_by_one": off,
         "share": off / codes,
-        "median error": statistics.median(errors),
+        "median_error": statistics.median(errors),
+        "largest_error": max(errors),
     }
-    row["largest error"] = max(errors)
     Console().print_json(data=row)
     return row
 
@@ -373,7 +373,7 @@ print(resident("VmRSS") - before, resident("VmHWM") - before)
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """File, resident memory after loading and its peak, of Stable Diffusion 1.5's UNet; relative to its float32 weights."""
-    row: dict[str, Any] = {"bits": arguments.bits}
+    row: dict[str, Any] = {"model": "sd15", "bits": arguments.bits}
     with tempfile.TemporaryDirectory() as folder:
         UNet2DConditionModel(
             sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=8, attention_head_dim=8
@@ -398,7 +398,7 @@ def main() -> None:
     one.add_argument("--compile", action="store_true", help="with torch.compile too; takes minutes for each model")
     one.add_argument("--bfloat16", action="store_true", help="with torch's bfloat16")
     one.add_argument(
-        "--engines", nargs="*", choices=list(openvino.PRECISIONS), default=[], help="other engines; converting takes minutes"
+        "--engines", nargs="*", choices=["openvino", "openvino-bf16"], default=[], help="other engines; converting takes minutes"
     )
     one.add_argument("--onnx", action="store_true", help="with the exported ONNX file in ONNX Runtime")
     one.add_argument("--peers", nargs="*", choices=peers.PEERS, default=[], help="with other runtimes")
@@ -416,13 +416,9 @@ def main() -> None:
         if arguments.command == "speed":
             speed(arguments)
             return
-        result = {"layers": layers, "memory": memory}[arguments.command](arguments)
-    write(RESULTS / f"engine-{arguments.command}.json", result)
-
-
-def write(file: Path, result: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1))
+        row = {"layers": layers, "memory": memory}[arguments.command](arguments)
+    file = results.RESULTS / f"engine-{arguments.command}.csv"
+    results.put(file, [row | results.provenance() | {"engine": "int8"}], ("model", "bits"))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ does to its scores is not in the floor: they need not be in memory.
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import time
 from collections import defaultdict
 from typing import Any
 
+import rows as results
 import torch
-from engine import MODELS, RESULTS, Run, denoise, inputs, machine, quantize
+from engine import MODELS, Run, denoise, inputs, quantize
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -112,18 +112,28 @@ def one_model(name: str, calls: int, rates: tuple[float, float]) -> dict[str, An
     return {"batch": batch, "seconds": seconds, "spent": dict(spent), "floor": floor, "of floor": seconds / sum(floor.values())}
 
 
+def table_of(name: str, row: dict[str, Any], rates: tuple[float, float]) -> list[results.Row]:
+    """A row for each part of the time and of the floor, and one for the whole call."""
+    of_call = {"of_floor": row["of floor"], "operations_a_second": rates[0], "bytes_a_second": rates[1]}
+    parts = [("spent", part, seconds, {}) for part, seconds in row["spent"].items()]
+    parts += [("floor", part, seconds, {}) for part, seconds in row["floor"].items()]
+    parts.append(("total", "whole call", row["seconds"], of_call))
+    shared = {"threads": torch.get_num_threads()} | results.provenance() | {"engine": "int8"}
+    return [
+        {"model": name, "batch": row["batch"], "part": part, "kind": kind, "seconds": seconds} | more | shared
+        for kind, part, seconds, more in parts
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--calls", type=int, default=5)
     arguments = parser.parse_args()
-    file = RESULTS / "engine-profile.json"
-    result = json.loads(file.read_text()) if file.exists() else {}
     with torch.no_grad():
         rates = product_rate(), bandwidth()
         for name in arguments.models:
             row = one_model(name, arguments.calls, rates)
-            row |= {"machine": machine(), "operations per second": rates[0], "bytes per second": rates[1]}
             table = Table(f"{name}, batch {row['batch']}: {row['seconds'] * 1e3:.0f} ms", "ms", "share")
             total = sum(row["spent"].values())
             for kind, seconds in sorted(row["spent"].items(), key=lambda item: -item[1]):
@@ -133,9 +143,7 @@ def main() -> None:
                 table.add_row(f"floor: {part}", f"{seconds * 1e3:.1f}", "")
             table.add_row("times the floor", f"{row['of floor']:.2f}", "")
             Console().print(table)
-            result[name] = row
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(result, indent=1))
+            results.put(results.RESULTS / "engine-profile.csv", table_of(name, row, rates), ("model", "kind", "part"))
 
 
 if __name__ == "__main__":

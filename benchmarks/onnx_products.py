@@ -6,7 +6,6 @@ One product a graph, random weights, one thread, medians of `--runs` after a war
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -21,7 +20,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it sends from its import 
 import numpy as np
 import onnx
 import onnxruntime
+import rows as results
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 
 CONV = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
 STEP = 0.03
@@ -111,9 +112,8 @@ def timed(run: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/onnx_products.json"))
     arguments = parser.parse_args()
-    generator, rows = np.random.default_rng(0), []
+    generator, console = np.random.default_rng(0), Console()
     for product, models in forms(generator).items():
         sessions = {form: session(model) for form, model in models.items()}
         shape = next(iter(sessions.values()))[0].get_inputs()[0].shape
@@ -126,9 +126,10 @@ def main() -> None:
                 times[form].append(timed(partial(made.run, None, x)))
         for form, (_, kernels) in sessions.items():
             ratio = median(ours / theirs for ours, theirs in zip(times[form], times["float32"], strict=True))
-            rows.append({"product": product, "form": form, "kernels": kernels, "of_float32": round(ratio, 2)})
-            print(rows[-1], flush=True)
-    arguments.out.write_text(json.dumps(rows, indent=1))
+            row = {"product": product, "form": form, "kernels": " ".join(kernels), "of_float32": round(ratio, 2)}
+            row |= results.provenance() | {"engine": f"onnxruntime {onnxruntime.__version__}"}
+            results.put(results.RESULTS / "onnx-products.csv", [row], ("product", "form"))
+            console.print(f"{product}, {form}: {ratio:.2f} of float32, {' '.join(kernels)}")
 
 
 if __name__ == "__main__":

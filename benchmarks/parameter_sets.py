@@ -9,13 +9,13 @@ which other processes on the machine change least.
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from typing import Any
 
+import rows as results
 import torch
-from engine import MODELS, RESULTS, calibrated, inputs, machine
+from engine import MODELS, calibrated, inputs
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -68,6 +68,19 @@ def one_model(name: str, engine: str, arguments: argparse.Namespace) -> dict[str
     return {"seconds": {sets: statistics.median(taken) for sets, taken in times.items()}, "ratios": ratios}
 
 
+def rows_of(name: str, engine: str, batch: int, row: dict[str, Any]) -> list[results.Row]:
+    """A row for each number of sets."""
+    shared = {"threads": torch.get_num_threads()} | results.provenance() | {"engine": engine}
+    table = []
+    for sets, seconds in row["seconds"].items():
+        line = {"model": name, "batch": batch, "sets": sets, "seconds": seconds}
+        if ratios := row["ratios"].get(sets):
+            line |= {"rounds": len(ratios), "ratio": statistics.median(ratios)}
+            line |= {"ratio_least": ratios[0], "ratio_largest": ratios[-1]}
+        table.append(line | shared)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["glyph-ddim", "dit-s"])
@@ -76,21 +89,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    file = RESULTS / "parameter-sets.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    file = results.RESULTS / "parameter-sets.csv"
     table = Table("model", "engine", "sets", "time with one set = 1", "least and largest round")
     torch.set_num_threads(1)
     with torch.no_grad():
         for name in arguments.models:
             for engine in arguments.engines:
                 row = one_model(name, engine, arguments)
-                found[f"{name}, {engine}, batch {arguments.batch}"] = {"machine": machine()} | row
+                results.put(file, rows_of(name, engine, arguments.batch, row), ("model", "engine", "batch", "sets"))
                 for sets, ratios in row["ratios"].items():
                     middle, extent = statistics.median(ratios), f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
                     table.add_row(name, engine, str(sets), f"{middle:.3f}", extent)
     Console().print(table)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

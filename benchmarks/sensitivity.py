@@ -9,11 +9,12 @@ already are not measured again.
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+import measure
+import rows
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -25,7 +26,8 @@ from diffquant import zoo
 from diffquant.core.model import quantizers
 from diffquant.evaluation.pairs import relative_l2
 from diffquant.evaluation.sampling import sample
-from diffquant.host.pipeline import Host
+
+FILE = rows.RESULTS / "sensitivity.csv"
 
 
 def group_of(quantizer: str) -> str:
@@ -38,8 +40,14 @@ def group_of(quantizer: str) -> str:
     return f"{block[1]} {'attention' if 'attention' in ' '.join(parts) or 'attn' in ' '.join(parts) else parts[-1]}"
 
 
-def errors(pipe: Any, protocol: dq.SamplingProtocol, wanted: Tensor) -> list[float]:
-    return [float(value) for value in relative_l2(wanted, sample(pipe, protocol).last_samples)]
+def errors(pipe: Any, protocol: dq.SamplingProtocol, full_precision: Tensor) -> rows.Row:
+    """Mean, median and mean square of the relative errors of the last samples."""
+    values = relative_l2(full_precision, sample(pipe, protocol).last_samples)
+    return {
+        "final_error": float(values.mean()),
+        "final_error_median": float(values.median()),
+        "mean_square": float(values.square().mean()),
+    }
 
 
 def main() -> None:
@@ -50,7 +58,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--groups", nargs="+", default=[], help="default: all")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sensitivity.json"))
     arguments = parser.parse_args()
     protocol = dq.SamplingProtocol(
         samples=arguments.samples,
@@ -61,28 +68,37 @@ def main() -> None:
         accumulation_samples=0,
     )
     pipe = dq.load(arguments.checkpoint, engine="simulate")
-    inputs = {name: one for name, one in quantizers(Host(pipe).denoiser) if one.clock is not None}
+    inputs = {name: quantizer for name, quantizer in quantizers(measure.denoiser_of(pipe)) if quantizer.clock is not None}
     groups: dict[str, list[str]] = {"no input": [], "all inputs": list(inputs)}
     for name in inputs:
         groups.setdefault(group_of(name), []).append(name)
-    found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    label = f"{arguments.model} {arguments.checkpoint.name}, {arguments.steps} steps, {arguments.samples} samples"
-    rows: dict[str, list[float]] = found.setdefault(label, {})
-    asked = [group for group in groups if group not in rows and (not arguments.groups or group in arguments.groups)]
-    wanted = sample(zoo.load(arguments.model), protocol).last_samples if asked else torch.empty(0)
+    full = zoo.load(arguments.model)
+    key = {
+        "model": arguments.model,
+        "checkpoint": arguments.checkpoint.name,
+        "protocol": measure.protocol_of(full, protocol),
+        "samples": arguments.samples,
+    }
+    label = " ".join(str(value) for value in key.values())
+    asked = [group for group in groups if group not in measured(FILE, key) and group in (arguments.groups or groups)]
+    exact = sample(full, protocol).last_samples if asked else torch.empty(0)
     for group in track(asked, description=label, console=Console(stderr=True)):
-        for name, one in inputs.items():
-            one.enabled = name in groups[group]
-        rows[group] = errors(pipe, protocol, wanted)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=1))
-    squares = {group: sum(error**2 for error in row) / len(row) for group, row in rows.items()}
+        for name, quantizer in inputs.items():
+            quantizer.enabled = name in groups[group]
+        row = key | {"group": group} | errors(pipe, protocol, exact) | rows.provenance() | {"engine": "simulate"}
+        rows.put(FILE, [row], (*key, "group"))
     table = Table(label, "quantizers", "final error, mean", "median", "added")
-    for group in sorted(squares, key=squares.__getitem__, reverse=True):
-        row = torch.tensor(rows[group])
-        added = squares[group] - squares.get("no input", 0.0)
-        table.add_row(group, str(len(groups[group])), f"{row.mean():.4f}", f"{row.median():.4f}", f"{added:+.4f}")
+    present = measured(FILE, key)
+    plain = present["no input"]["mean_square"] if "no input" in present else 0.0
+    for group, row in sorted(present.items(), key=lambda item: -item[1]["mean_square"]):
+        figures = f"{row['final_error']:.4f}", f"{row['final_error_median']:.4f}", f"{row['mean_square'] - plain:+.4f}"
+        table.add_row(group, str(len(groups[group])), *figures)
     Console(width=120).print(table)
+
+
+def measured(file: Path, key: rows.Row) -> dict[str, rows.Row]:
+    """The rows of `key` in a file, by group."""
+    return {row["group"]: row for row in rows.read(file) if all(row.get(name) == value for name, value in key.items())}
 
 
 if __name__ == "__main__":

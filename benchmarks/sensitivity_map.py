@@ -8,19 +8,19 @@ together. Weights round to nearest and ranges are searched, in both. Groups that
 
 import argparse
 import copy
-import json
 from pathlib import Path
-from typing import Any
 
+import measure
+import rows
+import study as studies
 import torch
-from compare import STEPS, recording, with_scheduler
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sensitivity import errors, group_of
+from sensitivity import errors, group_of, measured
+from study import STEPS, Recording
 
 import diffquant as dq
-from diffquant import zoo
 from diffquant.calibration import fit
 from diffquant.core.model import enable, quantizers
 from diffquant.evaluation.sampling import sample
@@ -29,6 +29,7 @@ from diffquant.host.structure import plan
 from diffquant.methods.ranges import CalibrateRanges
 
 OTHERS = "all others"
+FILE = rows.RESULTS / "sensitivity-map.csv"
 
 
 def main() -> None:
@@ -38,15 +39,13 @@ def main() -> None:
     parser.add_argument("--trajectories", type=int, default=32, help="of the map")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--groups", type=int, default=24, help="how many are measured")
-    parser.add_argument(
-        "--scheduler", nargs="*", default=[], metavar="OPTION=VALUE", help="of recording and samples; with a --work of their own"
-    )
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/accuquant"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sensitivity-map.json"))
+    parser.add_argument("--scheduler", nargs="*", default=[], metavar="OPTION=VALUE", help="of recording and samples")
+    parser.add_argument("--work", type=Path, default=studies.WORK, help="that of the studies")
     arguments = parser.parse_args()
-    pipe = with_scheduler(zoo.load("glyph-ddim"), arguments.scheduler)
-    data, recipe = recording(pipe, arguments.work, arguments.seed), dq.load_recipe(arguments.recipe)
-    folder = arguments.work / f"sensitivity-{arguments.seed}"
+    settings, recipe = Recording(scheduler=studies.options_of(arguments.scheduler)), dq.load_recipe(arguments.recipe)
+    pipe = studies.pipeline("glyph-ddim", settings.scheduler)
+    data = studies.recording(pipe, "glyph-ddim", settings, arguments.seed, arguments.work)
+    folder = arguments.work / settings.folder_name("glyph-ddim") / f"sensitivity-{arguments.seed}"
     drawn = dq.sensitivity(pipe, recipe, data, trajectories=arguments.trajectories, seed=arguments.seed, folder=folder)
     quantized = copy.deepcopy(pipe)
     prepare(quantized.unet, plan(quantized.unet, recipe.layers), data.timesteps)
@@ -62,36 +61,41 @@ def main() -> None:
         members.setdefault(group, []).append(name)
         shares[group] = shares.get(group, 0.0) + row.share
     order = sorted(shares, key=shares.__getitem__, reverse=True)
-    measured, rest = order[: arguments.groups], order[arguments.groups :]
+    largest, rest = order[: arguments.groups], order[arguments.groups :]
     members[OTHERS] = [name for group in rest for name in members[group]]
     shares[OTHERS] = sum(shares[group] for group in rest)
-    found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    named = " ".join([arguments.recipe, *arguments.scheduler])
-    label = f"glyph-ddim {named}, {STEPS} steps, {arguments.samples} samples, seed {arguments.seed}"
-    rows: dict[str, dict[str, Any]] = found.setdefault(label, {})
     protocol = dq.SamplingProtocol(
         samples=arguments.samples, batch_size=arguments.samples, steps=STEPS, seed=1000, accumulation_samples=0
     )
-    asked = [group for group in (*measured, OTHERS) if group not in rows]
-    wanted = sample(pipe, protocol).last_samples if asked else torch.empty(0)
+    method, _, bits = arguments.recipe.rpartition("-")
+    key = {
+        "model": "glyph-ddim",
+        "recipe": method,
+        "bits": bits,
+        "seed": arguments.seed,
+        "protocol": measure.protocol_of(pipe, protocol),
+        "samples": arguments.samples,
+    }
+    label = " ".join(str(value) for value in key.values())
+    asked = [group for group in (*largest, OTHERS) if group not in measured(FILE, key)]
+    exact = sample(pipe, protocol).last_samples if asked else torch.empty(0)
     for group in track(asked, description=label, console=Console(stderr=True)):
-        for name, one in quantizers(quantized.unet):
-            one.enabled = name in members[group]
-        rows[group] = {"share": shares[group], "quantizers": len(members[group]), "errors": errors(quantized, protocol, wanted)}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=1))
-    squares = {group: sum(error**2 for error in row["errors"]) / len(row["errors"]) for group, row in rows.items()}
+        for name, quantizer in quantizers(quantized.unet):
+            quantizer.enabled = name in members[group]
+        row = key | {"group": group, "quantizers": len(members[group]), "share": shares[group]}
+        row |= errors(quantized, protocol, exact) | rows.provenance() | {"engine": "simulate"}
+        rows.put(FILE, [row], (*key, "group"))
+    present = measured(FILE, key)
+    total = sum(row["mean_square"] for row in present.values())
     table = Table(label, "quantizers", "share by the map", "measured share", "final error, mean")
-    for group in sorted(rows, key=lambda group: -rows[group]["share"]):
-        row = rows[group]
-        error = sum(row["errors"]) / len(row["errors"])
-        table.add_row(
-            group, str(row["quantizers"]), f"{row['share']:.3f}", f"{squares[group] / sum(squares.values()):.3f}", f"{error:.3f}"
-        )
-    Console(width=120).print(table)
-    compared = [row["share"] for row in rows.values()], list(squares.values())
+    for group, row in sorted(present.items(), key=lambda item: -item[1]["share"]):
+        figures = f"{row['share']:.3f}", f"{row['mean_square'] / total:.3f}", f"{row['final_error']:.3f}"
+        table.add_row(group, str(row["quantizers"]), *figures)
+    console = Console(width=120)
+    console.print(table)
+    compared = ([row[column] for row in present.values()] for column in ("share", "mean_square"))
     ranks = [torch.tensor(values).argsort().argsort().double() for values in compared]
-    print(f"rank correlation {float(torch.corrcoef(torch.stack(ranks))[0, 1]):.2f}")
+    console.print(f"rank correlation {float(torch.corrcoef(torch.stack(ranks))[0, 1]):.2f}")
 
 
 if __name__ == "__main__":

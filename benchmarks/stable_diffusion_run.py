@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import rows as results
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -293,6 +294,18 @@ def show(rows: list[dict[str, Any]], estimated: dict[str, Any], console: Console
     )
 
 
+def table_of(stages: list[dict[str, Any]], estimated: dict[str, Any], options: argparse.Namespace) -> list[results.Row]:
+    """A row for each stage, and one for the estimate of a full run."""
+    passed = {key: value for key, value in vars(options).items() if key not in ("model", "stage", "until", "again", "work")}
+    base = {"model": options.model, "options": results.protocol_text(**passed), "threads": torch.get_num_threads()}
+    table = [
+        base | {key: json.dumps(value) if isinstance(value, list) else value for key, value in stage.items()} for stage in stages
+    ]
+    full = {key: value for key, value in estimated.items() if key not in ("forwards", "total")}
+    full |= {f"forwards_{name}": count for name, count in estimated["forwards"].items()} | {"forwards": estimated["total"]}
+    return [row | results.provenance() for row in (*table, base | {"stage": "estimate of a full run"} | full)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=UNETS, default="sd15")
@@ -310,7 +323,6 @@ def main() -> None:
     parser.add_argument("--memory-gib", type=float, default=0.01, help="for a block's recorded inputs; more goes to files")
     parser.add_argument("--teraflops", type=float, default=20.0, help="rate that the estimate assumes of a GPU")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--again", action="store_true", help="forget finished stages but the float pipeline")
     options = parser.parse_args()
     for name, value in DEFAULTS[options.model].items():
@@ -337,12 +349,7 @@ def main() -> None:
         rows.append(json.loads((work / f"{stage}.json").read_text()))
     estimated = estimate(options)
     show(rows, estimated, console)
-    kept = {key: value for key, value in vars(options).items() if key not in ("stage", "until", "again", "work", "out")}
-    options.out.mkdir(parents=True, exist_ok=True)
-    result = {
-        "options": kept, "threads": torch.get_num_threads(), "torch": torch.__version__, "stages": rows, "full_run": estimated
-    }  # fmt: skip
-    (options.out / f"stable-diffusion-run-{options.model}.json").write_text(json.dumps(result, indent=1) + "\n")
+    results.put(results.RESULTS / "stable-diffusion-run.csv", table_of(rows, estimated, options), ("model", "stage"))
 
 
 if __name__ == "__main__":

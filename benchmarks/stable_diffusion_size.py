@@ -6,12 +6,13 @@ Ranges are min-max for weights and fixed for inputs: neither changes the size.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
+import rows as results
 import torch
 from diffusers import UNet2DConditionModel
+from rich.console import Console
 
 import diffquant as dq
 from diffquant.checkpoint.folder import file_size, float32_size
@@ -43,7 +44,6 @@ def frozen_unet(bits: int) -> UNet2DConditionModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stable_diffusion_size.json"))
     arguments = parser.parse_args()
     model = frozen_unet(arguments.bits)
     codes = scales = 0
@@ -55,11 +55,16 @@ def main() -> None:
         dq.save(model, Path(folder) / "unet")
         written = file_size(Path(folder) / "unet")
     float32 = float32_size(model)
-    row = {"bits": arguments.bits, "file": written, "needed": codes + scales + stay, "over": written / (codes + scales + stay)}
+    row = {
+        "model": "sd15",
+        "bits": arguments.bits,
+        "file": written,
+        "needed": codes + scales + stay,
+        "over": written / (codes + scales + stay),
+    }
     row |= {"float32": float32, "of_float32": written / float32}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(row, indent=1))
-    print(json.dumps(row, indent=1))
+    results.put(results.RESULTS / "stable-diffusion-size.csv", [row | results.provenance()], ("model", "bits"))
+    Console().print_json(data=row)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ Squared, mean over values, and over steps 1; of guided calls one half (the other
 """
 
 import argparse
-import json
-from pathlib import Path
 
+import rows
+import study as studies
 import torch
-from compare import with_scheduler
 from rich.console import Console
 from rich.table import Table
 
 import diffquant as dq
-from diffquant import zoo
 from diffquant.calibration.gain import StepGain
 from diffquant.host.pipeline import Host
 
@@ -30,10 +28,10 @@ SETTINGS = {  # model, guidance scale, changed options of its scheduler
 
 def squares(model: str, guidance: float | None, scheduler: list[str], steps: int, trajectories: int) -> list[float]:
     """The squared gain of each step."""
-    pipe = with_scheduler(zoo.load(model), scheduler)
+    pipe = studies.pipeline(model, studies.options_of(scheduler))
     data = dq.record(pipe, dq.Calibration(samples=trajectories, steps=steps, seed=0, guidance_scale=guidance))
-    rows = (data.half_of() == (1 if int(data.half_of().max()) == 1 else -1)).nonzero()[:, 0]
-    found, calls = StepGain(Host(pipe).denoiser, data).sizes(rows).square(), data.call_of()[rows]
+    halves = (data.half_of() == (1 if int(data.half_of().max()) == 1 else -1)).nonzero()[:, 0]
+    found, calls = StepGain(Host(pipe).denoiser, data).sizes(halves).square(), data.call_of()[halves]
     means = torch.stack([found[calls == call].mean() for call in range(int(calls.max()) + 1)])
     return [float(value) for value in means / means.mean()]
 
@@ -42,11 +40,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--trajectories", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_gain.json"))
     arguments = parser.parse_args()
     found = {name: squares(*setting, arguments.steps, arguments.trajectories) for name, setting in SETTINGS.items()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(found, indent=1))
+    for name, values in found.items():
+        new = [{"setting": name, "step": step, "squared_gain": value} | rows.provenance() for step, value in enumerate(values)]
+        rows.put(rows.RESULTS / "step-gain.csv", new, ("setting", "step"))
     table = Table("step", *found)
     for step in sorted({round(share * (arguments.steps - 1)) for share in (0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1)}):
         table.add_row(str(step + 1), *(f"{values[step]:.3f}" if step < len(values) else "" for values in found.values()))

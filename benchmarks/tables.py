@@ -1,121 +1,162 @@
-"""Tables of what `compare.py` and `accuquant.py compare` wrote, every arm beside a baseline of the same bits and seed.
+"""Tables of the results of studies, every arm beside a baseline of the same bits and seed.
 
-    python benchmarks/tables.py benchmarks/results/accuquant-compare.json --bits w4a6 --base brecq
-    python benchmarks/tables.py benchmarks/results/accuquant-compare.json benchmarks/results/mixed-compare.json --over-seeds
-    python benchmarks/tables.py benchmarks/results/dmq-compare.json --base "brecq layers.0.sets=1000 layers.1.sets=1000"
-    python benchmarks/tables.py benchmarks/results/qncd-compare.json --quality
+    python benchmarks/tables.py benchmarks/results/accuquant.csv --bits w4a6 --base brecq
+    python benchmarks/tables.py benchmarks/results/accuquant.csv benchmarks/results/mixed.csv --over-seeds
+    python benchmarks/tables.py benchmarks/results/dmq.csv --base "brecq layers.0.sets=1000 layers.1.sets=1000"
+    python benchmarks/tables.py benchmarks/results/qncd.csv --quality
+    python benchmarks/tables.py benchmarks/results/samplers-glyph-sd.csv --samplers
 
 Ratios of mean final errors are paired by noise; intervals are 95 % bootstrap intervals of the mean over those samples. Of several
 calibration seeds the last column has the mean of the ratios and the least and largest of them. `single steps` is the squared error
 of single steps from full-precision latents, in thousandths. With --over-seeds there is one line for each arm: means over its seeds,
 least and largest in brackets, and single steps as ratios. With --quality, FID to the data and legibility, and how far both are from
-full precision's, paired by noise and without FID's bias of n.
+full precision's, paired by noise and without FID's bias of n. With --samplers, final errors by sampler and number of steps. Rows of
+different models or protocols are refused beside each other.
 """
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import torch
+import rows
+from rich.console import Console
 
-from diffquant.evaluation.intervals import Interval, bootstrap_ratio_of_means, interval_generator
+from diffquant.evaluation.intervals import Interval
 
 COLUMNS = ("seed", "arm", "final error", "median", "single steps", "FID (floor)", "ratio", "over seeds")
 QUALITY = ("seed", "arm", "FID to data", "change", "legibility", "change")
 OVER_SEEDS = ("arm", "seeds", "final error", "median", "FID", "ratio", "single steps")
 
 
-def parts(label: str) -> tuple[str, str, int]:
-    """Bits, arm and seed of a label "w4a6 M=5 exact seed 0"."""
-    rest, _, seed = label.rpartition(" seed ")
-    bits, _, arm = rest.partition(" ")
-    return bits, arm, int(seed)
+class Source(NamedTuple):
+    """A row and the file that it is from, where its errors lie."""
+
+    row: rows.Row
+    file: Path
 
 
-def written(interval: Interval) -> str:
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+Arms = dict[str, dict[int, Source]]  # by arm and seed
 
 
-def ratio(row: dict[str, Any], base: dict[str, Any]) -> Interval:
-    errors = (torch.tensor(each["errors"], dtype=torch.float64) for each in (row, base))
-    return bootstrap_ratio_of_means(*errors, interval_generator())
+def arms(sources: Iterable[Source], base: str, bits: str, only: Sequence[str] | None) -> Arms:
+    """The arms at some bits. Raises `ResultsError` for rows that do not belong side by side, and for an arm that is there twice."""
+    chosen = [source for source in sources if source.row.get("bits") == bits]
+    chosen = [source for source in chosen if only is None or rows.arm(source.row) in {*only, base}]
+    rows.check_same(row for row, _ in chosen)
+    table: Arms = defaultdict(dict)
+    for row, file in chosen:
+        if twin := table[rows.arm(row)].get(row["seed"]):
+            places = " and ".join(dict.fromkeys((twin.file.name, file.name)))
+            raise rows.ResultsError(
+                f"{rows.label(row)!r}: is in {places} twice; an arm has one row; leave one file out, or choose --arms"
+            )
+        table[rows.arm(row)][row["seed"]] = Source(row, file)
+    return table
 
 
-def arms(found: dict[str, dict[str, Any]], base: str, bits: str, only: list[str] | None) -> dict[str, dict[int, dict[str, Any]]]:
-    """Results of the arms at some bits, by arm and seed."""
-    rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for label, row in found.items():
-        its_bits, arm, seed = parts(label)
-        if its_bits == bits and (only is None or arm in {*only, base}):
-            rows[arm][seed] = row
-    return rows
-
-
-def ratios(rows: dict[str, dict[int, dict[str, Any]]], arm: str, base: str) -> dict[int, Interval]:
+def ratios(table: Arms, arm: str, base: str) -> dict[int, Interval]:
     """An arm's ratio to the baseline, for the seeds that have both."""
-    compared_to = {} if arm == base else rows.get(base, {})
-    return {seed: ratio(row, compared_to[seed]) for seed, row in rows[arm].items() if seed in compared_to}
+    compared = {}
+    for seed, source in table[arm].items():
+        other = None if arm == base else table.get(base, {}).get(seed)
+        if other is not None and (ratio := rows.ratio(source.file, source.row, other.file, other.row)) is not None:
+            compared[seed] = ratio
+    return compared
 
 
-def table(rows: dict[str, dict[int, dict[str, Any]]], base: str) -> list[tuple[str, ...]]:
+def interval(row: rows.Row, column: str) -> str:
+    """A figure and its interval."""
+    return f"{row[column]:.3f} [{row[f'{column}_low']:.3f}, {row[f'{column}_high']:.3f}]"
+
+
+def table_of_arms(table: Arms, base: str) -> list[tuple[str, ...]]:
     """A line for each arm and seed."""
     lines = []
-    for arm, seeds in rows.items():
-        compared = ratios(rows, arm, base)
+    for arm, seeds in table.items():
+        compared = ratios(table, arm, base)
         pooled = over(each.value for each in compared.values()) if len(compared) > 1 else ""
-        for seed, row in sorted(seeds.items()):
-            error, median, fid = Interval(**row["final_error"]), row["median"]["value"], row["fid"]["value"]
-            its = f"{compared[seed].value:.2f} [{compared[seed].low:.2f}, {compared[seed].high:.2f}]" if seed in compared else ""
-            steps = f"{1e3 * row['single_step']['error']:.2f}" if "single_step" in row else ""
-            lines.append((str(seed), arm, written(error), f"{median:.3f}", steps, f"{fid:.2f} ({row['floor']:.1f})", its, pooled))
+        for seed, (row, _) in sorted(seeds.items()):
+            ratio = compared.get(seed)
+            paired = "" if ratio is None else f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+            steps = f"{1e3 * row['single_step_error']:.2f}" if "single_step_error" in row else ""
+            fid = f"{row['fid']:.2f} ({row['fid_floor']:.1f})"
+            median = f"{row['final_error_median']:.3f}"
+            lines.append((str(seed), arm, interval(row, "final_error"), median, steps, fid, paired, pooled))
             pooled = ""
     return lines
 
 
-def table_over_seeds(rows: dict[str, dict[int, dict[str, Any]]], base: str) -> list[tuple[str, ...]]:
+def table_over_seeds(table: Arms, base: str) -> list[tuple[str, ...]]:
     """A line for each arm."""
     lines = []
-    for arm, seeds in rows.items():
-        measured = [over(row[name]["value"] for row in seeds.values()) for name in ("final_error", "median", "fid")]
-        compared = over(each.value for each in ratios(rows, arm, base).values())
+    for arm, seeds in table.items():
+        measured = [over(row[name] for row, _ in seeds.values()) for name in ("final_error", "final_error_median", "fid")]
+        compared = over(each.value for each in ratios(table, arm, base).values())
         steps = over(
-            row["single_step"]["error"] / rows[base][seed]["single_step"]["error"]
-            for seed, row in seeds.items()
-            if arm != base and "single_step" in row and "single_step" in rows.get(base, {}).get(seed, {})
+            row["single_step_error"] / table[base][seed].row["single_step_error"]
+            for seed, (row, _) in seeds.items()
+            if arm != base
+            and "single_step_error" in row
+            and seed in table.get(base, {})
+            and "single_step_error" in table[base][seed].row
         )
         lines.append((arm, " ".join(str(seed) for seed in sorted(seeds)), *measured, compared, steps))
     return lines
 
 
-def table_of_quality(rows: dict[str, dict[int, dict[str, Any]]], base: str) -> list[tuple[str, ...]]:
+def table_of_quality(table: Arms, base: str) -> list[tuple[str, ...]]:
     """A line for each arm and seed."""
-    found = [(str(seed), arm, row) for arm, seeds in rows.items() for seed, row in sorted(seeds.items())]
+    every = [(str(seed), arm, row) for arm, seeds in table.items() for seed, (row, _) in sorted(seeds.items())]
     return [
         (
             seed,
             arm,
-            f"{row['to_data']['value']:.2f}",
-            written(Interval(**row["to_data_change"])),
-            f"{row['legibility']['value']:.3f}",
-            written(Interval(**row["legibility_change"])),
+            f"{row['fid_to_data']:.2f}",
+            interval(row, "fid_to_data_change"),
+            f"{row['legibility']:.3f}",
+            interval(row, "legibility_change"),
         )
-        for seed, arm, row in found
-        if "to_data_change" in row
+        for seed, arm, row in every
+        if "fid_to_data_change" in row
     ]
+
+
+def table_of_samplers(sources: Sequence[Source]) -> str:
+    """Final errors, a column for each number of steps."""
+    rows.check_same((row for row, _ in sources), ignoring=("sampler", "steps", "eta", "clip"))
+    cells: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for row, _ in sources:
+        fields = rows.protocol_fields(row["protocol"])
+        eta, clips = f" eta {fields['eta']}" if fields["eta"] != "0" else "", " (clips)" if fields["clip"] == "yes" else ""
+        options = row.get("recording", "").partition("clip_sample=False")[1] and ", recorded without clipping"
+        name = f"{row.get('bits', '')} {rows.arm(row)} seed {row.get('seed', '')}{options}"
+        cells[f"{fields['sampler']}{eta}{clips}", name][int(fields["steps"])] = interval(row, "final_error")
+    steps = sorted({count for line in cells.values() for count in line})
+    lines, last = [], ""
+    for (sampler, name), line in sorted(
+        cells.items(), key=lambda item: list(dict.fromkeys(key[0] for key in cells)).index(item[0][0])
+    ):
+        lines.append(("" if sampler == last else sampler, name, *(line.get(count, "") for count in steps)))
+        last = sampler
+    return printed(("sampler", "", *(f"{count} steps" for count in steps)), lines)
 
 
 def over(values: Iterable[float]) -> str:
     """Mean, least and largest; nothing of nothing."""
-    given = list(values)
-    spread = f" ({min(given):.3f} to {max(given):.3f})" if len(given) > 1 else ""
-    return f"{statistics.mean(given):.3f}{spread}" if given else ""
+    every = list(values)
+    spread = f" ({min(every):.3f} to {max(every):.3f})" if len(every) > 1 else ""
+    return f"{statistics.mean(every):.3f}{spread}" if every else ""
 
 
-def main() -> None:
+def printed(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join([f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--base", default="brecq", help="the arm that ratios are to")
@@ -124,19 +165,26 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--over-seeds", action="store_true", help="one line for each arm")
     kind.add_argument("--quality", action="store_true", help="FID to the data and legibility")
-    arguments = parser.parse_args()
-    columns, lines_of = (COLUMNS, table)
-    if arguments.over_seeds:
-        columns, lines_of = OVER_SEEDS, table_over_seeds
-    elif arguments.quality:
-        columns, lines_of = QUALITY, table_of_quality
-    found: dict[str, dict[str, Any]] = {}
-    for file in arguments.files:
-        found |= json.loads(file.read_text())["arms"]
-    for bits in arguments.bits or sorted({parts(label)[0] for label in found}):
-        print(f"\n{bits}, ratio to {arguments.base}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        for line in lines_of(arms(found, arguments.base, bits, arguments.arms), arguments.base):
-            print(f"| {' | '.join(line)} |")
+    kind.add_argument("--samplers", action="store_true", help="final errors by sampler and number of steps")
+    chosen = parser.parse_args(arguments)
+    console = Console(width=1000, highlight=False, markup=False)
+    try:
+        if missing := [str(file) for file in chosen.files if not file.exists()]:
+            raise rows.ResultsError(f"{', '.join(missing)}: no such file; results are in {rows.RESULTS.name}/NAME.csv")
+        sources = [Source(row, file) for file in chosen.files for row in rows.read(file)]
+        if chosen.samplers:
+            console.print(table_of_samplers(sources))
+            return
+        columns, lines_of = (COLUMNS, table_of_arms)
+        if chosen.over_seeds:
+            columns, lines_of = OVER_SEEDS, table_over_seeds
+        elif chosen.quality:
+            columns, lines_of = QUALITY, table_of_quality
+        for bits in chosen.bits or sorted({row["bits"] for row, _ in sources if "bits" in row}):
+            table = arms(sources, chosen.base, bits, chosen.arms)
+            console.print(f"\n{bits}, ratio to {chosen.base}\n\n{printed(columns, lines_of(table, chosen.base))}")
+    except rows.ResultsError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

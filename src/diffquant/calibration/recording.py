@@ -40,10 +40,10 @@ PLACE = re.compile(r"\[\d+\]|\(\d+\)")  # in a dotted name: a list's member or a
 class RecordedStep:
     """One `scheduler.step` of n trajectories; `options` are the other plain values that it was called with, such as ``eta``."""
 
-    model_output: Float[Tensor, n * output]
+    model_output: Float[Tensor, "n *output"]
     timestep: Tensor
-    sample: Float[Tensor, n * shape]
-    prev_sample: Float[Tensor, n * shape]
+    sample: Float[Tensor, "n *shape"]
+    prev_sample: Float[Tensor, "n *shape"]
     options: dict[str, Any]
 
     def to(self, device: torch.device) -> RecordedStep:

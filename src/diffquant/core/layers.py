@@ -91,7 +91,7 @@ class QuantizedLayer(FrozenWeight, nn.Module):
         """The weight times `smooth` along its input channels: what the weight quantizer sees, ``[out, in, ...]``."""
         return self.weight if self.smooth is None else self.weight * self.along_inputs(self.smooth)
 
-    def weight_to_quantize(self) -> Float[Tensor, out in ...]:
+    def weight_to_quantize(self) -> Float[Tensor, "out in ..."]:
         """`smoothed_weight` in float32, without a graph: made anew at every call, as all of them are the size of the model."""
         return self.smoothed_weight().detach().float()
 

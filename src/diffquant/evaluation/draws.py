@@ -40,7 +40,7 @@ class Draw:
     """
 
     pictures: UInt8[Tensor, "n c h w"]
-    last_samples: Float[Tensor, n * shape]
+    last_samples: Float[Tensor, "n *shape"]
     seconds: float | None
     trajectory: Trajectory | None = None
     noisy: dict[int, Tensor] = field(default_factory=dict)

@@ -30,13 +30,13 @@ def to_uint8(samples: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return samples.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def relative_l2(reference: Float[Tensor, n * shape], other: Float[Tensor, n * shape]) -> Float[Tensor, " n"]:
+def relative_l2(reference: Float[Tensor, "n *shape"], other: Float[Tensor, "n *shape"]) -> Float[Tensor, " n"]:
     """||other - reference|| / ||reference|| of each sample; 0 where both are zero. Float64."""
     error, norm = (x.double().flatten(1).norm(dim=1) for x in (other.double() - reference.double(), reference))
     return torch.where(error == 0, error, error / norm)
 
 
-def sqnr_db(reference: Float[Tensor, n * shape], other: Float[Tensor, n * shape]) -> Float[Tensor, " n"]:
+def sqnr_db(reference: Float[Tensor, "n *shape"], other: Float[Tensor, "n *shape"]) -> Float[Tensor, " n"]:
     """Signal to quantization noise of each sample, 10 log10(||reference||^2 / ||other - reference||^2), in dB; inf where equal."""
     return -20.0 * torch.log10(relative_l2(reference, other))
 

@@ -27,7 +27,7 @@ class Samples:
     """
 
     pictures: UInt8[Tensor, "n c h w"]
-    last_samples: Float[Tensor, n * shape]
+    last_samples: Float[Tensor, "n *shape"]
     noisy: dict[int, Tensor] = field(default_factory=dict)
     extractor: FeatureExtractor | None = None
 

@@ -33,9 +33,9 @@ class StepResult:
 
     step: int
     timestep: float
-    sample_before: Float[Tensor, n * shape]
-    noise_prediction: Float[Tensor, n * output]
-    sample_after: Float[Tensor, n * shape]
+    sample_before: Float[Tensor, "n *shape"]
+    noise_prediction: Float[Tensor, "n *output"]
+    sample_after: Float[Tensor, "n *shape"]
 
 
 OnStep = Callable[[range, StepResult], None]  # the numbers of the samples in the batch, and the step
@@ -49,7 +49,7 @@ class Sampled:
     """
 
     pictures: UInt8[Tensor, "n c h w"]
-    last_samples: Float[Tensor, n * shape]
+    last_samples: Float[Tensor, "n *shape"]
     seconds: float
 
 
@@ -63,7 +63,7 @@ def sample_generators(seed: int, indices: range) -> list[torch.Generator]:
     return [torch.Generator().manual_seed((start + index) % 2**32) for index in indices]
 
 
-def initial_noise(shape: tuple[int, ...], seed: int, indices: range) -> Float[Tensor, n * shape]:
+def initial_noise(shape: tuple[int, ...], seed: int, indices: range) -> Float[Tensor, "n *shape"]:
     """Standard normal noise of the samples `indices`, each of `shape` (channels, height, width): float32, on the CPU."""
     return _draw(shape, sample_generators(seed, indices))
 
@@ -75,7 +75,7 @@ def _draw(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
 def sample_unconditional(
     denoiser: nn.Module,
     scheduler: Any,
-    noise: Float[Tensor, n * shape],
+    noise: Float[Tensor, "n *shape"],
     steps: int,
     eta: float = 0.0,
     generator: Generators = None,
@@ -178,7 +178,7 @@ def sample_denoiser(
 
 def sample_pipeline(
     pipe: Pipeline, protocol: SamplingProtocol, seed: int, indices: range, on_step: OnStep
-) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, n * shape]]:
+) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n *shape"]]:
     """One batch through the pipeline's own ``__call__``: pictures in [-1, 1], and last latents.
 
     The generators of the samples are passed in, from which diffusers draws the same noise as `initial_noise`, whatever shape the

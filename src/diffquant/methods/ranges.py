@@ -72,7 +72,7 @@ class CalibrateRanges(Pass):
         """Once over the samples for the extremes, once more for histograms."""
         return self.samples * (2.0 if self.activations == "mse" else 1.0)
 
-    def _calibrate_weight(self, quantizer: Quantizer, weight: Float[Tensor, out in ...]) -> float:
+    def _calibrate_weight(self, quantizer: Quantizer, weight: Float[Tensor, "out in ..."]) -> float:
         sizes = quantizer.splits or (weight.shape[1],)
         for part, values in enumerate(weight.split(sizes, dim=1)):
             flat = values.reshape(quantizer.rows, -1)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import diffquant as dq
-from diffquant.recipe import shipped
+from diffquant.files import shipped
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests import pipelines
@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     calibration = dq.Calibration(samples=8, steps=6, batch_size=4)
     for build in ("ddim", "dit"):
-        for name in shipped():
+        for name in shipped("recipes"):
             pipe = pipelines.build(build, Path())
             recipe = dq.load_recipe(f"{name}-w4a6")
             passes = [{**each, **_few(each, step)} for each, step in zip(recipe.passes, recipe.steps(), strict=True)]

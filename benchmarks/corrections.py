@@ -42,11 +42,10 @@ from diffquant.engines.base import engine_of
 from diffquant.evaluation.distances import fid
 from diffquant.evaluation.intervals import bootstrap_mean, bootstrap_median
 from diffquant.evaluation.pairs import relative_l2
-from diffquant.evaluation.sampling import Sampled, StepResult, sample
 from diffquant.host.denoiser import prepare
 from diffquant.host.structure import plan
 from diffquant.quantization import pass_names, restore_passes
-from diffquant.recipe import PASSES
+from diffquant.sampling.sample import Sampled, StepResult, sample
 
 FULL = "full precision"
 NONE = "none"

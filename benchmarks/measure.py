@@ -1,6 +1,6 @@
 """Figures of one quantized model against full precision: what the studies and scripts share, and where they reach into the package.
 
-`figures_of` is the only place that knows the measurements of a report, `compared` the only one that knows comparisons of single samples.
+`figures_of` is the only place that knows the measurements of a report, `compared` the only one that knows single samples.
 """
 
 import inspect
@@ -23,10 +23,10 @@ from diffquant.evaluation.compare import compare_to, measure_reference
 from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import make_report
 from diffquant.evaluation.runs import Reference
-from diffquant.evaluation.sampling_protocol import scheduler_config
 from diffquant.host.pipeline import Host
 from diffquant.methods.noise_correction import by_channel
 from diffquant.sampling.correction import attachment_of
+from diffquant.sampling.protocol import scheduler_config
 
 OnProgress = Callable[[str, int, int], None]
 

@@ -10,8 +10,8 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.evaluation.grids import draw_pairs
 from diffquant.evaluation.pairs import psnr
-from diffquant.evaluation.sampling import sample
-from diffquant.evaluation.sampling_protocol import SAMPLERS, resolved
+from diffquant.sampling.protocol import SAMPLERS, resolved
+from diffquant.sampling.sample import sample
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.core.model import quantizers
 from diffquant.evaluation.pairs import relative_l2
-from diffquant.evaluation.sampling import sample
+from diffquant.sampling.sample import sample
 
 FILE = rows.RESULTS / "sensitivity.csv"
 

@@ -23,10 +23,10 @@ from study import STEPS, Recording
 import diffquant as dq
 from diffquant.calibration import fit
 from diffquant.core.model import enable, quantizers
-from diffquant.evaluation.sampling import sample
 from diffquant.host.denoiser import prepare
 from diffquant.host.structure import plan
 from diffquant.methods.ranges import CalibrateRanges
+from diffquant.sampling.sample import sample
 
 OTHERS = "all others"
 FILE = rows.RESULTS / "sensitivity-map.csv"

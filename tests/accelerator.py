@@ -201,7 +201,7 @@ def sensitivity() -> None:
 
 def _drawn(pipe: Any, calibration: Mapping[str, Any]) -> Tensor:
     import diffquant as dq
-    from diffquant.evaluation.sampling import sample
+    from diffquant.sampling.sample import sample
 
     pipe.set_progress_bar_config(disable=True)
     protocol = dq.SamplingProtocol(samples=2, steps=2, batch_size=2, guidance_scale=calibration.get("guidance_scale"))

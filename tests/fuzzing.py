@@ -40,7 +40,7 @@ from diffquant.calibration import fit
 from diffquant.core.model import quantizers
 from diffquant.core.spec import LayerRule
 from diffquant.errors import DiffquantError
-from diffquant.recipe import shipped
+from diffquant.files import shipped
 
 WEIGHTS = "diffusion_pytorch_model"
 SECONDS = 20.0  # a mutation that takes longer hangs
@@ -66,7 +66,7 @@ def prepare(folder: Path) -> dict[str, str]:
     recipe = dq.load_recipe("minmax-w4a8", ["passes.0.samples=8"])
     dq.quantize(pipelines.micro(), recipe, recorded, folder=folder / "passes", progress=False)
     (folder / "recipes").mkdir()
-    for name in shipped():
+    for name in shipped("recipes"):
         (folder / "recipes" / f"{name}.yaml").write_text((Path(dq.__file__).parent / "recipes" / f"{name}.yaml").read_text())
     return {kind: read(folder / kind) for kind, (read, _) in KINDS.items()}
 

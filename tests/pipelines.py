@@ -55,10 +55,10 @@ from diffquant.core.model import freeze, quantized_layers, quantizers
 from diffquant.core.spec import LayerRule
 from diffquant.engines.base import Lowered
 from diffquant.engines.exactness import ALL, answer_of
-from diffquant.evaluation.sampling import sample_unconditional
 from diffquant.host.denoiser import prepare
 from diffquant.host.structure import plan
 from diffquant.recipe import load_recipe
+from diffquant.sampling.sample import sample_unconditional
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 

@@ -12,8 +12,10 @@ from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
 from diffquant.cli import app
-from diffquant.evaluation.protocols import load_protocol, shipped_protocols
-from diffquant.recipe import PASSES, load_recipe, shipped
+from diffquant.files import shipped
+from diffquant.methods.base import registered
+from diffquant.recipe import load_recipe
+from diffquant.sampling.protocol_files import load_protocol
 from tests import pipelines
 
 ROOT = Path(__file__).parents[1]
@@ -45,8 +47,8 @@ def test_files_that_the_documents_link_to_exist():
 
 def test_every_recipe_and_pass_is_documented():
     readme, recipes = (ROOT / "README.md").read_text(), (ROOT / "docs" / "recipes.md").read_text()
-    assert all(f"`{name}`" in readme for name in shipped())
-    assert all(f"`{name}`" in recipes for name in PASSES)
+    assert all(f"`{name}`" in readme for name in shipped("recipes"))
+    assert all(f"`{name}`" in recipes for name, kind in registered().items() if kind.__module__.startswith("diffquant."))
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -94,7 +96,7 @@ def test_no_command_has_more_than_nine_options():
 def test_every_protocol_and_its_values_are_documented():
     text = (ROOT / "docs" / "reproduce.md").read_text()
     rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \|(.*)\|$", text, flags=re.MULTILINE))
-    assert set(rows) == set(shipped_protocols())
+    assert set(rows) == set(shipped("protocols"))
     for name, row in rows.items():
         cells, found = [cell.strip() for cell in row.split("|")], load_protocol([name])
         sampling, recorded = found.sampling, found.calibration

@@ -11,13 +11,14 @@ from diffquant import quantization
 from diffquant.calibration import fit
 from diffquant.core.model import is_frozen, quantized_layers
 from diffquant.errors import CalibrationError, RecipeError
+from diffquant.files import shipped
 from diffquant.host.denoiser import prepare
 from diffquant.host.structure import plan
 from diffquant.methods.base import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.reconstruction import ReconstructRounding
 from diffquant.quantization import pass_names, quantize, restore_passes
-from diffquant.recipe import load_recipe, shipped
+from diffquant.recipe import load_recipe
 from tests import pipelines
 
 
@@ -31,7 +32,7 @@ def data(pipe):
     return dq.record(pipe, dq.Calibration(samples=4, steps=4, batch_size=4), progress=False)
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped("recipes"))
 @pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w6a6", "w3a8", "w2a32"])
 def test_every_recipe_takes_all_bits(name, bits):
     recipe = load_recipe(f"{name}-{bits}")
@@ -45,7 +46,7 @@ def test_every_recipe_takes_all_bits(name, bits):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("brec-w4a8", (), "recipe 'brec-w4a8': unknown; allowed are accuquant, adp-dm, brecq, .* did you mean \"brecq\""),
+        ("brec-w4a8", (), "recipe 'brec': unknown; allowed are accuquant, adp-dm, brecq, .* did you mean \"brecq\""),
         ("brecq-w9a8", (), "9 bits for weights; allowed are 2 to 8, or 32"),
         ("brecq-w4a1", (), "1 bits for activations; allowed are 2 to 8, or 32"),
         ("nowhere.yaml", (), "recipe 'nowhere.yaml': no such file"),
@@ -58,7 +59,7 @@ def test_every_recipe_takes_all_bits(name, bits):
         ("brecq-w4a8", ("passes.1.iterations=-1",), "iterations: Input should be greater than or equal to 1"),
         ("brecq-w4a8", ("speed=1",), "brecq: speed: unknown key; allowed are name, summary"),
         ("brecq-w4a8", ("speed",), "--set 'speed': must read path=value"),
-        ("brecq-w4a8", ("passes.0.pass=Magic",), r"passes\[0\].pass 'Magic': unknown; allowed are CalibrateRanges"),
+        ("brecq-w4a8", ("passes.0.pass=Magic",), r"passes\[0\].pass 'Magic': unknown; allowed are AccuQuant"),
     ],
 )
 def test_errors_name_what_is_wrong(name, overrides, message):
@@ -144,7 +145,7 @@ def test_a_recipe_that_does_not_start_with_ranges_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:UNet2DModel. has a sampling-time correction:UserWarning")
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped("recipes"))
 def test_quantize_ends_frozen_and_says_what_it_did(name, pipe, data):
     model = copy.deepcopy(pipe.unet)
     report = quantize(model, load_recipe(f"{name}-w4a8", pipelines.small_budget(f"{name}-w4a8")), data, progress=False)

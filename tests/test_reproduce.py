@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import pipelines
-from diffquant.evaluation.protocols import load_protocol
 from diffquant.reproduce import RELEASED
+from diffquant.sampling.protocol_files import load_protocol
 from test_cli import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -15,7 +15,8 @@ import pipelines
 from diffquant.analysis.estimate import check_space
 from diffquant.calibration import recorded_batch
 from diffquant.errors import CalibrationError, CheckpointError, SpecError
-from diffquant.recipe import Recipe, shipped
+from diffquant.files import shipped
+from diffquant.recipe import Recipe
 
 FEW = dq.Calibration(samples=6, steps=3, batch_size=2)
 
@@ -90,7 +91,7 @@ def test_what_is_never_called_stays_in_floating_point(caplog: pytest.LogCaptureF
     assert row["spec"] is None and "never called" in row["reason"]
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped("recipes"))
 def test_a_model_sampled_in_one_step_gets_one_set(name: str, caplog: pytest.LogCaptureFixture) -> None:
     pipe = pipelines.ddim()
     with caplog.at_level(logging.WARNING):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from safetensors import SafetensorError
 
@@ -19,26 +18,27 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.analysis.estimate import check_space
 from diffquant.analysis.plan import plan_table
+from diffquant.analysis.robustness import SAMPLES, VARIED
 from diffquant.analysis.sensitivity import TRAJECTORIES
 from diffquant.calibration.progress import bars
-from diffquant.checkpoint.export import TARGETS
 from diffquant.checkpoint.folder import check_replaceable, file_size, float32_size
+from diffquant.checkpoint.targets.base import target_names
 from diffquant.demo import run_demo
 from diffquant.engines import engine_names
 from diffquant.errors import DiffquantError
+from diffquant.evaluation.data import statistics_of
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import FeatureExtractor
 from diffquant.evaluation.grids import draw_grid
 from diffquant.evaluation.inception import InceptionFeatures
-from diffquant.evaluation.pictures import check_place, statistics_of, write_pictures
-from diffquant.evaluation.protocols import load_protocol, recording_scheduler, shipped_protocols, varied_fields
-from diffquant.evaluation.robustness import SAMPLES, VARIED
-from diffquant.evaluation.sampling import sample
-from diffquant.host.pipeline import Host
+from diffquant.files import shipped
+from diffquant.host.pipeline import Host, quiet_diffusers
 from diffquant.quantization import DEFAULT_RECIPE
-from diffquant.recipe import shipped
 from diffquant.reproduce import RELEASED, reproduce
 from diffquant.reproduce import SAMPLES as COMPARED
+from diffquant.sampling.pictures import check_place, write_pictures
+from diffquant.sampling.protocol_files import load_protocol, recording_scheduler, varied_fields
+from diffquant.sampling.sample import sample
 from diffquant.zoo import models
 from diffquant.zoo.named import load_named
 
@@ -91,8 +91,7 @@ RECIPE_HELP = "Recipe with bits, e.g. brecq-w4a8 (weights 4, activations 8; a32 
 @app.callback()
 def main_options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
     """Post-training quantization for diffusion models."""
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    quiet_diffusers()
 
 
 @app.command()
@@ -162,7 +161,9 @@ def quantize(
 def export(
     model: Annotated[str, typer.Argument(help="Directory of a quantized checkpoint.")],
     out: Annotated[Path, typer.Option(help="New folder for the file and for export.json.")],
-    to: Annotated[str, typer.Option(help=f"Runtime to write for: {', '.join(TARGETS)} (and TensorRT).")] = "openvino",
+    to: Annotated[
+        str, typer.Option(help=f"Runtime to write for: {', '.join(target_names())} (onnx for TensorRT too).")
+    ] = "openvino",
     form: Annotated[str, typer.Option(help=FORM_HELP)] = "exact",
 ) -> None:
     """Write a quantized denoiser for another runtime, and check the file by running it."""
@@ -174,12 +175,8 @@ def export(
     console.print(f"{report.integer} products of integers, {report.floating} in floating point")
     if report.floating_layers:
         console.print(f"quantized, but computed in floating point there: {', '.join(report.floating_layers)}")
-    if to == "onnx" and not report.symmetric:
-        console.print(
-            "not for TensorRT, which reads symmetric quantizers only: quantize with --set layers.N.input_symmetric=true for every "
-            "rule N that has input_bits, and softmax_bits of 7 or fewer (or float); export with --form single",
-            soft_wrap=True,
-        )
+    if report.note:
+        say(report.note)
 
 
 @app.command(name="sample")
@@ -310,7 +307,7 @@ def inspect(
     found = dq.inspect(pipe, chosen)
     measured = None
     if sensitivity is not None:
-        from diffquant.evaluation.drawing import draw_sensitivity  # matplotlib comes with an extra
+        from diffquant.analysis.drawing import draw_sensitivity
 
         place = data or _below(work)
         own = dq.Calibration(samples=trajectories, seed=seed)
@@ -345,8 +342,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
 def zoo_list() -> None:
     """Name the reference models, and the recipes and protocols that come with the package."""
     console.print(f"models: {', '.join(models.NAMES)}")
-    console.print(f"recipes: {', '.join(shipped())} (with bits, as in brecq-w4a8)")
-    console.print(f"protocols: {', '.join(shipped_protocols())}")
+    console.print(f"recipes: {', '.join(shipped('recipes'))} (with bits, as in brecq-w4a8)")
+    console.print(f"protocols: {', '.join(shipped('protocols'))}")
 
 
 @app.command(name="reproduce")

@@ -17,11 +17,11 @@ from diffquant.checkpoint.folder import save
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.grids import draw_pairs
-from diffquant.evaluation.sampling import sample
-from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.host.conditions import Calibration
 from diffquant.quantization import quantize
 from diffquant.recipe import load_recipe
+from diffquant.sampling.protocol import SamplingProtocol
+from diffquant.sampling.sample import sample
 
 CALIBRATION = Calibration(samples=64, steps=20)
 BUDGETS: dict[str, tuple[str, ...]] = {

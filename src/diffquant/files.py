@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffquant.errors import CalibrationError, DiffquantError
+from diffquant.errors import CalibrationError, CheckpointError, DiffquantError
 
 DIGEST = "sha256"  # key, in a JSON object, of the digest of the rest
 PARTIAL = ".partial"  # suffix of a file that is being written
@@ -62,9 +67,13 @@ def digest_tensor(digest: Any, tensor: Tensor) -> None:
 
 @contextmanager
 def renamed_when_done(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name if the block ends well, and is deleted if it does not."""
+    """A temporary path beside `path` that takes its name if the block ends well, and is deleted if it does not.
+
+    Raises `CalibrationError` where it cannot be written.
+    """
     partial = path.with_name(path.name + PARTIAL)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
@@ -73,3 +82,66 @@ def renamed_when_done(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    with renamed_when_done(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def folder_when_done(folder: Path) -> Iterator[Path]:
+    """A temporary path beside `folder` that takes its name if the block ends well, and is deleted if it does not.
+
+    What is at `folder` is replaced, and removed last: between moving it away and the new one in there is an instant without either,
+    and a kill then leaves both beside it, complete. Raises `CheckpointError` where it cannot be written.
+    """
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    old = folder.with_name(temporary.name.replace(".tmp-", ".old-"))
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error}); what was there before is unchanged") from error
+    finally:
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def shipped(folder: str) -> list[str]:
+    """Names of the YAML files in a folder of the package."""
+    entries = (resources.files("diffquant") / folder).iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def named_yaml(what: str, name: str, folder: str, error: type[DiffquantError], bits: str = "") -> dict[str, Any]:
+    """The mapping in a YAML file of the package's `folder`, by its name, or of a path that ends in .yaml.
+
+    Raises `error`, naming the nearest, for an unknown name, no file, no YAML and no mapping. ``bits``: what may follow the name.
+    """
+    where = f"{what} {name!r}"
+    source: Path | Traversable = Path(name)
+    if not name.endswith((".yaml", ".yml")):
+        known = shipped(folder)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean "{near[0]}"' if near else ""
+            raise error(f"{where}: unknown; allowed are {', '.join(known)}{bits}, or a .yaml file{hint}")
+        source = resources.files("diffquant") / folder / f"{name}.yaml"
+    elif not source.is_file():
+        raise error(f"{where}: no such file")
+    try:
+        raw = yaml.safe_load(read_text(source, where, error))
+    except yaml.YAMLError as wrong:
+        raise error(f"{where}: not YAML: {' '.join(str(wrong).split())}") from wrong
+    if not isinstance(raw, dict):
+        raise error(f"{where}: holds {type(raw).__name__}; a {what} is a mapping of keys to values")
+    return raw

@@ -30,17 +30,19 @@ from diffquant.core.correction import Stored
 from diffquant.core.model import correction_of, enable, ensured_state, freeze, leave_inference_mode, quantized_layers
 from diffquant.core.spec import LayerSpec
 from diffquant.errors import CalibrationError, SpecError
+from diffquant.files import write_text
 from diffquant.host.conditions import Calibration
 from diffquant.host.denoiser import give_correction, prepare, warn_unless_attached
 from diffquant.host.pipeline import Host
 from diffquant.host.structure import PlannedLayer, first_with_guidance_sets, plan, unit_count
-from diffquant.methods.base import evaluating, quantizer_state, restore_quantizers
+from diffquant.methods.base import Pass, evaluating, quantizer_state, restore_quantizers
 from diffquant.recipe import Recipe, load_recipe
 
 _log = logging.getLogger(__name__)
 NEVER_CALLED = "never called while the pipeline samples, so in floating point"
 EVERY_TIMESTEP = 1000  # sets that a recipe asks for when it means one for every timestep
-DEFAULT_RECIPE = "brecq-w4a8"  # learned rounding and ranges, nothing that a model has to have
+DEFAULT_BITS = "w4a8"
+DEFAULT_RECIPE = f"brecq-{DEFAULT_BITS}"  # learned rounding and ranges, nothing that a model has to have
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,15 @@ class QuantizationReport:
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1))
-        temporary.replace(path)
+        write_text(path, json.dumps(asdict(self), indent=1))
 
 
 def quantize(
     pipe: Any,
-    recipe: str | Recipe | None = None,
+    recipe: str | Recipe | Sequence[Pass] | None = None,
     data: Trajectory | Calibration | None = None,
     *,
+    bits: str = DEFAULT_BITS,
     seed: int = 0,
     folder: Path | None = None,
     memory_gib: float = BUDGET / GIB,
@@ -75,9 +75,10 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize the denoiser of `pipe` (or a denoiser itself) in place by `recipe`, calibrated on `data`; end with `freeze`.
 
-    The default recipe is ``brecq-w4a8``. With `minutes` it has fewer iterations, samples and trajectories, where that is needed to
-    be done by then, recording included; where nothing is left to learn in, a default recipe gives way to ranges alone. The estimate
-    is that of `inspect`; what was given up is logged and is in the report.
+    A recipe is a name, a path to a YAML file, a `Recipe`, or pass objects in order, which are applied at `bits` to the layers that
+    ``brecq`` quantizes. The default is ``brecq-w4a8``. With `minutes` it has fewer iterations, samples and trajectories, where that
+    is needed to be done by then, recording included; where nothing is left to learn in, a default recipe gives way to ranges alone.
+    The estimate is that of `inspect`; what was given up is logged and is in the report.
 
     `data` is a recording, or says how to make one (default: ``Calibration(seed=seed)``), which with `folder` is kept in its
     ``recording``. What will fail is said first: one trajectory is recorded, and the plan and every pass are checked on it, before
@@ -95,7 +96,7 @@ def quantize(
     denoiser without a pipeline.
     """
     model = pipe if isinstance(pipe, nn.Module) else Host(pipe).denoiser
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULT_RECIPE)
+    chosen = _chosen(recipe, bits)
     with torch.inference_mode(False):  # what is learned needs gradients
         leave_inference_mode(model)
         if not isinstance(data, Trajectory):
@@ -118,6 +119,12 @@ def quantize(
             data = _recorded(pipe, model, chosen, data, place, progress)
         with bars(progress) as shown, shown.part(chosen.full_name, 0.0, 1.0):
             return replace(_quantize(model, chosen, data, seed, folder, memory_gib, shown), given_up=given_up)
+
+
+def _chosen(recipe: str | Recipe | Sequence[Pass] | None, bits: str) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return load_recipe(recipe or DEFAULT_RECIPE) if recipe is None or isinstance(recipe, str) else Recipe.of(recipe, bits)
 
 
 def _within(

@@ -7,11 +7,8 @@ One file per method; the bits come with the name: ``brecq-w4a8`` is ``recipes/br
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,32 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffquant.core.spec import LayerRule
 from diffquant.errors import RecipeError
-from diffquant.files import read_text
-from diffquant.methods.accuquant import AccuQuant
-from diffquant.methods.adp_dm.search import SearchParameterSets
-from diffquant.methods.base import EFFORT, Pass
-from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
-from diffquant.methods.mixed_precision import AllocateBits, AllocateWeightBits
-from diffquant.methods.noise_correction import FitCoefficients, FitProportional, RuntimeNoiseEstimate
-from diffquant.methods.qncd import EmbeddingSmoothing
+from diffquant.files import named_yaml
+from diffquant.methods.base import EFFORT, Pass, registered
 from diffquant.methods.ranges import CalibrateRanges
-from diffquant.methods.reconstruction import LearnScales, ReconstructRounding
 
-PASSES: dict[str, type[Pass]] = {
-    "CalibrateRanges": CalibrateRanges,
-    "AllocateBits": AllocateBits,
-    "AllocateWeightBits": AllocateWeightBits,
-    "ReconstructRounding": ReconstructRounding,
-    "LearnScales": LearnScales,
-    "AccuQuant": AccuQuant,
-    "LearnEquivalentScaling": LearnEquivalentScaling,
-    "PowerOfTwoScaling": PowerOfTwoScaling,
-    "EmbeddingSmoothing": EmbeddingSmoothing,
-    "SearchParameterSets": SearchParameterSets,
-    "RuntimeNoiseEstimate": RuntimeNoiseEstimate,
-    "FitProportional": FitProportional,
-    "FitCoefficients": FitCoefficients,
-}
 FLOAT_BITS = 32
 _NAME = re.compile(r"(?P<method>.+)-w(?P<weights>\d+)a(?P<activations>\d+)")
 
@@ -84,17 +59,25 @@ class Recipe(BaseModel):
         """The passes as values. Raises `RecipeError` naming the pass and option that is wrong."""
         return [_build_pass(index, options, self.name) for index, options in enumerate(self.passes)]
 
+    @classmethod
+    def of(cls, passes: Sequence[Pass], bits: str, rules: str = "brecq") -> Recipe:
+        """A recipe of pass objects in order, at bits such as ``w4a8``, with the layer rules of the recipe called `rules`.
+
+        Raises `RecipeError` for bits that are none, and passes in an order that does not work.
+        """
+        given = load_recipe(f"{rules}-{bits}")
+        options = tuple({"pass": type(each).__name__, **each.model_dump()} for each in passes)
+        kinds = ", ".join(type(each).__name__ for each in passes)
+        recipe = cls(name="passes", summary=f"{kinds}; layers of {rules}", bits=given.bits, layers=given.layers, passes=options)
+        _check_order(recipe)
+        _check_needs(recipe)
+        return recipe
+
     def thinned(self, share: float) -> Recipe:
         """The same recipe with a `share` of what its passes do."""
         changed = [step.thinned(share) for step in self.steps()]
         passes = [options | step.model_dump(include=set(EFFORT)) for options, step in zip(self.passes, changed, strict=True)]
         return self.model_copy(update={"passes": tuple(passes)})
-
-
-def shipped() -> list[str]:
-    """Names of the recipes that come with the package."""
-    files = resources.files("diffquant") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in files.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -106,15 +89,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises `RecipeError` for unknown names, keys, values, bits and paths.
     """
-    text, where, bits = _find(name)
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{where}: holds {type(raw).__name__}; a recipe is a mapping with name, layers and passes")
-    if bits is not None:
-        raw["bits"] = bits.model_dump()
+    match = _NAME.fullmatch(name)
+    where = match["method"] if match else name
+    raw = named_yaml("recipe", where, "recipes", RecipeError, " with bits, as in brecq-w4a8")
+    if match:
+        raw["bits"] = {"weights": int(match["weights"]), "activations": int(match["activations"])}
     given = [_assignment(text) for text in overrides]
     for path, value in given:
         if path.startswith("bits."):
@@ -132,26 +111,6 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     _check_order(recipe)
     _check_needs(recipe)
     return recipe
-
-
-def _find(name: str) -> tuple[str, str, Bits | None]:
-    """Text of a recipe, how to call it in messages, and the bits in its name."""
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise RecipeError(f"recipe {name!r}: no such file")
-        return read_text(path, f"recipe {name!r}", RecipeError), name, None
-    match = _NAME.fullmatch(name)
-    method = match["method"] if match else name
-    known = shipped()
-    if method not in known:
-        near = difflib.get_close_matches(method, known, n=1)
-        hint = f'; did you mean "{near[0]}"' if near else ""
-        raise RecipeError(
-            f"recipe {name!r}: unknown; allowed are {', '.join(known)} with bits, as in brecq-w4a8, or a .yaml file{hint}"
-        )
-    bits = Bits(weights=int(match["weights"]), activations=int(match["activations"])) if match else None
-    return (resources.files("diffquant") / "recipes" / f"{method}.yaml").read_text(), method, bits
 
 
 def _check_bits(bits: Bits, name: str) -> None:
@@ -209,7 +168,7 @@ def _by_place(raw: dict[str, Any], path: str) -> str:
     """A path that begins with the name of a pass, by its position. Raises `RecipeError` where it is not there, or twice."""
     name, _, rest = path.partition(".")
     passes = raw.get("passes")
-    if name not in PASSES or not rest or not isinstance(passes, list):
+    if name not in registered() or not rest or not isinstance(passes, list):
         return path
     places = [index for index, step in enumerate(passes) if isinstance(step, dict) and step.get("pass") == name]
     if len(places) != 1:
@@ -230,11 +189,11 @@ def _choices(place: Any) -> str:
 
 
 def _build_pass(index: int, options: Mapping[str, Any], name: str) -> Pass:
-    kind = options.get("pass")
-    if kind not in PASSES:
-        raise RecipeError(f"{name}: passes[{index}].pass {kind!r}: unknown; allowed are {', '.join(PASSES)}")
+    kind, kinds = options.get("pass"), registered()
+    if kind not in kinds:
+        raise RecipeError(f"{name}: passes[{index}].pass {kind!r}: unknown; allowed are {', '.join(kinds)}")
     rest = {key: value for key, value in options.items() if key != "pass"}
-    built: Pass = _validated(PASSES[kind], rest, f"{name}: passes[{index}] {kind}")
+    built: Pass = _validated(kinds[kind], rest, f"{name}: passes[{index}] {kind}")
     return built
 
 

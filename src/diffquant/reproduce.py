@@ -16,10 +16,10 @@ from diffquant.calibration.progress import bars
 from diffquant.checkpoint.folder import save
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.extra import require_extra
-from diffquant.evaluation.protocols import load_protocol, recording_scheduler
 from diffquant.evaluation.report import Report
 from diffquant.quantization import quantize
 from diffquant.recipe import Recipe
+from diffquant.sampling.protocol_files import load_protocol, recording_scheduler
 
 
 @dataclass(frozen=True)

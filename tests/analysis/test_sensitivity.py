@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import diffquant as dq
+from diffquant.analysis.drawing import draw_sensitivity
 from diffquant.analysis.sensitivity import QuantizerSensitivity
 from diffquant.calibration import fit
 from diffquant.calibration.rollout import Rollout
 from diffquant.core.model import full_precision, quantizers
-from diffquant.evaluation.drawing import draw_sensitivity
 from diffquant.host.denoiser import prepare
 from diffquant.host.structure import plan
 from diffquant.methods import sensitivity as method

@@ -15,7 +15,7 @@ from diffquant.core import memory
 from diffquant.core.affine import scale_from_range
 from diffquant.core.attention import AttentionProducts, attach_products
 from diffquant.core.clock import StepClock
-from diffquant.core.layers import QuantizedConv2d, QuantizedLinear, make_quantizable
+from diffquant.core.layers import QuantizedLayer, QuantizedLinear, make_quantizable
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec
 from diffquant.errors import SpecError
@@ -43,7 +43,7 @@ def weight_by_hand(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 def calibrate(layer: nn.Module, input_scale: object = 0.02, input_zero_point: object = 128.0) -> None:
     """Min-max the weight as it is smoothed now; give the input these parameters; switch both on."""
-    assert isinstance(layer, (QuantizedLinear, QuantizedConv2d))
+    assert isinstance(layer, QuantizedLayer)
     quantizer = layer.weight_quantizer
     if quantizer is not None:
         parts = layer.weight_to_quantize().split(quantizer.splits or layer.weight.shape[1], dim=1)
@@ -65,6 +65,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "strided conv": (lambda: nn.Conv2d(6, 4, 3, stride=2, padding=(1, 0), dilation=(1, 2)), (2, 6, 8, 8)),
     "grouped conv": (lambda: nn.Conv2d(6, 4, 3, groups=2), (2, 6, 5, 5)),
     "depthwise conv": (lambda: nn.Conv2d(6, 6, 3, groups=6, bias=False), (2, 6, 5, 5)),
+    "conv over frames": (lambda: nn.Conv3d(6, 4, (1, 3, 3), padding=(0, 1, 1)), (2, 6, 3, 5, 5)),
     "circular conv": (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular"), (2, 6, 5, 5)),
 }
 
@@ -275,8 +276,8 @@ class Special(nn.Linear):
 @pytest.mark.parametrize(
     ("layer", "spec", "message"),
     [
-        (Special(2, 2), W4A8, "Special: only nn.Linear and nn.Conv2d themselves can be quantized"),
-        (nn.ConvTranspose2d(2, 2, 1), W4A8, "ConvTranspose2d: only nn.Linear and nn.Conv2d themselves can be quantized"),
+        (Special(2, 2), W4A8, "Special: only nn.Linear, nn.Conv2d and nn.Conv3d themselves can be quantized"),
+        (nn.ConvTranspose2d(2, 2, 1), W4A8, "ConvTranspose2d: only nn.Linear, nn.Conv2d and nn.Conv3d themselves can be quantized"),
         (
             nn.Conv2d(6, 4, 1),
             LayerSpec(weight=INT4, splits=(4, 3)),

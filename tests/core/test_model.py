@@ -301,7 +301,7 @@ def test_special_kinds_stay_and_are_named_with_the_reason() -> None:
     model = Denoiser()
     rows = by_name(structure.plan(model, [W4A8]))
     left = {name: (row.kind, row.reason) for name, row in rows.items() if row.spec is None}
-    reason = "stays in floating point: only nn.Linear and nn.Conv2d are quantized"
+    reason = "stays in floating point: only nn.Linear, nn.Conv2d and nn.Conv3d are quantized"
     kinds = {"special": "Projection", "table": "Embedding", "up": "ConvTranspose2d"}
     assert left == {name: (kind, f"{kind} {reason}") for name, kind in kinds.items()}
     prepare(model, list(rows.values()))

@@ -9,8 +9,8 @@ import torch
 
 from diffquant.evaluation.accumulation import accumulation, parts, trace
 from diffquant.evaluation.pairs import relative_l2
-from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.host.pipeline import Host
+from diffquant.sampling.protocol import SamplingProtocol
 from tests import pipelines
 from tests.evaluation.test_compare import disturbed
 

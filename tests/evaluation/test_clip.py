@@ -14,7 +14,8 @@ import diffquant as dq
 from diffquant.errors import EvaluationError
 from diffquant.evaluation import report as reports
 from diffquant.evaluation.clip import ClipScore
-from diffquant.evaluation.pictures import statistics_of, write_pictures
+from diffquant.evaluation.data import statistics_of
+from diffquant.sampling.pictures import write_pictures
 from tests import pipelines
 from tests.test_cli import run
 

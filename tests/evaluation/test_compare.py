@@ -12,14 +12,15 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffquant.errors import CalibrationError, EvaluationError
-from diffquant.evaluation import distances, features, observers, pairs
+from diffquant.evaluation import distances, features, pairs
 from diffquant.evaluation.compare import Comparison, compare_to, final_error_ratio, measure_reference
 from diffquant.evaluation.features import DataStatistics
 from diffquant.evaluation.intervals import Interval
 from diffquant.evaluation.metrics import accumulation
 from diffquant.evaluation.reference import run_reference
-from diffquant.evaluation.sampling import sample
-from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.sampling import observers
+from diffquant.sampling.protocol import SamplingProtocol
+from diffquant.sampling.sample import sample
 from tests import pipelines
 
 PROTOCOL = SamplingProtocol(samples=24, steps=3, batch_size=10, seed=3, trajectory_samples=15, accumulation_samples=4)

@@ -11,6 +11,7 @@ import torch
 from diffquant.errors import EvaluationError
 from diffquant.evaluation import features, intervals, pairs
 from diffquant.evaluation.intervals import Interval
+from diffquant.sampling.pictures import to_uint8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,18 +34,18 @@ def test_to_uint8_rounds_half_to_even_and_clamps():
     # 0.5, 1.5, 2.5 grey values exactly, then the ends and beyond
     samples = torch.tensor([0.5 / 127.5 - 1, 1.5 / 127.5 - 1, 2.5 / 127.5 - 1, -1.0, 0.0, 1.0, -3.0, 7.0], dtype=torch.float64)
     expected = [int(np.clip(np.round(127.5 * (np.float32(x) + np.float32(1))), 0, 255)) for x in samples.tolist()]
-    assert pairs.to_uint8(samples.float()).tolist() == expected
-    assert pairs.to_uint8(torch.tensor([0.0, -1.0, 1.0, 9.0])).tolist() == [128, 0, 255, 255]  # 127.5 to even is 128
+    assert to_uint8(samples.float()).tolist() == expected
+    assert to_uint8(torch.tensor([0.0, -1.0, 1.0, 9.0])).tolist() == [128, 0, 255, 255]  # 127.5 to even is 128
 
 
 def test_to_uint8_returns_every_grey_value_unchanged():
     grey = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(pairs.to_uint8(grey.float() / 127.5 - 1), grey)
+    assert torch.equal(to_uint8(grey.float() / 127.5 - 1), grey)
 
 
 def test_to_uint8_refuses_non_finite_values():
     with pytest.raises(EvaluationError, match="pictures: hold non-finite values"):
-        pairs.to_uint8(torch.tensor([0.0, math.nan]))
+        to_uint8(torch.tensor([0.0, math.nan]))
 
 
 def test_relative_l2_and_sqnr_match_a_loop(generator):

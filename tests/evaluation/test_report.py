@@ -27,7 +27,7 @@ from diffquant.evaluation.metrics.legibility import Confidence
 from diffquant.evaluation.metrics.over_steps import OverSteps
 from diffquant.evaluation.provenance import Protocol, protocol_of
 from diffquant.evaluation.report import Report, make_report, read
-from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.sampling.protocol import SamplingProtocol
 from tests import pipelines
 
 NEAR, SHORT = FrechetDistance(1.5, 1.25, 1.0, 1.5), FrechetDistance(0.7, None, None, None)

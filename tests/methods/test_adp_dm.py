@@ -16,7 +16,7 @@ from diffquant.calibration.gain import StepGain
 from diffquant.calibration.record import record
 from diffquant.core.affine import fake_quantize
 from diffquant.core.clock import StepClock
-from diffquant.core.model import quantizers, switched
+from diffquant.core.model import ModelState, quantizers, switched
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import LayerRule, QuantSpec
 from diffquant.errors import CalibrationError, SpecError
@@ -172,7 +172,7 @@ def test_timesteps_of_equal_scale_share_a_set():
     """Inputs of four scales over eight timesteps: the search finds them, and one step for all is worse."""
     torch.manual_seed(0)
     model = nn.Module()
-    model.diffquant.clock = StepClock(tuple(float(i) for i in range(8)))
+    model.diffquant = ModelState(StepClock(tuple(float(i) for i in range(8))))
     one = quantizer([1.0] * 4, 8)
     one.clock = model.diffquant.clock
     scales = torch.tensor([1.0, 4, 16, 64, 64, 16, 4, 1])

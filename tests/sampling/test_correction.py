@@ -28,13 +28,13 @@ from diffquant.core.correction import Coefficients, NoiseEstimate, Proportional
 from diffquant.core.model import enable
 from diffquant.core.spec import LayerRule
 from diffquant.errors import SpecError
-from diffquant.evaluation.sampling import sample, sample_unconditional
 from diffquant.host.denoiser import give_correction, prepare
 from diffquant.host.scheduler import as_noise, from_noise
 from diffquant.host.structure import plan
 from diffquant.methods.noise_correction import FitCoefficients, FitProportional, RuntimeNoiseEstimate, checked, predictions
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.sampling.correction import Attachment, attach, attachment_of, detach
+from diffquant.sampling.sample import sample, sample_unconditional
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

@@ -10,8 +10,8 @@ import torch
 
 from diffquant import zoo
 from diffquant.errors import ZooError
-from diffquant.evaluation.sampling import sample
-from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.sampling.protocol import SamplingProtocol
+from diffquant.sampling.sample import sample
 from diffquant.zoo import models
 from diffquant.zoo.prompts import LETTERS, labels_of
 

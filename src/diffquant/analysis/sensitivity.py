@@ -23,6 +23,7 @@ from diffquant.calibration.rollout import conditional_half
 from diffquant.core.attention import ATTRIBUTE as PRODUCTS
 from diffquant.core.model import quantizers
 from diffquant.core.quantizer import Quantizer
+from diffquant.files import write_text
 from diffquant.host.denoiser import prepare
 from diffquant.host.pipeline import Host, Pipeline
 from diffquant.host.structure import first_with_guidance_sets
@@ -75,13 +76,10 @@ class Sensitivity:
 
     def write(self, path: Path) -> None:
         """Write it as JSON, shares to four digits."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         rows = [
             asdict(row) | {"share": _rounded(row.share), "by_step": [_rounded(one) for one in row.by_step]} for row in self.rows
         ]
-        temporary.write_text(json.dumps(asdict(self) | {"rows": rows}))
-        temporary.replace(path)
+        write_text(path, json.dumps(asdict(self) | {"rows": rows}))
 
 
 def sensitivity(

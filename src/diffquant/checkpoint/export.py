@@ -7,27 +7,23 @@ that call and compared with the simulation, and its integer primitives are count
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from diffquant.checkpoint.folder import load
+from diffquant.checkpoint.targets.base import Target, target
 from diffquant.core.model import activation_quantizers, quantized_layers
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.watch import watching
-from diffquant.engines import onnx, openvino
 from diffquant.engines.base import attentions, use_engine
 from diffquant.engines.exactness import PAIR
 from diffquant.engines.graph import integer_layers, signed
 from diffquant.errors import CheckpointError
+from diffquant.files import folder_when_done, write_text
 from diffquant.host.pipeline import Host, Pipeline
 
 FORMS = ("exact", "single")
@@ -37,20 +33,6 @@ MARGIN = 3.0  # the largest of them leaves out
 ROUNDING = 1e-5  # of float32, where no code is on an edge
 
 
-class Target(NamedTuple):
-    """A runtime to write for; `engine` is a module with FILE, package, build, pair_of, run and products."""
-
-    engine: ModuleType
-    save: Callable[[Any, Path], Any]
-    load: Callable[[Path], Any]
-
-
-TARGETS = {
-    "openvino": Target(openvino, openvino.save_ir, lambda folder: openvino.compile_graph(openvino.load_ir(folder))),
-    "onnx": Target(onnx, onnx.save_onnx, onnx.load_onnx),
-}
-
-
 class ExportReport(BaseModel):
     """What an exported file was seen to do.
 
@@ -58,7 +40,7 @@ class ExportReport(BaseModel):
     explain of it. ``pair``: the largest sum of two products of an unsigned code and a signed weight; up to 32767 it fits 16 bits,
     and the file is exact on processors that add products so. ``integer``, ``floating``: products computed from 8-bit integers, and
     not. ``floating_layers``: quantized layers and attentions with a product that is not. ``symmetric``: every operand is int8 with
-    a zero point of 0, which TensorRT asks for.
+    a zero point of 0, which TensorRT asks for. ``note``: what else there is to know of the file; empty: nothing.
     """
 
     target: str
@@ -71,6 +53,7 @@ class ExportReport(BaseModel):
     floating: int
     floating_layers: list[str]
     symmetric: bool
+    note: str
 
 
 def export(model: Pipeline | str | Path, folder: str | Path, to: str = "openvino", form: str = "exact") -> ExportReport:
@@ -82,11 +65,10 @@ def export(model: Pipeline | str | Path, folder: str | Path, to: str = "openvino
     another target or form, where nothing is quantized, where `folder` exists, and when the written file does not compute what the
     simulation does here or multiplies no integers; `SpecError` for parameter sets that the target cannot have.
     """
-    for what, name, names in (("target", to, TARGETS), ("form", form, FORMS)):
-        if name not in names:
-            raise CheckpointError(f"export: {what} {name!r}; allowed are {', '.join(names)}")
-    target = TARGETS[to]
-    target.engine.package()
+    runtime = target(to)
+    if form not in FORMS:
+        raise CheckpointError(f"export: form {form!r}; allowed are {', '.join(FORMS)}")
+    runtime.require()
     folder = Path(folder).expanduser().resolve()
     if folder.exists():
         raise CheckpointError(f"{folder}: exists; an export makes a new folder; choose another name")
@@ -95,22 +77,13 @@ def export(model: Pipeline | str | Path, folder: str | Path, to: str = "openvino
     host = Host(pipe)
     denoiser = host.denoiser
     arguments, expected = host.example_call(steps=1)
-    graph = target.engine.build(denoiser, arguments, form)
-    facts = {
-        "form": form,
-        "pair": target.engine.pair_of(graph),
-        "symmetric": signed(denoiser) and target.engine.signed_weights(graph),
-    }
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        target.save(graph, temporary)
-        report = _check(to, temporary, denoiser, arguments, expected, facts)
-        (temporary / "export.json").write_text(json.dumps(report.model_dump(), indent=1) + "\n")
-        temporary.rename(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    graph = runtime.build(denoiser, arguments, form)
+    symmetric = signed(denoiser) and runtime.signed_weights(graph)
+    facts = {"form": form, "pair": runtime.pair(graph), "symmetric": symmetric, "note": runtime.note(symmetric)}
+    with folder_when_done(folder) as temporary:
+        runtime.save(graph, temporary)
+        report = _check(runtime, temporary, denoiser, arguments, expected, facts)
+        write_text(temporary / "export.json", json.dumps(report.model_dump(), indent=1) + "\n")
     return report
 
 
@@ -135,13 +108,12 @@ def allowed_error(denoiser: nn.Module, arguments: dict[str, Any], expected: Tens
 
 
 def _check(
-    to: str, written: Path, denoiser: nn.Module, arguments: dict[str, Any], expected: Tensor, facts: dict[str, Any]
+    runtime: Target, written: Path, denoiser: nn.Module, arguments: dict[str, Any], expected: Tensor, facts: dict[str, Any]
 ) -> ExportReport:
     """Run the written file on the call that it was made from; `facts` of the graph go into the report."""
-    target = TARGETS[to]
-    compiled = target.load(written)
-    output = target.engine.run(compiled, denoiser, arguments)[0]
-    products = list(target.engine.products(compiled))
+    compiled = runtime.load(written)
+    output = runtime.run(compiled, denoiser, arguments)[0]
+    products = list(runtime.products(compiled))
     integer = sum(integer for _, integer in products)
     error = float((output - expected).norm() / expected.norm())
     quantized = {name for name, _ in quantized_layers(denoiser)} | set(attentions(denoiser))
@@ -155,9 +127,9 @@ def _check(
     if not integer:
         raise CheckpointError("export: the runtime would multiply no integers; nothing was written")
     return ExportReport(
-        target=to,
+        target=runtime.name,
         allowed=allowed,
-        file=target.engine.FILE,
+        file=runtime.file,
         error=error,
         integer=integer,
         floating=len(products) - integer,

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from diffquant.checkpoint.sums import altered, write_sums
 from diffquant.core.model import correction_of, ensured_state, is_frozen, is_quantizable, quantized_layers, quantizers
 from diffquant.engines.base import engine as requesting
 from diffquant.errors import CheckpointError, DiffquantError
+from diffquant.files import folder_when_done
 from diffquant.host.conditions import class_names
 from diffquant.host.structure import first_adapter
 from diffquant.sampling.correction import attach
@@ -63,8 +62,7 @@ def save(
         state = ensured_state(model)
         state.recipe = recipe_name or state.recipe
         mark_quantized(model)
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
+    with folder_when_done(folder) as temporary:
         temporary.mkdir(parents=True)
         writer: Any = pipe_or_model
         if names := class_names(writer):
@@ -73,11 +71,6 @@ def save(
         for name, model in models.items():
             _check_reproduced(model, temporary / name)
         write_sums(temporary)
-        _replace(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error}); what was there before is unchanged") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -220,21 +213,6 @@ def _check_reproduced(model: nn.Module, folder: Path) -> None:
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
     return ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Give the finished `temporary` its name; whatever was at `folder` is removed last."""
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = folder.with_name(f"{folder.name}.old{temporary.name.removeprefix(folder.name).removeprefix('.tmp')}")
-    folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read(folder: Path, model_class: type[Any]) -> nn.Module:

@@ -142,6 +142,17 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d, of=nn.Conv2d):
         return output
 
 
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d, of=nn.Conv3d):
+    """A convolution over frames and pixels, ``[n, in_channels, t, h, w]`` -> ``[n, out_channels, t', h', w']``."""
+
+    channel_axis, channel_view = 1, (-1, 1, 1, 1)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with its stride, padding, dilation and groups."""
+        output: Tensor = self._conv_forward(x, weight, bias)
+        return output
+
+
 def quantizable_names() -> str:
     """The classes of layers that can be quantized, in words."""
     *others, last = (f"nn.{kind.__name__}" for kind in QUANTIZABLE)

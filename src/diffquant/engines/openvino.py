@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import secrets
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +29,7 @@ from diffquant.engines.graph import MakeOutput, check, status
 from diffquant.engines.graph_call import Call, feed
 from diffquant.engines.openvino_graph import EXACT, SINGLE, convert, here, package
 from diffquant.errors import CheckpointError
+from diffquant.files import folder_when_done
 
 Precision = Literal["f32", "bf16"]  # with "f16" OpenVINO 2026.4 computes another picture, slowly, on a CPU
 
@@ -59,11 +57,6 @@ def build(model: nn.Module, example: Mapping[str, Any], form: str = "exact") -> 
 def pair_of(graph: Any) -> int:
     """The largest sum of two products of an unsigned code and a signed integer in a graph of `build`."""
     return int(graph.get_rt_info(["diffquant", "pair"]).astype(str))
-
-
-def signed_weights(graph: Any) -> bool:
-    """Whether every quantized weight of a graph of `build` is int8: always."""
-    return True
 
 
 def compile_graph(graph: Any, precision: Precision = "f32") -> Any:
@@ -125,15 +118,12 @@ def save_ir(graph: Any, folder: str | Path) -> Path:
     folder = Path(folder).expanduser().resolve()
     if folder.exists():
         raise CheckpointError(f"{folder}: exists; an export makes a new folder; choose another name")
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
+    with folder_when_done(folder) as temporary:
         temporary.mkdir(parents=True)
-        package().save_model(graph, temporary / FILE, compress_to_fp16=False)
-        temporary.rename(folder)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            package().save_model(graph, temporary / FILE, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
     return folder
 
 

@@ -27,10 +27,10 @@ from diffquant.calibration.rollout import Rollout
 from diffquant.errors import CalibrationError
 from diffquant.evaluation.intervals import Interval, bootstrap_mean
 from diffquant.evaluation.pairs import relative_l2
-from diffquant.evaluation.sampling import OnProgress, initial_noise, sample_shape, sample_unconditional
-from diffquant.evaluation.sampling_protocol import SamplingProtocol, is_unconditional, scheduler_of
 from diffquant.host.conditions import Calibration
 from diffquant.host.pipeline import Host, Pipeline
+from diffquant.sampling.protocol import SamplingProtocol, scheduler_of
+from diffquant.sampling.sample import OnProgress, initial_noise, sample_shape, sample_unconditional
 
 BATCH = 16  # trajectories at once
 DIFFERENCE = 1e-2  # of the latent's norm: length of the step of the central difference
@@ -65,7 +65,7 @@ def trace(pipe: Pipeline, protocol: SamplingProtocol) -> Rollout:
     Raises `CalibrationError` where the pipeline's steps cannot be replayed, and for pictures of another size than its own, which
     a recording does not take.
     """
-    if (protocol.height or protocol.width) and not is_unconditional(pipe):
+    if (protocol.height or protocol.width) and not Host(pipe).unconditional:
         raise CalibrationError("protocol.height, width: trajectories are recorded at the pipeline's own size only")
     count = min(protocol.accumulation_samples, protocol.samples)
     calibration = Calibration(
@@ -79,7 +79,7 @@ def trace(pipe: Pipeline, protocol: SamplingProtocol) -> Rollout:
         eta=protocol.eta,
     )
     with scheduler_of(pipe, protocol):
-        run = _unconditional(protocol) if is_unconditional(pipe) else None
+        run = _unconditional(protocol) if Host(pipe).unconditional else None
         data = record(pipe, calibration, run=run, progress=False)
     rollout = Rollout(Host(pipe).denoiser, data)
     rollout.verify()

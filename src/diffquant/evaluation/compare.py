@@ -14,14 +14,15 @@ from torch import Tensor
 
 from diffquant.engines.base import engine_of
 from diffquant.errors import EvaluationError
+from diffquant.evaluation.differ import Differ
 from diffquant.evaluation.intervals import Interval, bootstrap_ratio_of_means, interval_generator
 from diffquant.evaluation.measurement import Measurement
 from diffquant.evaluation.metrics import registered
-from diffquant.evaluation.observers import Differ, Snapshots
 from diffquant.evaluation.runs import Reference, Run, Samples
-from diffquant.evaluation.sampling import OnProgress, sample
-from diffquant.evaluation.sampling_protocol import scheduler_config
 from diffquant.host.pipeline import Host, Pipeline
+from diffquant.sampling.observers import Snapshots
+from diffquant.sampling.protocol import scheduler_config
+from diffquant.sampling.sample import OnProgress, sample
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer
 from diffquant.evaluation.reference import run_reference
 from diffquant.evaluation.report import Report, make_report
-from diffquant.evaluation.sampling import OnProgress
-from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.host.pipeline import Host, Pipeline
+from diffquant.sampling.protocol import SamplingProtocol
+from diffquant.sampling.sample import OnProgress
 
 
 def evaluate(

@@ -15,19 +15,8 @@ from torch import Tensor
 from diffquant.errors import EvaluationError
 from diffquant.evaluation.intervals import Interval
 
-UINT8_RULE = "round(127.5 * (x + 1)) clamped to [0, 255], half to even"
 SSIM_RULE = "scikit-image, uniform 7x7 window, data range 255, mean over channels"
 SSIM_WINDOW = 7  # pixels
-
-
-def to_uint8(samples: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """Pictures in [-1, 1] as grey values 0 to 255: the one rule (`UINT8_RULE`).
-
-    Raises EvaluationError on non-finite values.
-    """
-    if not torch.isfinite(samples).all():
-        raise EvaluationError("pictures: hold non-finite values; only finite samples can be turned into uint8")
-    return samples.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def relative_l2(reference: Float[Tensor, "n *shape"], other: Float[Tensor, "n *shape"]) -> Float[Tensor, " n"]:

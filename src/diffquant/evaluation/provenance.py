@@ -12,9 +12,10 @@ from diffquant.calibration.recording import model_hash
 from diffquant.evaluation.distances import GROUPS
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer
 from diffquant.evaluation.intervals import RESAMPLES
-from diffquant.evaluation.pairs import SSIM_RULE, UINT8_RULE
-from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_config
+from diffquant.evaluation.pairs import SSIM_RULE
 from diffquant.host.pipeline import Host, Pipeline
+from diffquant.sampling.pictures import UINT8_RULE
+from diffquant.sampling.protocol import SamplingProtocol, scheduler_config
 
 PACKAGES = ("diffquant", "torch", "diffusers", "numpy", "scipy")
 INTERVALS = f"95 %; paired: percentile bootstrap, {RESAMPLES} resamples; FID: delete-a-group jackknife, {GROUPS} groups"

@@ -7,14 +7,14 @@ import functools
 from pathlib import Path
 
 from diffquant.errors import EvaluationError
-from diffquant.evaluation.draws import draw
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer
 from diffquant.evaluation.metrics import registered
 from diffquant.evaluation.provenance import protocol_of
 from diffquant.evaluation.runs import Reference, Samples
-from diffquant.evaluation.sampling import OnProgress
-from diffquant.evaluation.sampling_protocol import SamplingProtocol, is_unconditional, resolved
-from diffquant.host.pipeline import Pipeline
+from diffquant.host.pipeline import Host, Pipeline
+from diffquant.sampling.cache import draw
+from diffquant.sampling.protocol import SamplingProtocol, resolved
+from diffquant.sampling.sample import OnProgress
 
 SNAPSHOTS = (0.2, 0.4, 0.6, 0.8)  # shares of the sampling steps after which pixel models are compared as sets of pictures
 
@@ -43,7 +43,7 @@ def run_reference(
     if clip is not None and protocol.prompts is None:
         raise EvaluationError(f"clip: {type(pipe).__name__} takes no prompts to compare pictures with; leave it out")
     snapshots: list[int] = []
-    if features is not None and is_unconditional(pipe):
+    if features is not None and Host(pipe).unconditional:
         snapshots = sorted({round(share * protocol.steps) for share in SNAPSHOTS} - {0, protocol.steps})
     drawing = functools.partial(draw, pipe, protocol, snapshots=snapshots, folder=folder, progress=progress)
     drawn = drawing(seed=protocol.seed, name=name, trajectory=True)

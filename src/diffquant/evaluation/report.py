@@ -21,7 +21,7 @@ from diffquant.evaluation.compare import Comparison
 from diffquant.evaluation.grids import draw_pairs
 from diffquant.evaluation.measurement import Measurement
 from diffquant.evaluation.provenance import Protocol
-from diffquant.files import renamed_when_done
+from diffquant.files import renamed_when_done, write_text
 
 FORMAT = 2  # of report.json
 PAIRS = 12  # columns of pairs.png
@@ -58,8 +58,8 @@ class Report(BaseModel):
         for metric, figures in rendering.measured(self.measurements):
             if (picture := metric.picture(figures)) is not None:
                 write_image(picture, folder / f"{metric.name}.png")
-        write_text(self.markdown(), folder / "report.md")
-        write_text(self.model_dump_json(indent=2) + "\n", folder / "report.json")
+        write_text(folder / "report.md", self.markdown())
+        write_text(folder / "report.json", self.model_dump_json(indent=2) + "\n")
 
 
 def make_report(protocol: Protocol, comparisons: Sequence[Comparison], file_bytes: Mapping[str, int] | None = None) -> Report:
@@ -104,9 +104,3 @@ def write_image(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     with renamed_when_done(path) as partial:
         image.save(partial, format="PNG")
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text in UTF-8, whole or not at all."""
-    with renamed_when_done(path) as partial:
-        partial.write_text(text, encoding="utf-8")

@@ -10,13 +10,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from diffquant.errors import EvaluationError
+from diffquant.evaluation.differ import Differ
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer, confidences, extract
-from diffquant.evaluation.observers import Differ, Trajectory
 from diffquant.evaluation.pairs import relative_l2
 from diffquant.evaluation.provenance import Protocol
-from diffquant.evaluation.sampling import OnProgress
-from diffquant.evaluation.sampling_protocol import SamplingProtocol
 from diffquant.host.pipeline import Pipeline
+from diffquant.sampling.observers import Trajectory
+from diffquant.sampling.protocol import SamplingProtocol
+from diffquant.sampling.sample import OnProgress
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from diffquant.core.watch import Enough, watching
@@ -46,6 +47,11 @@ class Host:
     def unconditional(self) -> bool:
         """Whether it draws pictures from noise alone, in a loop that accepts few schedulers, so that evaluation has its own."""
         return isinstance(self.pipe, DDIMPipeline | DDPMPipeline)
+
+    @property
+    def takes_ddim_only(self) -> bool:
+        """Whether it builds a DDIM scheduler of its own, whatever it is given."""
+        return isinstance(self.pipe, DDIMPipeline)
 
     @property
     def accepted(self) -> dict[str, inspect.Parameter]:
@@ -173,6 +179,12 @@ def _find_denoiser(pipe: Pipeline) -> tuple[str, nn.Module]:
     raise CalibrationError(
         f"{type(pipe).__name__}: has no denoiser named {' or '.join(DENOISER_NAMES)}; its components are: {components}"
     )
+
+
+def quiet_diffusers() -> None:
+    """Let diffusers say errors alone, and show no bars of its own."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def has_step_cache(denoiser: nn.Module) -> bool:

@@ -19,6 +19,14 @@ from torch import Tensor
 from diffquant.core.correction import NoiseEstimate
 from diffquant.errors import CalibrationError, SpecError
 
+SCHEDULERS: dict[str, type] = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "dpm-solver++": diffusers.DPMSolverMultistepScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
 VARIANCE_PRESERVING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
 SIGMA_SPACE = ("EulerDiscreteScheduler",)
 
@@ -35,6 +43,16 @@ def build_scheduler(manifest: Mapping[str, Any]) -> Any:
         raise CalibrationError(f"{where}: the scheduler is not one of diffusers'; its steps cannot be replayed")
     scheduler: Any = kind.from_config(described["config"])  # type: ignore[attr-defined]
     return scheduler
+
+
+def of_class(scheduler: Any, kind: Any) -> Any:
+    """The scheduler, or one of class `kind` with its configuration."""
+    return scheduler if type(scheduler) is kind else kind.from_config(scheduler.config)
+
+
+def is_flow_matching(scheduler: Any) -> bool:
+    """Whether models of the scheduler predict a velocity, which others would take for noise."""
+    return "FlowMatch" in type(scheduler).__name__
 
 
 def clipping(scheduler: Any, clip_sample: bool) -> Any:

@@ -21,7 +21,7 @@ from diffquant.core.model import quantized_layers
 from diffquant.core.spec import AttentionSpec, LayerRule, LayerSpec, QuantSpec
 from diffquant.errors import SpecError
 
-FIRST_LAYERS = ("conv_in", "pos_embed.proj", "x_embedder", "patch_embed.proj", "proj_in")
+FIRST_LAYERS = ("conv_in", "pos_embed.proj", "x_embedder", "patch_embed.proj", "patch_embedding", "proj_in")
 LAST_LAYERS = ("conv_out", "proj_out_2", "proj_out")
 EMBEDDING_PARENTS = ("TimestepEmbedding", "PixArtAlphaTextProjection", "TextImageProjection")
 EMBEDDING_LAYERS = ("time_emb_proj", "context_embedder")
@@ -130,8 +130,8 @@ class _Structure:
             return selector == "@attention" and attention
         return {
             "@all": True,
-            "@conv": isinstance(module, nn.Conv2d),
-            "@linear": isinstance(module, nn.Linear),
+            "@conv": QUANTIZABLE[type(module)].channel_axis == 1,
+            "@linear": QUANTIZABLE[type(module)].channel_axis == -1,
             "@first": name == self.first,
             "@last": name == self.last,
             "@embedding": kind in EMBEDDING_PARENTS or "AdaLayerNorm" in kind or own in EMBEDDING_LAYERS,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -19,11 +23,12 @@ from diffquant.host.structure import PlannedLayer
 
 Figures = dict[str, Any]
 EFFORT = {"iterations": 20, "samples": 64, "rounds": 16, "images": 64, "trajectories": 8}  # what buys quality with time; least
+_passes: dict[str, type[Pass]] = {}
 OF_LAYERS = ("smooth", "offset")  # buffers that passes change
 
 
-class Pass(BaseModel):
-    """Options of one step of a recipe; subclasses are final and add one method.
+class Pass(BaseModel, ABC):
+    """Options of one pass of a recipe; subclasses are final and add `apply`. A recipe names them by their class.
 
     A pass leaves quantizers switched on or off as it found them, and leaves no hook, gradient or observer behind.
     ``before_ranges``: it changes what ranges are calibrated on, so `CalibrateRanges` has to come after it.
@@ -48,24 +53,38 @@ class Pass(BaseModel):
         """What a rule of the recipe has to give some layer, or the pass has nothing to work on."""
         return None
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **keywords: Any) -> None:
+        super().__pydantic_init_subclass__(**keywords)
+        if not inspect.isabstract(cls):
+            _passes[cls.__name__] = cls
+
     def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
         """Raise what `apply` would, of what can be known before anything is learned.
 
         `model` is not quantizable yet, `rows` are its plan, and `data` may be a single trajectory.
         """
 
+    @abstractmethod
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Change the quantizers of `model` in place; return figures that JSON can hold, ``layers`` among them a row per layer."""
-        raise TypeError(f"{type(self).__name__}: not a pass")
 
     def thinned(self, share: float) -> Pass:
         """The same pass with a `share` of its iterations and samples, as far as what is the least of each."""
         given = {name: getattr(self, name) for name in EFFORT if name in type(self).model_fields}
         return self.model_copy(update={name: max(min(EFFORT[name], n), round(n * share)) for name, n in given.items()})
 
+    @abstractmethod
     def sample_forwards(self, blocks: int) -> float:
         """About how many times one sample goes through a model of `blocks` units, a backward pass counted as two: for estimates."""
-        raise TypeError(f"{type(self).__name__}: not a pass")
+
+
+def registered() -> dict[str, type[Pass]]:
+    """Every pass by the name of its class: those of this package, and those that others have defined."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.walk_packages(package.__path__, f"{__package__}."):
+        importlib.import_module(module.name)
+    return dict(sorted(_passes.items()))
 
 
 def scaled_layers(rows: Sequence[PlannedLayer]) -> set[str]:

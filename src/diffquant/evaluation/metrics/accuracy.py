@@ -8,7 +8,7 @@ from diffquant.evaluation.features import agreements
 from diffquant.evaluation.intervals import Interval, bootstrap_mean, interval_generator
 from diffquant.evaluation.metrics.base import Metric
 from diffquant.evaluation.runs import Run
-from diffquant.evaluation.sampling_protocol import conditions_of
+from diffquant.sampling.protocol import conditions_of
 
 
 @final

@@ -7,7 +7,7 @@ from typing import Any, final
 from diffquant.evaluation.intervals import Interval, bootstrap_mean, interval_generator
 from diffquant.evaluation.metrics.base import Metric
 from diffquant.evaluation.runs import Run
-from diffquant.evaluation.sampling_protocol import conditions_of
+from diffquant.sampling.protocol import conditions_of
 
 
 @final

@@ -9,23 +9,20 @@ what each shipped one is taken from.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from diffusers import DDIMPipeline
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from diffquant.errors import DiffquantError, EvaluationError
-from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_of
-from diffquant.files import read_text
+from diffquant.files import named_yaml, read_text
 from diffquant.host.conditions import Calibration
-from diffquant.host.pipeline import Pipeline
+from diffquant.host.pipeline import Host, Pipeline
+from diffquant.sampling.protocol import SamplingProtocol, scheduler_of
 
 BUILTIN = "builtin"  # prompts: the pipeline's own, or those of `calibration.observe`
 RECORDED = 64  # trajectories, where nothing says how many
@@ -42,12 +39,6 @@ class ProtocolFile(BaseModel):
     sampling: SamplingProtocol = SamplingProtocol()
     calibration: Calibration = Calibration(samples=RECORDED)
     data: Path | None = None
-
-
-def shipped_protocols() -> list[str]:
-    """Names of the protocols that come with the package."""
-    files = resources.files("diffquant") / "protocols"
-    return sorted(entry.name.removesuffix(".yaml") for entry in files.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_protocol(given: Sequence[str] = (), **options: Any) -> ProtocolFile:
@@ -100,7 +91,7 @@ def recording_scheduler(pipe: Pipeline, protocol: ProtocolFile) -> Iterator[None
     Raises `EvaluationError` where it cannot sample as the protocol says.
     """
     sampling = dataclasses.replace(protocol.sampling, steps=protocol.calibration.steps, clip_sample=None)  # `record` sees to it
-    if isinstance(pipe, DDIMPipeline) and sampling.sampler not in ("pipeline", "ddim"):
+    if Host(pipe).takes_ddim_only and sampling.sampler not in ("pipeline", "ddim"):
         raise EvaluationError(f'protocol.sampler: is "{sampling.sampler}"; DDIMPipeline itself, which is recorded, takes ddim only')
     eta = protocol.calibration.eta or 0
     if eta > 0 and "eta" not in inspect.signature(pipe.__call__).parameters:
@@ -111,21 +102,7 @@ def recording_scheduler(pipe: Pipeline, protocol: ProtocolFile) -> Iterator[None
 
 def _read(name: str) -> tuple[dict[str, Any], str]:
     """The mapping of a protocol file, its prompts read, and how to call it in messages."""
-    own = name.endswith((".yaml", ".yml"))
-    known = shipped_protocols()
-    if not own and name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f'; did you mean "{near[0]}"' if near else ""
-        raise EvaluationError(f"protocol {name!r}: unknown; allowed are {', '.join(known)}, or a .yaml file{hint}")
-    if own and not Path(name).is_file():
-        raise EvaluationError(f"protocol {name!r}: no such file")
-    source = Path(name) if own else resources.files("diffquant") / "protocols" / f"{name}.yaml"
-    try:
-        raw = yaml.safe_load(read_text(source, f"protocol {name!r}", EvaluationError))
-    except yaml.YAMLError as error:
-        raise EvaluationError(f"protocol {name}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise EvaluationError(f"protocol {name}: holds {type(raw).__name__}; a protocol is a mapping such as steps: 50")
+    raw = named_yaml("protocol", name, "protocols", EvaluationError)
     for key in ("prompts", "data"):  # beside the protocol file
         if isinstance(found := raw.get(key), str) and found != BUILTIN:
             raw[key] = str(Path(name).parent / found)

@@ -13,11 +13,11 @@ from PIL import Image
 from rich.console import Console
 
 import diffquant as dq
+from diffquant.analysis import robustness as module
+from diffquant.analysis.drawing import draw_matrix
+from diffquant.analysis.robustness import Robustness
 from diffquant.errors import EvaluationError, SpecError
-from diffquant.evaluation import robustness as module
-from diffquant.evaluation.drawing import draw_matrix
-from diffquant.evaluation.protocols import varied_fields
-from diffquant.evaluation.robustness import Robustness
+from diffquant.sampling.protocol_files import varied_fields
 from tests import pipelines
 
 PROTOCOL = dq.SamplingProtocol(samples=4, batch_size=4, seed=3, trajectory_samples=2)

@@ -1,9 +1,8 @@
-"""Pictures as files: samples written for other evaluators, and real pictures read as the reference of FID and KID."""
+"""Real pictures read from a folder, as the reference of FID and KID."""
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +16,6 @@ from diffquant.evaluation.features import DataStatistics, FeatureExtractor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BATCH = 64  # pictures read at a time
-
-
-def check_place(path: Path) -> None:
-    """Raise `EvaluationError` where `write_pictures` could not write, before anything is sampled for it."""
-    if not path.parent.is_dir():
-        raise EvaluationError(f"{path}: {path.parent} is no folder; make it first")
-    if path.is_dir() and (path.suffix or any(path.iterdir())):
-        raise EvaluationError(f"{path}: is a folder with files in it; choose another name")
-    if path.is_file() and not path.suffix:
-        raise EvaluationError(f"{path}: is a file; choose another name for the folder of pictures")
-
-
-def write_pictures(pictures: UInt8[Tensor, "n c h w"], path: Path) -> None:
-    """An ``.npz`` with ``arr_0`` ``[n, h, w, 3]``, as ADM's evaluator reads it, or else a folder of numbered PNG files.
-
-    Written under another name and renamed. Raises `EvaluationError` as `check_place` does.
-    """
-    check_place(path)
-    rows = pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        if path.suffix == ".npz":
-            np.savez(temporary, arr_0=rows)
-        else:
-            temporary.mkdir()
-            for number, row in enumerate(rows):
-                Image.fromarray(row).save(temporary / f"{number:06d}.png")
-        temporary.replace(path)
 
 
 def statistics_of(folder: Path | str, extractor: FeatureExtractor) -> DataStatistics:

@@ -1,4 +1,4 @@
-"""What watches the steps of a comparison: one keeps the trajectory of full precision, one measures how far another is from it."""
+"""What watches the steps of sampling: trajectories and noisy samples are kept, what is not finite is refused."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from diffquant.errors import EvaluationError
-from diffquant.evaluation.pairs import relative_l2, sqnr_db, to_uint8
-from diffquant.evaluation.sampling import OnStep, StepResult
-from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.sampling.pictures import to_uint8
+from diffquant.sampling.protocol import SamplingProtocol
+from diffquant.sampling.sample import OnStep, StepResult
 
 MEMORY_LIMIT = 2**30  # bytes of trajectories kept for comparison
 
@@ -64,32 +64,6 @@ class Keeper:
                 f"protocol.trajectory_samples: the steps of {self.kept} samples take {needed / 2**30:.1f} GiB; "
                 f"{MEMORY_LIMIT / 2**30:.0f} GiB are allowed; at most {self.kept * MEMORY_LIMIT // needed} samples fit"
             )
-
-
-class Differ:
-    """Observer of a quantized run: compares every step with the trajectory of the reference."""
-
-    def __init__(self, name: str, reference: Trajectory) -> None:
-        self.name = name
-        self.reference = reference
-        self.drift = torch.zeros(reference.latents.shape[:2], dtype=torch.float64)  # [steps, kept]
-        self.noise_sqnr_db = torch.zeros_like(self.drift)
-
-    def __call__(self, indices: range, result: StepResult) -> None:
-        """Compare one step. Raises EvaluationError where it is at another timestep, and for values that are not finite."""
-        check_finite(self.name, result)
-        step, kept = result.step, self.drift.shape[1]
-        rows = slice(indices.start, min(indices.stop, kept))
-        if rows.start >= kept:
-            return
-        timesteps = self.reference.timesteps
-        if step >= len(timesteps) or timesteps[step] != result.timestep:
-            expected = f"{timesteps[step]:g}" if step < len(timesteps) else "over"
-            raise EvaluationError(f"{self.name}: step {step} is at timestep {result.timestep:g}, full precision at {expected}")
-        count = rows.stop - rows.start
-        latents, noise = (x[:count].float().cpu() for x in (result.sample_after, result.noise_prediction))
-        self.drift[step, rows] = relative_l2(self.reference.latents[step, rows], latents)
-        self.noise_sqnr_db[step, rows] = sqnr_db(self.reference.noise[step, rows], noise)
 
 
 class Snapshots:

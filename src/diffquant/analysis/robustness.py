@@ -20,16 +20,17 @@ from rich.table import Table
 
 from diffquant.checkpoint.folder import load
 from diffquant.errors import DiffquantError, EvaluationError
-from diffquant.evaluation.draws import identity
 from diffquant.evaluation.evaluate import evaluate
 from diffquant.evaluation.extra import require_extra
 from diffquant.evaluation.features import FeatureExtractor
 from diffquant.evaluation.metrics import Metric, registered
-from diffquant.evaluation.report import Report, write_image, write_text
-from diffquant.evaluation.sampling import OnProgress
-from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.evaluation.report import Report, write_image
 from diffquant.evaluation.text import markdown_table, plain_table
+from diffquant.files import write_text
 from diffquant.host.pipeline import Pipeline
+from diffquant.sampling.cache import identity
+from diffquant.sampling.protocol import SamplingProtocol
+from diffquant.sampling.sample import OnProgress
 
 FORMAT = 2  # of robustness.json
 FILE = "robustness.json"
@@ -105,15 +106,15 @@ class Robustness(BaseModel):
         """Write robustness.json, robustness.md and, where anything was measured, robustness.png; each whole."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.models:
-            from diffquant.evaluation.drawing import draw_matrix  # matplotlib comes with an extra
+            from diffquant.analysis.drawing import draw_matrix
 
             *fixed, last = self.varied
             rows = [", ".join(str(value) for value in values) for values in self._combinations(fixed)]
             columns = [str(value) for value in self.varied[last]]
             picture = draw_matrix(self._final_errors(), (", ".join(fixed), rows), (last, columns))
             write_image(picture, folder / "robustness.png")
-        write_text(self.markdown(), folder / "robustness.md")
-        write_text(self.model_dump_json(indent=1) + "\n", folder / FILE)
+        write_text(folder / "robustness.md", self.markdown())
+        write_text(folder / FILE, self.model_dump_json(indent=1) + "\n")
 
     def _asked(self) -> list[Cell]:
         wanted = [dict(zip(self.varied, values, strict=True)) for values in self._combinations(tuple(self.varied))]

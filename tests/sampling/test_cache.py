@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from diffquant.errors import CalibrationError, EvaluationError
-from diffquant.evaluation import draws
 from diffquant.evaluation.compare import compare_to
-from diffquant.evaluation.draws import draw
 from diffquant.evaluation.reference import run_reference
-from diffquant.evaluation.sampling_protocol import SamplingProtocol
+from diffquant.sampling import cache as draws
+from diffquant.sampling.cache import draw
+from diffquant.sampling.protocol import SamplingProtocol
 from tests import pipelines
 
 PROTOCOL = SamplingProtocol(samples=3, steps=4, seed=1, batch_size=2, trajectory_samples=2, accumulation_samples=0)

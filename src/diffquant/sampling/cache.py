@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from diffquant.calibration.fit import load_tensors, save_tensors
 from diffquant.engines.base import engine_of
 from diffquant.errors import EvaluationError
-from diffquant.evaluation.observers import Keeper, Snapshots, Trajectory, finite_only
-from diffquant.evaluation.sampling import OnProgress, sample
-from diffquant.evaluation.sampling_protocol import SamplingProtocol, scheduler_config
 from diffquant.files import digest_tensor
 from diffquant.host.pipeline import Host, Pipeline
 from diffquant.sampling.correction import attachment_of
+from diffquant.sampling.observers import Keeper, Snapshots, Trajectory, finite_only
+from diffquant.sampling.protocol import SamplingProtocol, scheduler_config
+from diffquant.sampling.sample import OnProgress, sample
 
 FORMAT = 1
 _NOISY = "noisy."

@@ -19,9 +19,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from diffquant.errors import DiffquantError, EvaluationError
-from diffquant.evaluation.pairs import to_uint8
-from diffquant.evaluation.sampling_protocol import SamplingProtocol, asked, is_unconditional, scheduler_of
 from diffquant.host.pipeline import Host, Pipeline
+from diffquant.sampling.pictures import to_uint8
+from diffquant.sampling.protocol import SamplingProtocol, asked, scheduler_of
 
 Generators = torch.Generator | list[torch.Generator] | None
 OnProgress = Callable[[str, int, int], None]  # what is being sampled, samples done, samples in all
@@ -130,7 +130,7 @@ def sample(
             on_step(indices, result)
         observers += time.perf_counter() - begun
 
-    draw = sample_denoiser if is_unconditional(pipe) else sample_pipeline
+    draw = sample_denoiser if Host(pipe).unconditional else sample_pipeline
     seed = protocol.seed if seed is None else seed
     pictures, last_samples = [], []
     begun = time.perf_counter()

@@ -8,31 +8,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
-
 from diffquant.errors import CalibrationError, EvaluationError
 from diffquant.host.conditions import Calibration
 from diffquant.host.pipeline import Host, Pipeline
-from diffquant.host.scheduler import clipping
+from diffquant.host.scheduler import SCHEDULERS, clipping, is_flow_matching, of_class
 from diffquant.sampling.correction import attachment_of
 
-SCHEDULERS: dict[str, type] = {
-    "ddim": DDIMScheduler,
-    "ddpm": DDPMScheduler,
-    "pndm": PNDMScheduler,
-    "dpm-solver++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
 SAMPLERS = ("pipeline", *SCHEDULERS)
 
 
@@ -95,7 +76,7 @@ class SamplingProtocol:
 
 def resolved(pipe: Pipeline, protocol: SamplingProtocol) -> SamplingProtocol:
     """The protocol with the conditions that `pipe` would take by default written into it, so that other pipelines take the same."""
-    if is_unconditional(pipe):
+    if Host(pipe).unconditional:
         return protocol
     found = Host(pipe).conditions(asked(protocol), range(protocol.samples))
     prompts, class_labels = (tuple(found[name]) if name in found else None for name in ("prompt", "class_labels"))
@@ -120,11 +101,6 @@ def asked(protocol: SamplingProtocol) -> Calibration:
     return Calibration(samples=protocol.samples, prompts=protocol.prompts, class_labels=protocol.class_labels)
 
 
-def is_unconditional(pipe: Pipeline) -> bool:
-    """Whether the pipeline is one whose loop `sampling.sample_unconditional` replaces."""
-    return isinstance(pipe, DDIMPipeline | DDPMPipeline)
-
-
 @contextmanager
 def scheduler_of(pipe: Pipeline, protocol: SamplingProtocol) -> Iterator[Any]:
     """Give the pipeline the scheduler that the protocol names while the block runs.
@@ -133,12 +109,11 @@ def scheduler_of(pipe: Pipeline, protocol: SamplingProtocol) -> Iterator[Any]:
     where it cannot clip as asked.
     """
     own = pipe.scheduler
-    kind: Any = SCHEDULERS.get(protocol.sampler, type(own))
-    if "FlowMatch" in type(own).__name__ and kind is not type(own):  # it predicts a velocity, which the others would take for noise
-        raise EvaluationError(
+    if is_flow_matching(own) and protocol.sampler != "pipeline" and SCHEDULERS[protocol.sampler] is not type(own):
+        raise EvaluationError(  # it predicts a velocity, which the others would take for noise
             f'protocol.sampler: is "{protocol.sampler}"; {type(pipe).__name__} is a flow-matching model; use sampler "pipeline"'
         )
-    scheduler = own if type(own) is kind else kind.from_config(own.config)
+    scheduler = own if protocol.sampler == "pipeline" else of_class(own, SCHEDULERS[protocol.sampler])
     if protocol.clip_sample is not None:
         try:
             scheduler = clipping(scheduler, protocol.clip_sample)
@@ -148,9 +123,5 @@ def scheduler_of(pipe: Pipeline, protocol: SamplingProtocol) -> Iterator[Any]:
     if protocol.steps > trained:
         raise EvaluationError(f"protocol.steps: is {protocol.steps}; {type(scheduler).__name__} has {trained} timesteps")
     attachment = attachment_of(pipe)
-    pipe.scheduler = scheduler
-    try:
-        with nullcontext() if attachment is None else attachment.moved_to(scheduler):
-            yield scheduler
-    finally:
-        pipe.scheduler = own
+    with Host(pipe).sampling_with(scheduler), nullcontext() if attachment is None else attachment.moved_to(scheduler):
+        yield scheduler

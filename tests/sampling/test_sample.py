@@ -12,9 +12,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LDMPipeline
 
 from diffquant.errors import EvaluationError, SpecError
-from diffquant.evaluation.pairs import to_uint8
-from diffquant.evaluation.sampling import initial_noise, sample, sample_generators, sample_unconditional
-from diffquant.evaluation.sampling_protocol import SCHEDULERS, SamplingProtocol, scheduler_of
+from diffquant.host.scheduler import SCHEDULERS
+from diffquant.sampling.pictures import to_uint8
+from diffquant.sampling.protocol import SamplingProtocol, scheduler_of
+from diffquant.sampling.sample import initial_noise, sample, sample_generators, sample_unconditional
 from tests import pipelines
 
 # diffusers 0.42.1 hands a torch tensor to numpy.array in set_timesteps of Euler, DPM-Solver++ and UniPC

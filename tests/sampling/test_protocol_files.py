@@ -6,9 +6,11 @@ from diffusers import DDPMPipeline
 
 from diffquant.calibration.record import record
 from diffquant.errors import EvaluationError
-from diffquant.evaluation.protocols import RECORDED, load_protocol, recording_scheduler, shipped_protocols
-from diffquant.evaluation.sampling_protocol import SCHEDULERS, SamplingProtocol
+from diffquant.files import shipped
 from diffquant.host.conditions import Calibration
+from diffquant.host.scheduler import SCHEDULERS
+from diffquant.sampling.protocol import SamplingProtocol
+from diffquant.sampling.protocol_files import RECORDED, load_protocol, recording_scheduler
 from tests import pipelines
 
 
@@ -37,7 +39,7 @@ def test_shipped_protocols(name, steps, sampler, eta, guidance):
     sampling, recorded = found.sampling, found.calibration
     assert (sampling.steps, sampling.sampler, sampling.eta, sampling.guidance_scale) == (steps, sampler, eta, guidance)
     assert recorded.guidance_scale == guidance and (recorded.eta or 0) == eta
-    assert name in shipped_protocols() and found.name == name and found.source
+    assert name in shipped("protocols") and found.name == name and found.source
 
 
 def test_later_values_win_and_options_win_over_all():

@@ -26,8 +26,8 @@ from rich.console import Console
 
 import diffquant as dq
 from diffquant.calibration.rollout import Rollout
+from diffquant.core.memory import release_freed_memory
 from diffquant.core.model import enable
-from diffquant.engines.int8.engine import release_freed_memory
 from diffquant.host.denoiser import prepare
 from diffquant.host.structure import plan
 from diffquant.methods.accuquant import AccuQuant

@@ -8,7 +8,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet1DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
@@ -270,6 +270,13 @@ def test_structural_selectors_on_a_transformer() -> None:
         for name in ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
     }
     assert selected(model, "@skip") == selected(model, "@resample") == selected(model, "@shortcut") == set()
+
+
+def test_blocks_that_do_not_say_how_wide_they_are_have_no_skips() -> None:
+    sizes = {"sample_size": 64, "block_out_channels": (32, 32), "extra_in_channels": 64}
+    blocks = {"down_block_types": ("DownBlock1DNoSkip", "AttnDownBlock1D"), "up_block_types": ("AttnUpBlock1D", "UpBlock1DNoSkip")}
+    model = UNet1DModel(**sizes, **blocks)
+    assert selected(model, "@skip") == set() and selected(model, "@linear")
 
 
 @pytest.mark.parametrize("make", [unet, conditional_unet])

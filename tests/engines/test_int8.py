@@ -276,6 +276,14 @@ def test_moving_to_another_device_unpacks() -> None:
     assert all(tensor.device.type == "meta" for tensor in moved.state_dict().values())
 
 
+def test_a_kind_of_layer_without_a_kernel_is_named() -> None:
+    layer = nn.Conv3d(4, 4, 1)
+    make_quantizable(layer, specs(8, False, 4, True), StepClock())
+    layer.weight_quantizer.scale.fill_(0.1)
+    layer.freeze()
+    assert int8.lower_layer(layer) == "PyTorch has no integer kernel for Conv3d"
+
+
 def test_circular_padding_stays_simulated() -> None:
     layer = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
     make_quantizable(layer, specs(8, False, 4, True), StepClock())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import final
 
 import pytest
@@ -21,7 +19,6 @@ from diffquant.evaluation.metrics.base import Metric
 from diffquant.evaluation.report import read
 from tests import pipelines
 
-ROOT = Path(__file__).parents[2]
 PROTOCOL = dq.SamplingProtocol(samples=3, steps=2, batch_size=3, trajectory_samples=2, accumulation_samples=0)
 IN_THE_PACKAGE = """
 from typing import final
@@ -107,15 +104,6 @@ def test_a_report_is_read_where_its_metric_is_not_defined(report, tmp_path):
     back.write(tmp_path / "again")
     define()
     assert read(tmp_path / "again").measurements == report.measurements  # nothing is lost on the way
-
-
-def test_the_metric_of_the_documents_is_one():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), flags=re.DOTALL)
-    exec(compile(code, "evaluation.md", "exec"), {"__name__": "own"})
-    report = dq.evaluate(pipelines.micro(seed=1), pipelines.micro(), protocol=PROTOCOL)
-    ours, full = (report.pictures[name].astype(float).mean() for name in ("quantized", "full precision"))
-    assert report.measurements[1].figures["brightness"].value == pytest.approx(ours - full)
-    assert "| brightness |" in report.markdown()
 
 
 def test_a_file_of_the_package_is_a_metric(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """Packed checkpoints as folders: save, load, verify, and how large they are.
 
 A checkpoint is what diffusers writes: a pipeline's folder with ``model_index.json``, or a model's with ``config.json``; the
-quantized model's config.json carries `quantization_config` (see `hf`). `save` writes beside the target under a temporary name,
-reads everything back, compares it with the model in memory, and only then renames.
+quantized model's config.json carries `quantization_config` (see `quantizer`). `save` writes beside the target under a temporary
+name, reads everything back, compares it with the model in memory, and only then renames.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ The config is in `config`; what a file holds is in `packing`; its metadata state
 tensors to the dtype asked for before we see them placed; the parameters of quantizers are therefore kept aside as they are read,
 shard by shard, and put back at the end.
 
-Not here: which folder, and what happens to the one that was there (`checkpoint`); offloading to disk.
+Not here: which folder, and what happens to the one that was there (`folder`); offloading to disk.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from diffquant.checkpoint.packing import (
     packed_state,
     unpack,
 )
+from diffquant.core.memory import release_freed_memory
 from diffquant.core.model import device_of, enable, ensured_state, leave_inference_mode, quantized_layers, quantizers
 from diffquant.core.spec import AttentionSpec, LayerSpec
 from diffquant.engines.base import install, requested
-from diffquant.engines.int8.engine import release_freed_memory
 from diffquant.errors import CheckpointError, SpecError
 from diffquant.files import digest_of_json
 from diffquant.host.denoiser import give_correction, prepare, warn_unless_attached

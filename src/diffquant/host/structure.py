@@ -153,9 +153,9 @@ def _skip_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
         return sizes
     middle = getattr(model, "mid_block", None)
     before = middle if middle is not None and hasattr(middle, "resnets") else down_blocks[-1]
-    if not hasattr(before, "resnets"):
+    hidden = getattr(before.resnets[-1], "out_channels", None) if hasattr(before, "resnets") else None
+    if hidden is None:  # blocks that do not say how wide they are, as those of UNet1DModel
         return sizes
-    hidden = before.resnets[-1].out_channels
     for block_index, block in enumerate(up_blocks):
         for index, resnet in enumerate(getattr(block, "resnets", [])):
             skip = resnet.in_channels - hidden

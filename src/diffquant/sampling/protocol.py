@@ -97,7 +97,7 @@ def conditions_of(protocol: SamplingProtocol) -> list[str | int]:
 
 
 def asked(protocol: SamplingProtocol) -> Calibration:
-    """Prompts and class labels as `calibration.observe.conditions` takes them."""
+    """Prompts and class labels as `host.conditions.conditions` takes them."""
     return Calibration(samples=protocol.samples, prompts=protocol.prompts, class_labels=protocol.class_labels)
 
 

@@ -24,7 +24,7 @@ from diffquant.host.conditions import Calibration
 from diffquant.host.pipeline import Host, Pipeline
 from diffquant.sampling.protocol import SamplingProtocol, scheduler_of
 
-BUILTIN = "builtin"  # prompts: the pipeline's own, or those of `calibration.observe`
+BUILTIN = "builtin"  # prompts: the pipeline's own, or those of `host.conditions`
 RECORDED = 64  # trajectories, where nothing says how many
 SHARED = ("steps", "seed", "prompts", "class_labels", "guidance_scale", "eta", "clip_sample")  # of a recording and of an evaluation
 

@@ -9,8 +9,6 @@ cannot be lowered stays as it was, and `lower` says why.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from typing import Any, final
 
 from diffusers.models.activations import GEGLU, GELU
@@ -22,6 +20,7 @@ from torch import nn
 
 from diffquant.core.attention import AttentionProducts
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from diffquant.core.memory import release_freed_memory
 from diffquant.core.model import quantized_layers
 from diffquant.engines.base import Engine, Lowered, attentions, float_operand
 from diffquant.engines.exactness import ALL, answer_of, products_needed
@@ -156,7 +155,7 @@ def lower_layer(layer: QuantizedLayer) -> str:
     if weight.codes.device.type != "cpu":
         return f"it is on {weight.codes.device}"
     if not isinstance(layer, QuantizedLinear | QuantizedConv2d):
-        return f"PyTorch has no integer kernel for {type(layer).__mro__[1].__name__}"
+        return f"PyTorch has no integer kernel for {type(layer).__name__.removeprefix('Quantized')}"
     if isinstance(layer, QuantizedConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         return f"padding {layer.padding!r}, mode {layer.padding_mode!r}"
     if not (answer := answer_of(kernel_of(layer))).usable:
@@ -176,14 +175,3 @@ def lower_layer(layer: QuantizedLayer) -> str:
     layer.__class__ = IntegerConv2d if isinstance(layer, QuantizedConv2d) else IntegerLinear
     layer.product = Product(layer, steps_of(layer, given, weight), given.splits)  # type: ignore[assignment]
     return ""
-
-
-def release_freed_memory() -> None:
-    """Give memory that was freed back to the system, where the C library keeps it (glibc); elsewhere nothing.
-
-    Unpacking and laying out the weights of a large model one by one leaves holes as large as half the model.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -19,8 +19,7 @@ import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.rollout import Rollout
 from diffquant.checkpoint.folder import file_size
-from diffquant.evaluation.compare import compare_to, measure_reference
-from diffquant.evaluation.reference import run_reference
+from diffquant.evaluation.compare import compare_to, measure_reference, run_reference
 from diffquant.evaluation.report import make_report
 from diffquant.evaluation.runs import Reference
 from diffquant.host.pipeline import Host

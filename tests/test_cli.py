@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from rich.console import Console
 from torch.nn import Conv2d, Linear
 
 from diffquant import cli, zoo
 from diffquant.calibration.recording import Trajectory
+from diffquant.cli import quantizing, shared
 from tests import pipelines
 
 
@@ -67,7 +67,7 @@ def test_evaluate_without_checkpoints_shows_full_precision(tmp_path, capsys):
 
 
 def test_inspect_names_every_layer_and_the_cost(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=cli.WIDE))  # pytest-xdist sets COLUMNS
+    monkeypatch.setattr(shared.console, "width", shared.WIDE)  # pytest-xdist sets COLUMNS
     assert run("inspect", "glyph-ddim", "--recipe", "q-diffusion-w4a8") == 0
     printed = capsys.readouterr().out
     assert "of float32" in printed and "peak memory about" in printed
@@ -77,19 +77,19 @@ def test_inspect_names_every_layer_and_the_cost(capsys, monkeypatch):
 
 
 def test_inspect_measures_what_each_layer_adds(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=cli.WIDE))
+    monkeypatch.setattr(shared.console, "width", shared.WIDE)
     pipelines.micro().save_pretrained(tmp_path / "model")
     assert run("record", tmp_path / "model", "--out", tmp_path / "data", "--samples", 2, "--steps", 3) == 0
-    given = ("--data", tmp_path / "data", "--sensitivity", tmp_path / "map", "--trajectories", 2)
-    assert run("inspect", tmp_path / "model", "--recipe", "mse-w4a6", *given) == 0
+    options = ("--data", tmp_path / "data", "--sensitivity", tmp_path / "map", "--trajectories", 2)
+    assert run("inspect", tmp_path / "model", "--recipe", "mse-w4a6", *options) == 0
     printed = capsys.readouterr().out
     assert "error of weight" in printed and "2 trajectories leave 100% of a share open" in printed
-    found = json.loads((tmp_path / "map" / "sensitivity.json").read_text())
-    assert len(found["timesteps"]) == 3 and (tmp_path / "map" / "sensitivity.png").stat().st_size > 0
+    sensitivity = json.loads((tmp_path / "map" / "sensitivity.json").read_text())
+    assert len(sensitivity["timesteps"]) == 3 and (tmp_path / "map" / "sensitivity.png").stat().st_size > 0
     (tmp_path / "data").rename(tmp_path / "recording")  # where quantize --work keeps its own
-    given = ("--work", tmp_path, "--sensitivity", tmp_path / "again", "--trajectories", 2)
-    assert run("inspect", tmp_path / "model", "--recipe", "mse-w4a6", *given) == 0
-    assert json.loads((tmp_path / "again" / "sensitivity.json").read_text()) == found
+    options = ("--work", tmp_path, "--sensitivity", tmp_path / "again", "--trajectories", 2)
+    assert run("inspect", tmp_path / "model", "--recipe", "mse-w4a6", *options) == 0
+    assert json.loads((tmp_path / "again" / "sensitivity.json").read_text()) == sensitivity
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_brackets_and_spaces_of_a_path_are_printed(recording, tmp_path, capsys):
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(recording, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *given: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(quantizing, "load_model", lambda *arguments: pytest.fail("the model was loaded"))
     assert run("quantize", "glyph-ddim", "--recipe", "minmax-w8a8", "--data", recording, "--out", recording) == 1
     assert "holds files that are no checkpoint" in capsys.readouterr().err
 

@@ -14,8 +14,7 @@ from diffquant import zoo
 from diffquant.calibration.progress import bars
 from diffquant.calibration.record import record
 from diffquant.checkpoint.folder import save
-from diffquant.evaluation.evaluate import evaluate
-from diffquant.evaluation.extra import require_extra
+from diffquant.evaluation.evaluate import evaluate, require_extra
 from diffquant.evaluation.grids import draw_pairs
 from diffquant.host.conditions import Calibration
 from diffquant.quantization import quantize
@@ -39,13 +38,13 @@ BUDGETS: dict[str, tuple[str, ...]] = {
 EVALUATION = SamplingProtocol(samples=160, steps=20, seed=1000, accumulation_samples=4)
 FIRST = 8  # samples of the first picture
 SHARES = {"recording": 0.03, "minmax-w8a8": 0.02, "mse-w4a8": 0.02, "accuquant-w4a8": 0.53, "comparing": 0.4}  # of the time
-SAMPLINGS = 2 + 2 * len(BUDGETS)  # full precision and other noise; each model, and step by step
+SAMPLINGS = 2 + 2 * len(BUDGETS)  # full precision on two noises; each model, and step by step
 
 
 def run_demo(out: Path, seed: int, console: Console) -> None:
     """Record, quantize, save, load and compare ``glyph-ddim``; checkpoints and the report go to `out`.
 
-    Finished passes are kept in ``out/passes``: a second run only compares.
+    ``out/passes`` caches finished passes: a second run only compares.
     """
     require_extra()
     begun = time.monotonic()
@@ -57,30 +56,30 @@ def run_demo(out: Path, seed: int, console: Console) -> None:
         console.print(f"  {name}: {', '.join(overrides)}", highlight=False)
     ends = dict(zip(SHARES, itertools.accumulate(SHARES.values()), strict=True))
     pipe = zoo.load("glyph-ddim")
-    with bars(True) as shown:
-        with shown.part("", 0.0, ends["recording"]):
-            data = record(pipe, replace(CALIBRATION, seed=seed), progress=shown)
+    with bars(True) as bar:
+        with bar.part("", 0.0, ends["recording"]):
+            data = record(pipe, replace(CALIBRATION, seed=seed), progress=bar)
         checkpoints: dict[str, Path] = {}
         for name, overrides in BUDGETS.items():
             quantized = copy.deepcopy(pipe)
-            with shown.part("", ends[name] - SHARES[name], ends[name]):
-                report = quantize(quantized, load_recipe(name, overrides), data, seed=seed, folder=out / "passes", progress=shown)
+            with bar.part("", ends[name] - SHARES[name], ends[name]):
+                report = quantize(quantized, load_recipe(name, overrides), data, seed=seed, folder=out / "passes", progress=bar)
             save(quantized, out / name, recipe_name=name)
             report.write(out / name / "quantization.json")
             checkpoints[name] = out / name
-            shown.console.print(f"  {name}: packed checkpoint in {out / name}, after {time.monotonic() - begun:.0f} s")
+            bar.console.print(f"  {name}: packed checkpoint in {out / name}, after {time.monotonic() - begun:.0f} s")
             if len(checkpoints) == 1:
                 _first_picture({"full precision": pipe, name: quantized}, out / "first.png")
-                shown.console.print(f"  first picture: {out / 'first.png'}, after {time.monotonic() - begun:.0f} s")
-        with shown.part("comparing", ends["comparing"] - SHARES["comparing"], 1.0, SAMPLINGS):
+                bar.console.print(f"  first picture: {out / 'first.png'}, after {time.monotonic() - begun:.0f} s")
+        with bar.part("comparing", ends["comparing"] - SHARES["comparing"], 1.0, SAMPLINGS):
             result = evaluate(
-                dict(checkpoints),
+                checkpoints,
                 pipe,
                 protocol=EVALUATION,
                 features=zoo.load("glyph-classifier"),
                 data=zoo.load_statistics(),
                 out=out,
-                progress=shown.show,
+                progress=bar.show,
             )
     console.print(result.table())
     console.print(f"pictures: {out / 'pairs.png'}, drift: {out / 'drift.png'}, report: {out / 'report.md'}")

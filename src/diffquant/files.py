@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, digests of what is in them, and text files as people write them."""
+"""Files that are written whole or not at all, digests of their content, and named YAML files."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def content_name(tensor: Tensor) -> str:
 
 
 def with_digest(value: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object and, in it, a digest of the rest."""
+    """A JSON object with a digest of its other values in it."""
     return value | {DIGEST: digest_of_json(value)}
 
 
 def has_its_digest(value: dict[str, Any]) -> bool:
-    """Take the digest out of what `with_digest` made: whether it is that of the rest, or there is none, as in version 0.1."""
+    """Remove the digest that `with_digest` added. Returns whether it is right, or missing as in files of version 0.1."""
     return value.pop(DIGEST, None) in (None, digest_of_json(value))
 
 
@@ -60,16 +60,16 @@ def digest_tensor(digest: Any, tensor: Tensor) -> None:
     """Add shape, dtype and bytes of a CPU tensor to a hashlib digest."""
     digest.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
     flat = tensor.contiguous().reshape(-1)
-    if flat.stride(0) != 1:  # of one value that was expanded, which counts as contiguous
+    if flat.stride(0) != 1:  # a single value that was expanded, which counts as contiguous
         flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
     digest.update(flat.view(torch.uint8).numpy())
 
 
 @contextmanager
 def renamed_when_done(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name if the block ends well, and is deleted if it does not.
+    """A temporary path that is renamed to `path` at the end of the block, or deleted if the block raises.
 
-    Raises `CalibrationError` where it cannot be written.
+    Raises `CalibrationError` if it cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -92,10 +92,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_when_done(folder: Path) -> Iterator[Path]:
-    """A temporary path beside `folder` that takes its name if the block ends well, and is deleted if it does not.
+    """A temporary path that is renamed to `folder` at the end of the block, or deleted if the block raises.
 
-    What is at `folder` is replaced, and removed last: between moving it away and the new one in there is an instant without either,
-    and a kill then leaves both beside it, complete. Raises `CheckpointError` where it cannot be written.
+    An old folder is moved away before and deleted afterwards: if the process is killed between the two renames, both are complete
+    beside `folder`. Raises `CheckpointError` if it cannot be written.
     """
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     old = folder.with_name(temporary.name.replace(".tmp-", ".old-"))
@@ -112,8 +112,8 @@ def folder_when_done(folder: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written ({error}); what was there before is unchanged") from error
     finally:
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
+        for remainder in (temporary, old):
+            shutil.rmtree(remainder, ignore_errors=True)
 
 
 def shipped(folder: str) -> list[str]:
@@ -123,9 +123,10 @@ def shipped(folder: str) -> list[str]:
 
 
 def named_yaml(what: str, name: str, folder: str, error: type[DiffquantError], bits: str = "") -> dict[str, Any]:
-    """The mapping in a YAML file of the package's `folder`, by its name, or of a path that ends in .yaml.
+    """The mapping in a YAML file: a `name` in the package's `folder`, or a path that ends in .yaml.
 
-    Raises `error`, naming the nearest, for an unknown name, no file, no YAML and no mapping. ``bits``: what may follow the name.
+    `bits` is the text on bits after the allowed names in messages. Raises `error` for an unknown name, with the nearest one, for a
+    missing file, and for a file that is no YAML mapping.
     """
     where = f"{what} {name!r}"
     source: Path | Traversable = Path(name)

@@ -1,7 +1,6 @@
-"""A released checkpoint from its weights to a report, in one command that goes on where it was stopped.
+"""`reproduce`: quantize a released checkpoint and compare it with full precision. An interrupted run resumes.
 
-No released checkpoint could be downloaded where this is developed, so what it prints for one is not known here; it is tested on
-small models of the same classes.
+It is tested on small models of the same classes, not on released checkpoints.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from typing import Any
 from diffquant.analysis.estimate import check_space
 from diffquant.calibration.progress import bars
 from diffquant.checkpoint.folder import save
-from diffquant.evaluation.evaluate import evaluate
-from diffquant.evaluation.extra import require_extra
+from diffquant.evaluation.evaluate import evaluate, require_extra
 from diffquant.evaluation.report import Report
 from diffquant.quantization import quantize
 from diffquant.recipe import Recipe
@@ -46,27 +44,26 @@ def reproduce(
     samples: int = SAMPLES,
     minutes: float | None = None,
 ) -> Report:
-    """Record, quantize, save and evaluate the pipeline that `load` gives, below `out`: ``work``, ``checkpoint``, ``report``.
+    """Record, quantize, save and evaluate the pipeline that `load` returns, in the folders ``work``, ``checkpoint`` and ``report``.
 
-    What an earlier run has recorded, learned and drawn there is taken over. Raises as `record`, `quantize`, `save` and
-    `evaluate` do.
+    Recordings, passes and samples of an earlier run in `out` are used again. Raises as `record`, `quantize`, `save` and `evaluate`.
     """
     require_extra()
-    chosen = load_protocol(protocol, samples=samples)
+    conditions = load_protocol(protocol, samples=samples)
     checkpoint, work = out / "checkpoint", out / "work"
     pipe = load()
     check_space(pipe, recipe, checkpoint)
-    with recording_scheduler(pipe, chosen):
-        result = quantize(pipe, recipe, chosen.calibration, folder=work, minutes=minutes)
+    with recording_scheduler(pipe, conditions):
+        result = quantize(pipe, recipe, conditions.calibration, folder=work, minutes=minutes)
     save(pipe, checkpoint)
     result.write(checkpoint / "quantization.json")
-    del pipe  # before full precision is there once more
-    with bars(True) as shown:
+    del pipe  # frees its memory before full precision is loaded again
+    with bars(True) as progress:
         return evaluate(
             {recipe.full_name: checkpoint},
             load(),
-            protocol=chosen.sampling,
+            protocol=conditions.sampling,
             out=out / "report",
             work=work / "samples",
-            progress=shown.show,
+            progress=progress.show,
         )

@@ -14,16 +14,16 @@ from tests import pipelines
 def test_every_layer_has_a_row_and_a_share(kind, tmp_path):
     pipe = pipelines.stable_diffusion(tmp_path) if kind == "stable_diffusion" else getattr(pipelines, kind)()
     pipe.set_progress_bar_config(disable=True)
-    found = dq.inspect(pipe, dq.load_recipe("brecq-w4a8"))
-    assert sum(found.shares.values()) == pytest.approx(1.0)  # rounding of a float sum
-    assert {row.name for row in found.layers} >= found.shares.keys()
-    assert found.seconds > 0 and found.memory_bytes > found.float32_bytes
+    inspection = dq.inspect(pipe, dq.load_recipe("brecq-w4a8"))
+    assert sum(inspection.shares.values()) == pytest.approx(1.0)  # rounding of a float sum
+    assert {row.name for row in inspection.layers} >= inspection.shares.keys()
+    assert inspection.seconds > 0 and inspection.memory_bytes > inspection.float32_bytes
 
 
 def test_shares_are_those_counted_by_hand():
     pipe = pipelines.micro()
-    found = dq.inspect(pipe, dq.load_recipe("mse-w4a8"))
-    shares = found.shares
+    inspection = dq.inspect(pipe, dq.load_recipe("mse-w4a8"))
+    shares = inspection.shares
     # 3 -> 8 channels and 8 -> 3 channels, 3x3, on the same 8x8 pixels; to_q works on as many tokens with 8 -> 8 channels, 1x1
     assert shares["conv_in"] == shares["conv_out"]
     assert shares["conv_in"] / shares["down_blocks.0.attentions.0.to_q"] == pytest.approx(3 * 8 * 9 / (8 * 8))

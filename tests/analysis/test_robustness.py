@@ -38,20 +38,20 @@ def worse(full):
 
 
 @pytest.fixture(scope="module")
-def found(full, worse, tmp_path_factory) -> tuple[Robustness, object]:
+def finished(full, worse, tmp_path_factory) -> tuple[Robustness, object]:
     out = tmp_path_factory.mktemp("robustness")
     return dq.robustness({"same": full, "worse": worse}, full, vary=VARY, protocol=PROTOCOL, out=out), out
 
 
-def test_every_combination_is_an_evaluation_of_its_own(found, full, worse):
-    result, _ = found
+def test_every_combination_is_an_evaluation_of_its_own(finished, full, worse):
+    result, _ = finished
     assert [tuple(cell.settings.values()) for cell in result.cells] == [
         (sampler, eta, steps) for sampler in VARY["sampler"] for eta in VARY["eta"] for steps in VARY["steps"]
     ]
-    asked = dq.SamplingProtocol(
+    protocol = dq.SamplingProtocol(
         samples=4, batch_size=4, seed=3, trajectory_samples=2, accumulation_samples=0, sampler="ddpm", steps=3
     )
-    alone = dq.evaluate({"same": full, "worse": worse}, full, protocol=asked)
+    alone = dq.evaluate({"same": full, "worse": worse}, full, protocol=protocol)
     (cell,) = (cell for cell in result.cells if cell.settings == {"sampler": "ddpm", "eta": 0.0, "steps": 3})
     assert cell.report.protocol == alone.protocol
     assert [row.figures for row in cell.report.measurements] == [row.figures for row in alone.measurements]
@@ -59,8 +59,8 @@ def test_every_combination_is_an_evaluation_of_its_own(found, full, worse):
     assert same.value == 0 < other.value
 
 
-def test_what_the_pipeline_cannot_do_is_part_of_the_result(found):
-    result, _ = found
+def test_what_the_pipeline_cannot_do_is_part_of_the_result(finished):
+    result, _ = finished
     assert result.refusals() == {
         "protocol.eta: is 1.0; DDPMScheduler takes none; use sampler ddim, or eta 0": [
             "sampler=ddpm,eta=1.0,steps=2",
@@ -70,8 +70,8 @@ def test_what_the_pipeline_cannot_do_is_part_of_the_result(found):
     assert "- sampler=ddpm,eta=1.0,steps=2, sampler=ddpm,eta=1.0,steps=3: protocol.eta: is 1.0;" in result.markdown()
 
 
-def test_tables_have_a_column_for_each_value_of_the_last_setting(found):
-    result, _ = found
+def test_tables_have_a_column_for_each_value_of_the_last_setting(finished):
+    result, _ = finished
     lines = result.markdown().splitlines()
     assert lines[2].startswith("4 samples. Final error: mean relative L2") and lines[4] == "## Final error"
     assert "| sampler | eta | model | steps=2 | steps=3 |" in lines
@@ -86,8 +86,8 @@ def test_tables_have_a_column_for_each_value_of_the_last_setting(found):
     assert "steps=3" in printed.getvalue() and "worse" in printed.getvalue()
 
 
-def test_what_is_written(found):
-    result, out = found
+def test_what_is_written(finished):
+    result, out = finished
     names = {path.name for path in out.iterdir()}
     measured = {cell.name for cell in result.cells if cell.report}
     assert names == {"robustness.json", "robustness.md", "robustness.png"} | measured and len(measured) == 6
@@ -112,11 +112,11 @@ def test_a_killed_run_goes_on(full, worse, tmp_path, monkeypatch):
     stop = 3
     with pytest.raises(KeyboardInterrupt):
         dq.robustness(worse, full, vary={"steps": (2, 3)}, protocol=PROTOCOL, out=tmp_path)
-    kept = Robustness.model_validate_json((tmp_path / "robustness.json").read_text())
-    assert [cell.settings for cell in kept.cells] == [{"steps": 2}] and "steps=3" in kept.markdown()
+    saved = Robustness.model_validate_json((tmp_path / "robustness.json").read_text())
+    assert [cell.settings for cell in saved.cells] == [{"steps": 2}] and "steps=3" in saved.markdown()
     stop = None
     whole = dq.robustness(worse, full, vary={"steps": (2, 3, 4)}, protocol=PROTOCOL, out=tmp_path)
-    assert calls == [2, 3, 3, 4] and whole.cells[0] == kept.cells[0]
+    assert calls == [2, 3, 3, 4] and whole.cells[0] == saved.cells[0]
     fewer = dq.robustness(worse, full, vary={"steps": (4,)}, protocol=PROTOCOL, out=tmp_path)
     assert calls == [2, 3, 3, 4] and "steps=3" not in fewer.markdown() + str(fewer.refusals())
     assert {cell.name for cell in fewer.cells} == {"steps=2", "steps=3", "steps=4"}  # for the next run
@@ -187,9 +187,9 @@ def test_values_of_the_command_line():
 
 
 def test_blank_cells_are_drawn():
-    one = draw_matrix(
+    picture = draw_matrix(
         {"a": [[0.1, None], [0.2, 0.4]], "b": [[None, None], [None, None]]}, ("sampler", ["x", "y"]), ("steps", ["1", "2"])
     )
-    assert isinstance(one, Image.Image) and one.width > 300
-    colors = {pixel for _, pixel in one.getcolors(one.width * one.height)}
+    assert isinstance(picture, Image.Image) and picture.width > 300
+    colors = {pixel for _, pixel in picture.getcolors(picture.width * picture.height)}
     assert (8, 48, 107) in colors  # the end of the scale, for the largest error

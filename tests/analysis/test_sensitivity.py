@@ -60,19 +60,19 @@ def test_each_step_is_what_a_small_part_of_the_error_does_there(pipe, data):
 
 def test_shares_of_all_quantizers_of_a_plan(pipe, data):
     before = copy.deepcopy(pipe.unet.state_dict())
-    found = dq.sensitivity(pipe, dq.load_recipe("mse-w4a6", QUICK), data, trajectories=3, progress=False)
+    result = dq.sensitivity(pipe, dq.load_recipe("mse-w4a6", QUICK), data, trajectories=3, progress=False)
     assert not hasattr(pipe.unet, "diffquant")
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
-    assert sum(row.share for row in found.rows) == pytest.approx(1.0)
-    assert list(found.timesteps) == sorted(found.timesteps, reverse=True) and len(found.timesteps) == 4
-    assert all(len(row.by_step) == 4 and min(row.by_step) >= 0 for row in found.rows)
+    assert sum(row.share for row in result.rows) == pytest.approx(1.0)
+    assert list(result.timesteps) == sorted(result.timesteps, reverse=True) and len(result.timesteps) == 4
+    assert all(len(row.by_step) == 4 and min(row.by_step) >= 0 for row in result.rows)
     planned = {row.name for row in plan(pipe.unet, dq.load_recipe("mse-w4a6").layers) if row.spec is not None}
-    assert {row.layer for row in found.rows} == planned
-    assert {row.operand for row in found.rows} == {"weight", "input", "query", "key", "value", "softmax"}
-    attention = next(row.layer for row in found.rows if row.operand == "softmax")
-    assert found.of_layer(attention, weight=True) is None
-    assert found.of_layer(attention, weight=False) == sum(row.share for row in found.rows if row.layer == attention)
-    assert found.uncertainty == pytest.approx((2 / 3) ** 0.5) and found.passes == ()
+    assert {row.layer for row in result.rows} == planned
+    assert {row.operand for row in result.rows} == {"weight", "input", "query", "key", "value", "softmax"}
+    attention = next(row.layer for row in result.rows if row.operand == "softmax")
+    assert result.of_layer(attention, weight=True) is None
+    assert result.of_layer(attention, weight=False) == sum(row.share for row in result.rows if row.layer == attention)
+    assert result.uncertainty == pytest.approx((2 / 3) ** 0.5) and result.passes == ()
 
 
 def test_a_killed_run_goes_on_and_another_recipe_starts_anew(pipe, data, tmp_path, monkeypatch):
@@ -130,15 +130,15 @@ def test_the_error_of_a_weight_is_that_of_its_decided_codes(pipe, data):
 def test_shares_counted_by_hand(pipe, data, monkeypatch):
     """Two trajectories; the first quantizer adds up over steps, the second undoes part of it, the others do nothing."""
 
-    def known(model, found, *arguments):
-        changes = torch.zeros(2, len(found), 4, dtype=torch.float64)
+    def known(model, result, *arguments):
+        changes = torch.zeros(2, len(result), 4, dtype=torch.float64)
         changes[:, 0, :2] = torch.tensor([[2.0, 2.0], [3.0, 0.0]])
         changes[:, 1, 1:3] = torch.tensor([[-3.0, 0.0], [2.0, 2.0]])
         return changes
 
     monkeypatch.setattr("diffquant.analysis.sensitivity.changes_of_last_samples", known)
-    found = dq.sensitivity(pipe, dq.load_recipe("mse-w4a6", QUICK), data, trajectories=2, progress=False)
-    first, second, *others = found.rows
+    result = dq.sensitivity(pipe, dq.load_recipe("mse-w4a6", QUICK), data, trajectories=2, progress=False)
+    first, second, *others = result.rows
     assert [first.share, second.share] == pytest.approx([(16 / 25 + 9 / 25) / 2, (9 / 25 + 16 / 25) / 2])
     assert first.by_step == pytest.approx([(4 / 25 + 9 / 25) / 2, (4 / 25 + 0) / 2, 0, 0])
     assert not any(row.share for row in others)
@@ -149,9 +149,9 @@ def test_its_file_and_its_picture(tmp_path):
     rows = tuple(
         QuantizerSensitivity(f"block.{i}", "weight" if i % 2 else "input", 4, i / 780, (i / 2000, i / 1000)) for i in range(40)
     )
-    found = dq.Sensitivity("mse-w4a4", ("CalibrateRanges",), 8, (900.0, 100.0), rows)
-    found.write(tmp_path / "sensitivity.json")
+    result = dq.Sensitivity("mse-w4a4", ("CalibrateRanges",), 8, (900.0, 100.0), rows)
+    result.write(tmp_path / "sensitivity.json")
     written = json.loads((tmp_path / "sensitivity.json").read_text())
     assert written["rows"][3] == {"layer": "block.3", "operand": "weight", "bits": 4, "share": 0.003846, "by_step": [0.0015, 0.003]}
-    tall, low = (draw_sensitivity(dataclasses.replace(found, passes=(), rows=some)) for some in (rows, rows[:4]))
+    tall, low = (draw_sensitivity(dataclasses.replace(result, passes=(), rows=some)) for some in (rows, rows[:4]))
     assert tall.width == low.width and tall.height > low.height

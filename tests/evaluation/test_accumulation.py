@@ -29,40 +29,43 @@ def traced(pipe):
 
 
 def test_full_precision_itself_makes_no_error(pipe, traced):
-    found = accumulation(traced, copy.deepcopy(pipe.unet))
-    assert found.samples == 3 and len(found.timesteps) == 4
-    assert max(*found.local, *found.accumulated, *found.predicted, *(one.final_error.value for one in found.stretches)) < 1e-4
+    errors = accumulation(traced, copy.deepcopy(pipe.unet))
+    assert errors.samples == 3 and len(errors.timesteps) == 4
+    assert (
+        max(*errors.local, *errors.accumulated, *errors.predicted, *(stretch.final_error.value for stretch in errors.stretches))
+        < 1e-4
+    )
 
 
 def test_local_and_accumulated_errors_are_those_of_the_chain(pipe, traced):
     other = disturbed(pipe, 0.1).unet
-    found = accumulation(traced, other)
+    errors = accumulation(traced, other)
     chain = traced.through(other).chain(torch.arange(3), range(4))
     latents, _ = chain.run()
     for k in range(4):
-        assert found.accumulated[k] == pytest.approx(float(relative_l2(chain.recorded(k + 1), latents[k + 1]).mean()))
-    assert found.local[0] == pytest.approx(found.accumulated[0])
-    assert found.predicted[0] == pytest.approx(found.accumulated[0], rel=1e-4)
-    assert found.local[3] != pytest.approx(found.accumulated[3], rel=1e-2)
+        assert errors.accumulated[k] == pytest.approx(float(relative_l2(chain.recorded(k + 1), latents[k + 1]).mean()))
+    assert errors.local[0] == pytest.approx(errors.accumulated[0])
+    assert errors.predicted[0] == pytest.approx(errors.accumulated[0], rel=1e-4)
+    assert errors.local[3] != pytest.approx(errors.accumulated[3], rel=1e-2)
 
 
 def test_small_errors_add_up_as_predicted(pipe, traced):
-    found = accumulation(traced, disturbed(pipe, 1e-3).unet)
-    assert found.predicted == pytest.approx(found.accumulated, rel=0.05)
-    assert found.local[-1] < 0.9 * found.accumulated[-1]
+    errors = accumulation(traced, disturbed(pipe, 1e-3).unet)
+    assert errors.predicted == pytest.approx(errors.accumulated, rel=0.05)
+    assert errors.local[-1] < 0.9 * errors.accumulated[-1]
 
 
 def test_the_last_stretch_errs_by_the_last_local_error(pipe, traced):
-    found = accumulation(traced, disturbed(pipe, 0.1).unet)
-    assert [(one.first, one.last) for one in found.stretches] == [(0, 0), (1, 1), (2, 2), (3, 3)]
-    assert found.stretches[-1].final_error.value == pytest.approx(found.local[-1])
+    errors = accumulation(traced, disturbed(pipe, 0.1).unet)
+    assert [(stretch.first, stretch.last) for stretch in errors.stretches] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert errors.stretches[-1].final_error.value == pytest.approx(errors.local[-1])
 
 
 @pytest.mark.parametrize("name", ["ldm", "dit", "stable_diffusion"])
 def test_pipelines_with_calls_of_their_own_are_traced(name, tmp_path):
     pipe = getattr(pipelines, name)(*((tmp_path,) if name == "stable_diffusion" else ()))
-    found = accumulation(trace(pipe, PROTOCOL), copy.deepcopy(Host(pipe).denoiser))
-    assert max(found.accumulated) < 1e-3
+    errors = accumulation(trace(pipe, PROTOCOL), copy.deepcopy(Host(pipe).denoiser))
+    assert max(errors.accumulated) < 1e-3
 
 
 def test_other_samplers_are_traced_under_their_own_name(pipe):

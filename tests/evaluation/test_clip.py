@@ -14,7 +14,7 @@ import diffquant as dq
 from diffquant.errors import EvaluationError
 from diffquant.evaluation import report as reports
 from diffquant.evaluation.clip import ClipScore
-from diffquant.evaluation.data import statistics_of
+from diffquant.evaluation.features import statistics_of
 from diffquant.sampling.pictures import write_pictures
 from tests import pipelines
 from tests.test_cli import run
@@ -37,17 +37,17 @@ def test_scores_are_those_of_one_picture_at_a_time(tmp_path, generator):
     scorer = ClipScore.from_directory(small_clip(tmp_path / "clip"))
     pictures = torch.randint(0, 256, (3, 3, 20, 24), generator=generator, dtype=torch.uint8)
     prompts = [*PROMPTS[:2], "a prompt that is longer than twelve tokens are, so it is cut"]
-    wanted = []
+    expected = []
     for picture, prompt in zip(pictures, prompts, strict=True):
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
         pixels = scorer.processor(images=image, return_tensors="pt")["pixel_values"]
         tokens = scorer.tokenizer(prompt, truncation=True, max_length=12, return_tensors="pt")
         with torch.no_grad():
-            seen = scorer.model.visual_projection(scorer.model.vision_model(pixels).pooler_output)
+            embedding = scorer.model.visual_projection(scorer.model.vision_model(pixels).pooler_output)
             read = scorer.model.text_projection(scorer.model.text_model(**tokens).pooler_output)
-        wanted.append(100 * max(float(functional.cosine_similarity(seen, read)), 0))
-    found = scorer.score(pictures, prompts)
-    assert len(set(wanted)) > 1 and np.allclose(found.numpy(), wanted, atol=1e-4)  # padding moves float32 sums
+        expected.append(100 * max(float(functional.cosine_similarity(embedding, read)), 0))
+    result = scorer.score(pictures, prompts)
+    assert len(set(expected)) > 1 and np.allclose(result.numpy(), expected, atol=1e-4)  # padding moves float32 sums
     grey = scorer.score(pictures[:, :1], prompts)
     assert torch.equal(grey, scorer.score(pictures[:, :1].repeat(1, 3, 1, 1), prompts))
     with pytest.raises(EvaluationError, match="3 pictures for 2 prompts"):
@@ -124,8 +124,8 @@ class Means:
 def test_pictures_written_are_the_pictures_read(tmp_path, generator):
     pictures = torch.randint(0, 256, (3, 3, 6, 5), generator=generator, dtype=torch.uint8)
     write_pictures(pictures, tmp_path / "drawn")
-    found = statistics_of(tmp_path / "drawn", Means())
-    assert torch.equal(found.features, Means().features(pictures)) and len(found.sha256) == 64
+    result = statistics_of(tmp_path / "drawn", Means())
+    assert torch.equal(result.features, Means().features(pictures)) and len(result.sha256) == 64
     Image.new("L", (4, 9)).save(tmp_path / "drawn" / "other.png")  # of another size, and grey
     assert len(statistics_of(tmp_path / "drawn", Means()).features) == 4
     (tmp_path / "drawn" / "broken.png").write_text("no picture")

@@ -60,14 +60,14 @@ def test_a_set_is_at_no_distance_from_itself(generator):
 
 def test_equal_groups_extrapolate_along_the_line_in_one_over_n(generator):
     x, y = gaussian(100, 3, generator), gaussian(100, 3, generator, shift=0.5)
-    found = distances.fid(x, y, "paired", torch.Generator().manual_seed(5))
+    distance = distances.fid(x, y, "paired", torch.Generator().manual_seed(5))
     group = torch.randperm(100, generator=torch.Generator().manual_seed(5)) % distances.GROUPS
     smaller = [
         distances.frechet_distance(*distances.moments(x[group != g]), *distances.moments(y[group != g]))
         for g in range(distances.GROUPS)
     ]
-    slope = (np.mean(smaller) - found.value) / (1 / 95 - 1 / 100)
-    assert found.extrapolated == pytest.approx(found.value - slope / 100, rel=1e-9)
+    slope = (np.mean(smaller) - distance.value) / (1 / 95 - 1 / 100)
+    assert distance.extrapolated == pytest.approx(distance.value - slope / 100, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def test_the_interval_of_fid_covers_the_truth_and_its_own_estimate(pairing, shif
         x, y = gaussian(120, 4, generator), gaussian(120, 4, generator)
         if pairing == "paired":
             y = 0.95 * x + math.sqrt(1 - 0.95**2) * y
-        found = distances.fid(shift + scale * y, x, pairing, generator)
-        assert found.low <= found.extrapolated <= found.high
-        hits += found.low <= truth <= found.high
-        plain.append(found.value)
-        extrapolated.append(found.extrapolated)
+        distance = distances.fid(shift + scale * y, x, pairing, generator)
+        assert distance.low <= distance.extrapolated <= distance.high
+        hits += distance.low <= truth <= distance.high
+        plain.append(distance.value)
+        extrapolated.append(distance.extrapolated)
     assert hits >= 54  # 95 % of 60 is 57; 54 or more in 97 of 100 such tests
     error = np.std(extrapolated) / math.sqrt(60)
     assert abs(np.mean(extrapolated) - truth) < 3 * error
@@ -101,8 +101,8 @@ def test_the_interval_of_fid_to_fixed_data_covers_the_truth(generator):
     data = gaussian(2000, 4, generator)
     mean, covariance = distances.moments(data)
     truth = distances.frechet_distance(torch.full((4,), 0.3), torch.eye(4), mean, covariance)
-    found = [distances.fid(gaussian(120, 4, generator, shift=0.3), data, "fixed", generator) for _ in range(60)]
-    assert sum(f.low <= truth <= f.high for f in found) >= 52  # of 60
+    distance = [distances.fid(gaussian(120, 4, generator, shift=0.3), data, "fixed", generator) for _ in range(60)]
+    assert sum(f.low <= truth <= f.high for f in distance) >= 52  # of 60
 
 
 def test_the_change_of_fid_is_that_of_both_and_its_interval_covers_the_truth(generator):
@@ -125,8 +125,8 @@ def test_the_change_of_fid_is_that_of_both_and_its_interval_covers_the_truth(gen
 def test_too_few_samples_are_not_extrapolated(generator):
     few = [gaussian(30, 16, generator) for _ in range(3)]
     assert distances.fid_change(*few, generator) is None
-    found = distances.fid(gaussian(30, 16, generator), gaussian(30, 16, generator), "independent", generator)
-    assert found.value > 0 and found.extrapolated is None and found.low is None and found.high is None
+    distance = distances.fid(gaussian(30, 16, generator), gaussian(30, 16, generator), "independent", generator)
+    assert distance.value > 0 and distance.extrapolated is None and distance.low is None and distance.high is None
 
 
 def slow_kid(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -141,13 +141,13 @@ def slow_kid(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def test_kid_and_its_error_match_loops(generator):
     x, y = gaussian(7, 3, generator), gaussian(5, 3, generator, shift=0.5)
-    found, fixed = distances.kid(x, y, "independent"), distances.kid(x, y, "fixed")
-    assert found.value == pytest.approx(slow_kid(x, y), rel=1e-9)
+    distance, fixed = distances.kid(x, y, "independent"), distances.kid(x, y, "fixed")
+    assert distance.value == pytest.approx(slow_kid(x, y), rel=1e-9)
     without_x = [slow_kid(torch.cat([x[:i], x[i + 1 :]]), y) for i in range(7)]
     without_y = [slow_kid(x, torch.cat([y[:i], y[i + 1 :]])) for i in range(5)]
     variance_x, variance_y = (np.var(left) * (len(left) - 1) for left in (without_x, without_y))
     assert fixed.standard_error == pytest.approx(math.sqrt(variance_x), rel=1e-9)
-    assert found.standard_error == pytest.approx(math.sqrt(variance_x + variance_y), rel=1e-9)
+    assert distance.standard_error == pytest.approx(math.sqrt(variance_x + variance_y), rel=1e-9)
 
 
 def test_paired_kid_is_the_mean_over_pairs_of_pairs(generator):
@@ -161,10 +161,10 @@ def test_paired_kid_is_the_mean_over_pairs_of_pairs(generator):
         pairs = [(i, j) for i in rows for j in rows if i != j]
         return np.mean([k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i, j in pairs])
 
-    found = distances.kid(x, y, "paired")
+    distance = distances.kid(x, y, "paired")
     left_out = [paired([i for i in range(6) if i != without]) for without in range(6)]
-    assert found.value == pytest.approx(paired(range(6)), rel=1e-9)
-    assert found.standard_error == pytest.approx(math.sqrt(np.var(left_out) * 5), rel=1e-9)
+    assert distance.value == pytest.approx(paired(range(6)), rel=1e-9)
+    assert distance.standard_error == pytest.approx(math.sqrt(np.var(left_out) * 5), rel=1e-9)
 
 
 @pytest.mark.parametrize("pairing", ["independent", "fixed"])

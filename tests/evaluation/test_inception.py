@@ -53,7 +53,7 @@ def test_other_files_are_refused(weights, tmp_path):
 @pytest.mark.parametrize("size", [3, 7, 20])
 def test_resize_is_bilinear_without_half_pixel_centres(size):
     picture = torch.rand(1, 1, 7, 5)
-    found = resize(picture, size)[0, 0]
+    resized = resize(picture, size)[0, 0]
     for row in range(size):
         for column in range(size):
             y, x = row * 7 / size, column * 5 / size
@@ -66,4 +66,4 @@ def test_resize_is_bilinear_without_half_pixel_centres(size):
                 (y - top) * (x - left),
             ]
             expected = sum(share * float(picture[0, 0, r, c]) for share, (r, c) in zip(shares, corners, strict=True))
-            assert float(found[row, column]) == pytest.approx(expected, abs=2e-6)  # float32 against float64
+            assert float(resized[row, column]) == pytest.approx(expected, abs=2e-6)  # float32 against float64

@@ -107,7 +107,7 @@ def test_confidence_is_the_largest_probability():
 def test_bootstrap_covers_the_mean_at_its_rate_and_repeats(generator):
     hits = 0
     for _ in range(200):
-        interval = intervals.bootstrap_mean(gaussian(40, 1, generator, shift=2.0)[:, 0].exp(), generator, resamples=300)
+        interval = intervals.bootstrap_mean(gaussian(40, 1, generator, shift=2.0)[:, 0].exp(), generator)
         assert interval.low <= interval.value <= interval.high
         hits += interval.low <= math.exp(2.5) <= interval.high
     assert 160 <= hits <= 200  # measured 176: the lognormal's tail costs some of the 95 %
@@ -127,9 +127,9 @@ def test_ratio_of_means_is_paired(generator):
 def test_bootstrap_is_a_loop_over_draws():
     """Rows are drawn by numpy's generator, a pair at a time, and the seed of that by the generator that is passed."""
     above, below = torch.rand(2, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    interval = intervals.bootstrap_ratio_of_means(above, below, torch.Generator().manual_seed(3), resamples=400)
+    interval = intervals.bootstrap_ratio_of_means(above, below, torch.Generator().manual_seed(3))
     seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(3)))
-    rows = np.random.default_rng(seed).integers(0, 30, (400, 30))
+    rows = np.random.default_rng(seed).integers(0, 30, (intervals.RESAMPLES, 30))
     ratios = [float(above[row].mean() / below[row].mean()) for row in torch.from_numpy(rows)]
     assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(ratios, [0.025, 0.975])), rel=1e-9)
 

@@ -82,8 +82,8 @@ ADDED_UP = Accumulation(3, (500.0, 0.0), (0.1, 0.2), (0.1, 0.5), (0.1, 0.4), (St
 
 
 def test_how_errors_add_up_is_in_the_report(tmp_path):
-    one = comparison("mse-w4a8", 0.25, 20.0, accumulation=ADDED_UP, fid_by_step=(StepDistance(1, NEAR, SHORT),))
-    written = make_report(provenance_of(), [full_precision(), one])
+    quantized = comparison("mse-w4a8", 0.25, 20.0, accumulation=ADDED_UP, fid_by_step=(StepDistance(1, NEAR, SHORT),))
+    written = make_report(provenance_of(), [full_precision(), quantized])
     written.write(tmp_path)
     assert (tmp_path / "accumulation.png").exists()
     assert read(tmp_path).measurements == written.measurements

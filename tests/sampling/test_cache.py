@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from diffquant.errors import CalibrationError, EvaluationError
-from diffquant.evaluation.compare import compare_to
-from diffquant.evaluation.reference import run_reference
+from diffquant.evaluation.compare import compare_to, run_reference
 from diffquant.sampling import cache as draws
 from diffquant.sampling.cache import draw
 from diffquant.sampling.protocol import SamplingProtocol
@@ -90,12 +89,12 @@ def test_a_damaged_or_renamed_file_is_refused(tmp_path):
     pipe = pipelines.micro()
     for seed in (1, 2):
         draw(pipe, PROTOCOL, seed=seed, name="full", folder=tmp_path)
-    one, two = tmp_path.iterdir()
-    whole = one.read_bytes()
-    one.write_bytes(two.read_bytes())
+    earlier, later = tmp_path.iterdir()
+    whole = earlier.read_bytes()
+    earlier.write_bytes(later.read_bytes())
     with pytest.raises(EvaluationError, match="holds another draw than its name says; delete it"):
         [draw(pipe, PROTOCOL, seed=seed, name="full", folder=tmp_path) for seed in (1, 2)]
-    one.write_bytes(whole[:100])
+    earlier.write_bytes(whole[:100])
     with pytest.raises(CalibrationError, match=r"damaged \(.*\); delete it"):
         [draw(pipe, PROTOCOL, seed=seed, name="full", folder=tmp_path) for seed in (1, 2)]
 
@@ -118,5 +117,5 @@ def test_comparisons_with_a_kept_reference_are_equal(tmp_path, counted):
     first, second = (run_reference(pipe, protocol, features=Corners(), folder=tmp_path) for _ in range(2))
     assert counted == [1, 2] and second.seconds is None
     worse = pipelines.micro(seed=1)
-    one, two = (compare_to(reference, worse) for reference in (first, second))
-    assert one.figures == two.figures and {"final_error", "fid_to_reference", "fid_by_step"} <= one.figures.keys()
+    earlier, later = (compare_to(reference, worse) for reference in (first, second))
+    assert earlier.figures == later.figures and {"final_error", "fid_to_reference", "fid_by_step"} <= earlier.figures.keys()

@@ -33,7 +33,7 @@ from diffquant.host.scheduler import as_noise, from_noise
 from diffquant.host.structure import plan
 from diffquant.methods.noise_correction import FitCoefficients, FitProportional, RuntimeNoiseEstimate, checked, predictions
 from diffquant.methods.ranges import CalibrateRanges
-from diffquant.sampling.correction import Attachment, attach, attachment_of, detach
+from diffquant.sampling.correction import Attachment, _StepCall, attach, attachment_of, detach
 from diffquant.sampling.sample import sample, sample_unconditional
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -91,7 +91,8 @@ def test_a_constant_error_as_computed_by_hand():
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     denoiser.levels = scheduler.alphas_cumprod
     attached._number = 1
-    estimate = attached._estimate(NoiseEstimate(), output, scheduler.timesteps[0], x, (), {"use_clipped_model_output": False})
+    call = _StepCall(output, scheduler.timesteps[0], x, (), {"use_clipped_model_output": False})
+    estimate = attached._estimate(NoiseEstimate(), call)
     # the step's result from x = 0 is B c with B = sqrt(1 - a_prev) - sqrt(a_prev (1 - a_t) / a_t)
     after = (0.51**0.5 - (0.49 * 0.75 / 0.25) ** 0.5) * 0.3
     clipped = scheduler.config.clip_sample
@@ -221,7 +222,7 @@ def test_the_residual_takes_the_place_of_injected_noise(kind):
     plain = scheduler.step(output, at, x, generator=torch.Generator().manual_seed(3), **more).prev_sample
     assert torch.equal(results[0.0], plain)
     mean, injected = results[1e3], plain - results[1e3]
-    kept = (results[0.2] - mean).norm() / injected.norm()
+    share = (results[0.2] - mean).norm() / injected.norm()
     level = float(scheduler.alphas_cumprod[at])
     before = float(scheduler.alphas_cumprod[at - 1000 // STEPS])
     alpha = level / before
@@ -229,17 +230,17 @@ def test_the_residual_takes_the_place_of_injected_noise(kind):
     weight = (1 - alpha) / (alpha * (1 - level)) ** 0.5
     if kind == "ddim":
         weight = (1 - before - variance) ** 0.5 - (before * (1 - level) / level) ** 0.5
-    assert float(kept) == pytest.approx((1 - weight**2 * 0.04 / variance) ** 0.5, abs=1e-4)
+    assert float(share) == pytest.approx((1 - weight**2 * 0.04 / variance) ** 0.5, abs=1e-4)
 
 
 def test_coefficients_by_hand(monkeypatch):
-    noises, given = torch.tensor([[1.0, -2.0, 0.05]]), torch.tensor([[2.0, -4.0, 1.0]])
+    noises, outputs = torch.tensor([[1.0, -2.0, 0.05]]), torch.tensor([[2.0, -4.0, 1.0]])
     step = FitCoefficients()
     over = 0.5 * (2 + 8 + 0.05) / 3 + 0.5 * (2 + 2 + 1) / 3 + 0.1  # 0.05 is below SMALLEST: its ratio counts as 1
     under = 0.5 * (4 + 16 + 1) / 3 + 0.5 * (4 + 4 + 1) / 3 + 0.1
-    assert float(step.factor(noises, given)) == pytest.approx(over / under)
+    assert float(step.factor(noises, outputs)) == pytest.approx(over / under)
     without_other_terms(monkeypatch)
-    assert float(step.factor(noises[:, :2], given[:, :2])) == pytest.approx(0.5)
+    assert float(step.factor(noises[:, :2], outputs[:, :2])) == pytest.approx(0.5)
 
 
 def without_other_terms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,13 +274,13 @@ def test_fitted_corrections_lower_the_error_of_single_steps(step, quantized, mon
     assert correction.timesteps == tuple(data.timesteps)
     rollout = checked(model, data)
     for k in range(rollout.steps):
-        noises, given = predictions(rollout, k, 8, 4)
+        noises, outputs = predictions(rollout, k, 8, 4)
         if isinstance(correction, Proportional):
             mean, slope = torch.tensor(correction.mean[k])[:, None], torch.tensor(correction.slope[k])[:, None]
-            fixed = (given - mean) / (1 + slope)
+            fixed = (outputs - mean) / (1 + slope)
         else:
-            fixed = given * torch.tensor(correction.factor[k])[:, None]
-        assert (fixed - noises).square().mean() <= (given - noises).square().mean() * (1 + 1e-4)
+            fixed = outputs * torch.tensor(correction.factor[k])[:, None]
+        assert (fixed - noises).square().mean() <= (outputs - noises).square().mean() * (1 + 1e-4)
 
 
 def test_a_calibrated_baseline_is_what_full_precision_is_found_to_get_wrong():

@@ -20,8 +20,8 @@ def record_under(pipe, protocol):
 
 
 def test_without_anything_given_they_are_the_defaults():
-    found = load_protocol()
-    assert found.sampling == SamplingProtocol() and found.calibration == Calibration(samples=RECORDED)
+    protocol = load_protocol()
+    assert protocol.sampling == SamplingProtocol() and protocol.calibration == Calibration(samples=RECORDED)
 
 
 @pytest.mark.parametrize(
@@ -35,38 +35,38 @@ def test_without_anything_given_they_are_the_defaults():
     ],
 )
 def test_shipped_protocols(name, steps, sampler, eta, guidance):
-    found = load_protocol([name])
-    sampling, recorded = found.sampling, found.calibration
+    protocol = load_protocol([name])
+    sampling, recorded = protocol.sampling, protocol.calibration
     assert (sampling.steps, sampling.sampler, sampling.eta, sampling.guidance_scale) == (steps, sampler, eta, guidance)
     assert recorded.guidance_scale == guidance and (recorded.eta or 0) == eta
-    assert name in shipped("protocols") and found.name == name and found.source
+    assert name in shipped("protocols") and protocol.name == name and protocol.source
 
 
 def test_later_values_win_and_options_win_over_all():
-    found = load_protocol(["imagenet-ldm4", "eta=1", "steps=10", "steps=12", "calibration.samples=8"], guidance_scale=2.0)
-    assert (found.sampling.eta, found.sampling.steps, found.sampling.guidance_scale) == (1, 12, 2.0)
-    assert found.calibration == Calibration(samples=8, steps=12, batch_size=16, guidance_scale=2.0, eta=1, budget_gib=16.0)
+    protocol = load_protocol(["imagenet-ldm4", "eta=1", "steps=10", "steps=12", "calibration.samples=8"], guidance_scale=2.0)
+    assert (protocol.sampling.eta, protocol.sampling.steps, protocol.sampling.guidance_scale) == (1, 12, 2.0)
+    assert protocol.calibration == Calibration(samples=8, steps=12, batch_size=16, guidance_scale=2.0, eta=1, budget_gib=16.0)
     assert load_protocol(["imagenet-ldm4"], calibration__steps=3, steps=7).calibration.steps == 3
 
 
 def test_clipping_of_recordings_and_samples():
-    found = load_protocol(["clip_sample=false"])
-    assert found.sampling.clip_sample is False and found.calibration.clip_sample is False
-    found = load_protocol(["calibration.clip_sample=false"])
-    assert found.sampling.clip_sample is None and found.calibration.clip_sample is False
+    protocol = load_protocol(["clip_sample=false"])
+    assert protocol.sampling.clip_sample is False and protocol.calibration.clip_sample is False
+    protocol = load_protocol(["calibration.clip_sample=false"])
+    assert protocol.sampling.clip_sample is None and protocol.calibration.clip_sample is False
 
 
 def test_a_file_of_ones_own_finds_its_prompts_and_data_beside_it(tmp_path):
     (tmp_path / "captions.txt").write_text("a cat\n\n a dog \n")
     (tmp_path / "own.yaml").write_text("steps: 7\nprompts: captions.txt\ndata: real\n")
-    found = load_protocol([str(tmp_path / "own.yaml")])
-    assert found.sampling.prompts == found.calibration.prompts == ("a cat", "a dog")
-    assert found.sampling.steps == 7 and found.data == tmp_path / "real"
+    protocol = load_protocol([str(tmp_path / "own.yaml")])
+    assert protocol.sampling.prompts == protocol.calibration.prompts == ("a cat", "a dog")
+    assert protocol.sampling.steps == 7 and protocol.data == tmp_path / "real"
     assert load_protocol([str(tmp_path / "own.yaml"), "prompts=builtin"]).sampling.prompts is None
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("texts", "message"),
     [
         (["imagenet-ldm"], 'did you mean "imagenet-ldm4"'),
         (["nowhere.yaml"], "no such file"),
@@ -79,9 +79,9 @@ def test_a_file_of_ones_own_finds_its_prompts_and_data_beside_it(tmp_path):
         (["prompts=nowhere.txt"], "nowhere.txt': no such file"),
     ],
 )
-def test_what_is_wrong_is_named(given, message):
+def test_what_is_wrong_is_named(texts, message):
     with pytest.raises(EvaluationError, match=message):
-        load_protocol(given)
+        load_protocol(texts)
 
 
 def test_an_empty_list_of_prompts_is_refused(tmp_path):

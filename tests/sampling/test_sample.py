@@ -152,15 +152,15 @@ def test_other_sizes_are_asked_for(ddim, tmp_path):
         SamplingProtocol(height=8)
 
 
-@pytest.mark.parametrize(("raised", "wanted"), [(SpecError("x: no"), SpecError), (RuntimeError("no"), EvaluationError)])
-def test_what_a_call_refuses_is_one_line(raised, wanted, tmp_path):
+@pytest.mark.parametrize(("raised", "error"), [(SpecError("x: no"), SpecError), (RuntimeError("no"), EvaluationError)])
+def test_what_a_call_refuses_is_one_line(raised, error, tmp_path):
     pipe = pipelines.stable_diffusion(tmp_path)
 
     def refuse(*arguments):
         raise raised
 
     pipe.unet.register_forward_pre_hook(refuse)
-    with pytest.raises(wanted, match="^x: no$" if wanted is SpecError else "^StableDiffusionPipeline: no$"):
+    with pytest.raises(error, match="^x: no$" if error is SpecError else "^StableDiffusionPipeline: no$"):
         sample(pipe, SamplingProtocol(samples=1, steps=2))
 
 
@@ -183,9 +183,9 @@ def test_a_pipelines_other_scheduler_is_used_and_given_back():
 
 @pytest.mark.parametrize("sampler", ["pipeline", "ddpm"])
 def test_clipping_as_asked(ddim, sampler):
-    for asked, found in [(None, True), (True, True), (False, False)]:
-        with scheduler_of(ddim, replace(TINY, sampler=sampler, clip_sample=asked)) as scheduler:
-            assert scheduler.config.clip_sample is found
+    for clip, expected in [(None, True), (True, True), (False, False)]:
+        with scheduler_of(ddim, replace(TINY, sampler=sampler, clip_sample=clip)) as scheduler:
+            assert scheduler.config.clip_sample is expected
 
 
 def test_clipping_with_a_scheduler_that_cannot(ddim):

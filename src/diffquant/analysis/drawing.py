@@ -14,7 +14,7 @@ from diffquant.analysis.sensitivity import Sensitivity
 from diffquant.evaluation.drawing import LINES, rendered
 from diffquant.evaluation.grids import GREY, INK, folded
 
-MAP_LINES, MAP_RANGE = 36, 1e4  # of a sensitivity map: quantizers shown, and largest value over the least that is told apart
+MAP_LINES, MAP_RANGE = 36, 1e4  # of a sensitivity map: quantizers shown, and the ratio of the ends of its scale of colours
 
 
 def draw_matrix(
@@ -45,27 +45,27 @@ def draw_matrix(
     return rendered(figure)
 
 
-def draw_sensitivity(found: Sensitivity) -> Image.Image:
-    """The most sensitive quantizers in the model's order: their part in the last sample's error by step, and at all steps."""
-    chosen = set(sorted(range(len(found.rows)), key=lambda index: -found.rows[index].share)[:MAP_LINES])
-    lines = [row for index, row in enumerate(found.rows) if index in chosen]
+def draw_sensitivity(sensitivity: Sensitivity) -> Image.Image:
+    """The most sensitive quantizers in the model's order: their share of the last sample's error by step, and at all steps."""
+    chosen = set(sorted(range(len(sensitivity.rows)), key=lambda index: -sensitivity.rows[index].share)[:MAP_LINES])
+    lines = [row for index, row in enumerate(sensitivity.rows) if index in chosen]
     names = [f"{row.layer}  {row.operand} {row.bits}" for row in lines]
     largest = max((value for row in lines for value in row.by_step), default=0.0) or 1.0
-    title = f"{found.recipe} after {found.passes[-1]}" if found.passes else f"{found.recipe}, ranges alone"
+    title = f"{sensitivity.recipe} after {sensitivity.passes[-1]}" if sensitivity.passes else f"{sensitivity.recipe}, ranges alone"
     figure = Figure(figsize=(12, 1.6 + 0.21 * len(lines)), dpi=150, layout="constrained")
     by_step, total = figure.subplots(1, 2, width_ratios=(5, 1), sharey=True)
     cells = np.maximum(np.array([row.by_step for row in lines]), largest / MAP_RANGE)
     image = by_step.imshow(cells, aspect="auto", cmap="Blues", norm=LogNorm(largest / MAP_RANGE, largest), interpolation="nearest")
     by_step.set_yticks(range(len(lines)), names, fontsize=8)
-    places = np.unique(np.linspace(0, len(found.timesteps) - 1, min(9, len(found.timesteps))).round().astype(int))
-    by_step.set_xticks(places, [f"{found.timesteps[place]:g}" for place in places])
+    places = np.unique(np.linspace(0, len(sensitivity.timesteps) - 1, min(9, len(sensitivity.timesteps))).round().astype(int))
+    by_step.set_xticks(places, [f"{sensitivity.timesteps[place]:g}" for place in places])
     by_step.set_xlabel("timestep, in the order of sampling", color=GREY)
     by_step.set_title(f"{title}: what each quantizer adds to the last sample, by step", loc="left", fontsize=11, color=INK)
     by_step.tick_params(colors=GREY, length=0)
     by_step.tick_params(axis="y", labelcolor=INK)
     by_step.spines[:].set_visible(False)
     figure.colorbar(image, ax=by_step, location="bottom", shrink=0.5, aspect=40, label="share of the last sample's squared error")
-    weights = sum(row.share for row in found.rows if row.operand == "weight")
+    weights = sum(row.share for row in sensitivity.rows if row.operand == "weight")
     colors = [LINES[0] if row.operand == "weight" else LINES[1] for row in lines]
     total.barh(range(len(lines)), [row.share for row in lines], color=colors, height=0.7)
     for place, row in enumerate(lines):
@@ -73,7 +73,7 @@ def draw_sensitivity(found: Sensitivity) -> Image.Image:
     for height, text, color in ((16, f"weights: {weights:.0%}", LINES[0]), (3, f"inputs: {1 - weights:.0%}", LINES[1])):
         total.annotate(text, (0, 1), (0, height), "axes fraction", "offset points", fontsize=10, color=color)
     total.set_axis_off()
-    rest = [row.share for index, row in enumerate(found.rows) if index not in chosen]
+    rest = [row.share for index, row in enumerate(sensitivity.rows) if index not in chosen]
     if rest:
         figure.supxlabel(f"{len(rest)} more quantizers together: {sum(rest):.1%}", x=0.99, ha="right", fontsize=9, color=GREY)
     return rendered(figure)

@@ -1,4 +1,4 @@
-"""The plan before hours are spent: what a recipe will do to every layer, and what file, memory and time it will take."""
+"""The plan of a recipe for a model: what becomes of every layer, and the file, memory and time that it will take."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Column, Table
 from torch import nn
 
+from diffquant.analysis.sensitivity import Sensitivity
 from diffquant.budget import recipe_forwards
 from diffquant.calibration.memory import GIB
 from diffquant.calibration.recorded_batch import free_bytes
@@ -22,7 +26,7 @@ from diffquant.host.pipeline import Host, Pipeline
 from diffquant.host.structure import PlannedLayer, first_with_guidance_sets, plan
 from diffquant.recipe import Recipe
 
-INTERVALS = Calibration().steps  # that parameter sets are divided over, where nothing was recorded yet
+INTERVALS = Calibration().steps  # of timesteps that parameter sets are divided over, before anything is recorded
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,19 @@ class Inspection:
     memory_bytes: int
     seconds: float
 
+    def table(self, sensitivity: Sensitivity | None = None) -> Table:
+        """A row for every layer, with its share of the multiplications, and with `sensitivity` of the last sample's error."""
+        names = ["shape", "weight", "input", "MACs", *(["error of weight", "of input"] if sensitivity else []), "decided by"]
+        others = (Column(name, overflow="fold") for name in names)
+        # names whole, on several lines where it is narrow
+        table = Table(Column("layer", overflow="fold", min_width=24), *others, box=SIMPLE_HEAD, padding=0)
+        for row in self.layers:
+            share = _percent(self.shares.get(row.name))
+            errors = [_percent(sensitivity.of_layer(row.name, weight)) for weight in (True, False)] if sensitivity else []
+            shape = "x".join(map(str, row.shape))
+            table.add_row(escape(row.name), shape, *_described(row.spec), share, *errors, escape(row.reason))
+        return table
+
 
 def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
     """Plan `recipe` for the denoiser of `pipe` without changing it; the pipeline is run as far as its first denoiser call."""
@@ -48,8 +65,7 @@ def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
     rows = plan(model, recipe.layers)
     timing = timed(pipe)
     total = sum(timing.operations.values()) or 1
-    steps = recipe.steps()
-    kept = max((getattr(step, "samples", 0) for step in steps if hasattr(step, "iterations")), default=0)
+    samples = max((getattr(each, "samples", 0) for each in recipe.steps() if hasattr(each, "iterations")), default=0)
     parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = max((4 * math.prod(row.shape) for row in rows), default=0)
     return Inspection(
@@ -57,7 +73,7 @@ def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
         shares={name: count / total for name, count in timing.operations.items()},
         file_bytes=_file_bytes(model, rows),
         float32_bytes=parameters,
-        memory_bytes=int(1.25 * parameters + 4 * largest + 2 * kept * timing.activation_bytes),
+        memory_bytes=int(1.25 * parameters + 4 * largest + 2 * samples * timing.activation_bytes),
         seconds=recipe_forwards(recipe, model) * timing.seconds,
     )
 
@@ -72,8 +88,8 @@ def check_space(pipe: Pipeline, recipe: Recipe, folder: Path) -> None:
     """Raise `CheckpointError` where the checkpoint that `recipe` makes of `pipe` will not fit on the disk of `folder`."""
     host = Host(pipe)
     others = (part for key, part in pipe.components.items() if key != host.name and isinstance(part, nn.Module))
-    kept = sum(tensor.nbytes for part in others for tensor in (*part.parameters(), *part.buffers()))
-    needed, free = kept + _file_bytes(host.denoiser, plan(host.denoiser, recipe.layers)), free_bytes(folder)
+    unquantized = sum(tensor.nbytes for part in others for tensor in (*part.parameters(), *part.buffers()))
+    needed, free = unquantized + _file_bytes(host.denoiser, plan(host.denoiser, recipe.layers)), free_bytes(folder)
     if needed > free:
         raise CheckpointError(
             f"{folder}: the checkpoint will take about {needed / GIB:.2g} GiB; {free / GIB:.2g} GiB are free; free some space, or "
@@ -102,3 +118,17 @@ def _file_bytes(model: nn.Module, rows: Sequence[PlannedLayer]) -> int:
             total += packed_size(shifts, SHIFT_BITS) if row.spec.shift else 0
         total += 4 * row.shape[1] if row.spec.smooth else 0
     return total
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _described(spec: LayerSpec | AttentionSpec | None) -> tuple[str, str]:
+    if spec is None:
+        return "float", "float"
+    halves = " per branch" if spec.guidance_sets else ""
+    if isinstance(spec, AttentionSpec):
+        return f"softmax {spec.softmax or 'float'}{halves}", f"q, k, v {spec.query or 'float'}{halves}"
+    splits = f" split {'+'.join(map(str, spec.splits))}" if spec.splits else ""
+    return str(spec.weight or "float"), f"{spec.input or 'float'}{splits}{halves}"

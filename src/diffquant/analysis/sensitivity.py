@@ -1,6 +1,6 @@
-"""Which layers a quantized model will pay for, and when: what each quantizer alone adds to the last sample, by sampling step.
+"""Sensitivity: the error of the last sample that each quantizer alone causes, by sampling step.
 
-It takes ranges and a few trajectories, so it comes before the hours of learning that a recipe may take; or after some of them.
+It takes ranges and a few trajectories, so it can be measured before the hours of learning that a recipe may take, or after some.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ TRAJECTORIES = 16
 
 @dataclass(frozen=True)
 class QuantizerSensitivity:
-    """What one quantizer alone does to the last sample, squared, in parts of the sum over all quantizers.
+    """The squared error of the last sample that one quantizer alone causes, relative to the sum over all quantizers.
 
-    ``share``: at all steps; the shares of all quantizers sum to 1. ``by_step``: at each step alone, in the same parts. Where the
-    errors of steps are independent these sum to ``share``; where they point the same way ``share`` is larger.
+    ``share``: at all steps; the shares of all quantizers sum to 1. ``by_step``: at each step alone, relative to the same sum. These
+    sum to ``share`` if the errors of steps are independent; if they point in one direction ``share`` is larger.
     """
 
     layer: str
@@ -54,8 +54,8 @@ class QuantizerSensitivity:
 class Sensitivity:
     """Every quantizer of a recipe's plan in the model's order, and the timesteps of the sampling steps.
 
-    ``passes``: what was learned before. What is learned together, such as the rounding of a block, makes up for each other's
-    errors, which shares of single quantizers do not show.
+    ``passes``: the passes that were applied before. Parameters that are learned together, such as the rounding of a block,
+    compensate each other's errors, which shares of single quantizers do not show.
     """
 
     recipe: str
@@ -66,19 +66,21 @@ class Sensitivity:
 
     @property
     def uncertainty(self) -> float:
-        """Relative standard deviation of a share, as one random direction for each trajectory leaves it."""
+        """Relative standard deviation of a share, from one random direction for each trajectory."""
         return math.sqrt(2 / self.trajectories)
 
     def of_layer(self, name: str, weight: bool) -> float | None:
-        """The share of a layer's weight, or of its inputs together; None where those are not quantized."""
-        found = [row.share for row in self.rows if row.layer == name and (row.operand == "weight") == weight]
-        return sum(found) if found else None
+        """The share of a layer's weight, or of its inputs together; None if those are not quantized."""
+        shares = [row.share for row in self.rows if row.layer == name and (row.operand == "weight") == weight]
+        return sum(shares) if shares else None
 
     def write(self, path: Path) -> None:
         """Write it as JSON, shares to four digits."""
-        rows = [
-            asdict(row) | {"share": _rounded(row.share), "by_step": [_rounded(one) for one in row.by_step]} for row in self.rows
-        ]
+
+        def rounded(share: float) -> float:
+            return float(f"{share:.4g}")
+
+        rows = [asdict(row) | {"share": rounded(row.share), "by_step": [*map(rounded, row.by_step)]} for row in self.rows]
         write_text(path, json.dumps(asdict(self) | {"rows": rows}))
 
 
@@ -93,14 +95,14 @@ def sensitivity(
     folder: Path | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """What each quantizer that `recipe` plans adds to the last samples of recorded `trajectories`, to first order.
+    """The error of the last samples of recorded `trajectories` that each quantizer of `recipe` causes, to first order.
 
-    Ranges are those of the recipe's first `CalibrateRanges`, and weights round to nearest, where the recipe may learn better; with
-    a `folder` in which `quantize` has finished passes of the recipe, on the same `data` and `seed`, what these left is measured.
-    Each trajectory takes about three forward passes a step. The model of `pipe` stays as it is: a copy of its denoiser is measured,
-    with ``checkpointing`` in the memory of one block's graph more. With `folder` a killed run goes on where it stopped.
+    Ranges are those of the recipe's first `CalibrateRanges`, and weights round to nearest. If `quantize` has finished passes of the
+    recipe in `folder`, on the same `data` and `seed`, their result is measured instead. Each trajectory takes about three forward
+    passes a step. A copy of the denoiser is measured; ``checkpointing`` limits the additional memory to the graph of one block. An
+    interrupted run with a `folder` resumes.
 
-    Raises `SpecError` where a pattern of the recipe matches nothing, `CalibrationError` when `data` was recorded with another model
+    Raises `SpecError` if a pattern of the recipe matches nothing, and `CalibrationError` if `data` was recorded with another model
     or cannot be replayed.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -113,36 +115,34 @@ def sensitivity(
     names = pass_names(recipe, rows, seed, data)
     done = [] if folder is None else list(takewhile(lambda name: (folder / f"{name}.safetensors").exists(), names))
     generator = torch.Generator().manual_seed(seed)
-    found = dict(quantizers(model))
-    steps = recipe.steps()
+    by_name = dict(quantizers(model))
+    passes = recipe.steps()
     with fit.run(folder, progress) as run:
         if folder is not None:
             restore_passes(model, folder, done)
-        if not any(isinstance(step, CalibrateRanges) for step in steps[: len(done)]):
-            ranges = next((step for step in steps if isinstance(step, CalibrateRanges)), CalibrateRanges())
+        if not any(isinstance(each, CalibrateRanges) for each in passes[: len(done)]):
+            ranges = next((each for each in passes if isinstance(each, CalibrateRanges)), CalibrateRanges())
             ranges.apply(model, data, generator, run)
-        given = [names[:1], done, trajectories, *(repr(quantizer.spec) for quantizer in found.values())]
-        below = run.below(f"sensitivity-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:12]}")
-        changes = changes_of_last_samples(model, found, data, trajectories, generator, below, checkpointing)
+        key = [names[:1], done, trajectories, *(repr(quantizer.spec) for quantizer in by_name.values())]
+        below = run.below(f"sensitivity-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}")
+        changes = changes_of_last_samples(model, by_name, data, trajectories, generator, below, checkpointing)
     return Sensitivity(
         recipe=recipe.full_name,
-        passes=tuple(type(step).__name__ for step in steps[: len(done)]),
+        passes=tuple(type(each).__name__ for each in passes[: len(done)]),
         trajectories=len(changes),
         timesteps=tuple(data.step_timesteps),
-        rows=_rows(found, changes),
+        rows=_rows(by_name, changes),
     )
 
 
-def _rounded(share: float) -> float:
-    return float(f"{share:.4g}")
-
-
-def _rows(found: dict[str, Quantizer], changes: Float[Tensor, "trajectories quantizers steps"]) -> tuple[QuantizerSensitivity, ...]:
-    """Trajectories count alike, however far one of them magnifies errors."""
+def _rows(
+    by_name: dict[str, Quantizer], changes: Float[Tensor, "trajectories quantizers steps"]
+) -> tuple[QuantizerSensitivity, ...]:
+    """Trajectories have equal weight, however much they amplify errors."""
     parts = relative(changes)
     share, by_step = parts.sum(dim=2).square().mean(dim=0), parts.square().mean(dim=0)
     rows = []
-    for (name, quantizer), all_steps, steps in zip(found.items(), share.tolist(), by_step.tolist(), strict=True):
+    for (name, quantizer), all_steps, steps in zip(by_name.items(), share.tolist(), by_step.tolist(), strict=True):
         layer, _, operand = name.rpartition(".")
         layer, operand = layer.removesuffix(f".{PRODUCTS}"), operand.removesuffix("_quantizer")
         rows.append(QuantizerSensitivity(layer, operand, quantizer.spec.bits, all_steps, tuple(steps)))

@@ -1,14 +1,15 @@
 """How errors of single steps become the error of the last sample.
 
-The full-precision model is recorded once on noise of its own (`trace`); a quantized model is then sent along that recording
-(`accumulation`): one step at a time from full-precision latents (its *local* error), all steps in a row (the *accumulated* error),
-and with only one tenth of the steps quantized, the others in full precision.
+`trace` records trajectories of full precision. `accumulation` replays them with a quantized model: one step at a time from
+full-precision latents (its *local* error), all steps in a row (the *accumulated* error), and with only one tenth of the steps
+quantized, the others in full precision.
 
-Beside the measured accumulation stands the one that the recursion of local errors predicts,
+The measured accumulation is compared with the one that a recursion of the local errors predicts,
 
     e_(t-1) = J_t e_t + d_t        J_t: Jacobian of full precision's step, d_t: local error at step t,
 
-with J_t e a central difference along e. Where measured and predicted part, quantization answers to the error in its own input.
+with J_t e a central difference along e. If the two differ, the quantization error itself depends on the error already present in
+the input.
 Source: AccuQuant (Lee et al. 2025, arXiv 2510.20348) for the question; the recursion is that of any one-step solver (the history of
 multistep solvers is left out of J).
 """
@@ -60,10 +61,10 @@ class Accumulation:
 
 
 def trace(pipe: Pipeline, protocol: SamplingProtocol) -> Rollout:
-    """Record the first `accumulation_samples` samples' worth of full-precision trajectories under the protocol, ready for replay.
+    """Record `accumulation_samples` trajectories of full precision under the protocol.
 
-    Raises `CalibrationError` where the pipeline's steps cannot be replayed, and for pictures of another size than its own, which
-    a recording does not take.
+    Raises `CalibrationError` if the steps of the pipeline cannot be replayed, and for pictures of another size than its own, which
+    cannot be recorded.
     """
     if (protocol.height or protocol.width) and not Host(pipe).unconditional:
         raise CalibrationError("protocol.height, width: trajectories are recorded at the pipeline's own size only")
@@ -104,13 +105,12 @@ def accumulation(
 ) -> Accumulation:
     """Send `quantized` along the trajectories of `full`, the full-precision model's rollout."""
     through = full.through(quantized)
-    batches = torch.arange(full.trajectories).split(BATCH)
-    rows = []
-    for done, picked in enumerate(batches):
-        rows.append(_errors(full, through, picked))
+    batches = []
+    for indices in torch.arange(full.trajectories).split(BATCH):
+        batches.append(_errors(full, through, indices))
         if progress is not None:
-            progress(f"{name}, step by step", min(full.trajectories, (done + 1) * BATCH), full.trajectories)
-    local, accumulated, predicted, stretches = (torch.cat([row[i] for row in rows], dim=1) for i in range(4))  # [steps, n]
+            progress(f"{name}, step by step", int(indices[-1]) + 1, full.trajectories)
+    local, accumulated, predicted, stretches = (torch.cat(errors, dim=1) for errors in zip(*batches, strict=True))  # [steps, n]
     generator = torch.Generator().manual_seed(RESAMPLE_SEED)
     first = torch.zeros(1, dtype=torch.long)
     return Accumulation(
@@ -132,41 +132,41 @@ def parts(steps: int) -> list[range]:
     return [range(steps * i // count, steps * (i + 1) // count) for i in range(count)]
 
 
-def _errors(full: Rollout, quantized: Rollout, picked: Int[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _errors(full: Rollout, quantized: Rollout, indices: Int[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Relative errors ``[steps, n]`` of one batch: local, accumulated, predicted; and of the last sample, ``[stretches, n]``."""
     steps = full.steps
-    whole = full.chain(picked, range(steps))
-    latents = [whole.recorded(i) for i in range(steps + 1)]
-    in_a_row, _ = quantized.chain(picked, range(steps)).run()
+    recording = full.chain(indices, range(steps))
+    latents = [recording.recorded(i) for i in range(steps + 1)]
+    in_a_row, _ = quantized.chain(indices, range(steps)).run()
     local, predicted, error = [], [], torch.zeros_like(latents[0])
     for k in range(steps):
         here = range(k, k + 1)
-        single = quantized.chain(picked, here).run(latents[k])[0][-1]
+        single = quantized.chain(indices, here).run(latents[k])[0][-1]
         local.append(relative_l2(latents[k + 1], single))
-        error = _carried(full, picked, here, latents[k], error) + single - latents[k + 1]
+        error = _carried(full, indices, here, latents[k], error) + single - latents[k + 1]
         predicted.append(relative_l2(latents[k + 1], latents[k + 1] + error))
     accumulated = [relative_l2(latents[k + 1], in_a_row[k + 1]) for k in range(steps)]
-    ends = [relative_l2(latents[-1], _one_stretch(full, quantized, picked, part, latents)) for part in parts(steps)]
+    ends = [relative_l2(latents[-1], _stretch_end(full, quantized, indices, part, latents)) for part in parts(steps)]
     return torch.stack(local), torch.stack(accumulated), torch.stack(predicted), torch.stack(ends)
 
 
 def _carried(
-    full: Rollout, picked: Int[Tensor, " n"], step: range, latent: Float[Tensor, "n ..."], error: Float[Tensor, "n ..."]
+    full: Rollout, indices: Int[Tensor, " n"], step: range, latent: Float[Tensor, "n ..."], error: Float[Tensor, "n ..."]
 ) -> Float[Tensor, "n ..."]:
-    """J e: what full precision's step makes of a small error in its input, by a central difference along it."""
+    """J e: full precision's step applied to a small error in its input, by a central difference along it."""
     if not error.any():
         return error
     view = (-1, *[1] * (latent.dim() - 1))
     norms = (latent.flatten(1).norm(dim=1) / error.flatten(1).norm(dim=1).clamp(min=1e-30)).view(view)
     length = DIFFERENCE * norms
-    ahead, behind = (full.chain(picked, step).run(latent + sign * length * error)[0][-1] for sign in (1, -1))
+    ahead, behind = (full.chain(indices, step).run(latent + sign * length * error)[0][-1] for sign in (1, -1))
     carried: Tensor = (ahead - behind) / (2 * length)
     return carried
 
 
-def _one_stretch(
-    full: Rollout, quantized: Rollout, picked: Int[Tensor, " n"], part: range, latents: list[Tensor]
+def _stretch_end(
+    full: Rollout, quantized: Rollout, indices: Int[Tensor, " n"], part: range, latents: list[Tensor]
 ) -> Float[Tensor, "n ..."]:
     """The last sample when only the steps of `part` are quantized."""
-    reached, states = quantized.chain(picked, part).run(latents[part.start])
-    return full.finish(picked, part.stop, reached[-1], states[-1])
+    reached, states = quantized.chain(indices, part).run(latents[part.start])
+    return full.finish(indices, part.stop, reached[-1], states[-1])

@@ -1,4 +1,4 @@
-"""ClipScore: how well pictures agree with their prompts, by a CLIP model in a local directory; nothing is downloaded.
+"""ClipScore: the agreement of pictures with their prompts, by a CLIP model in a local directory; nothing is downloaded.
 
 The score of a picture is 100 max(cos(image embedding, text embedding), 0). Source: Hessel et al. 2021 (arXiv 2104.08718).
 *Differs*: their weight is 2.5; published tables of quantized models use 100.
@@ -25,7 +25,7 @@ BATCH = 32  # pictures per call
 
 @final
 class ClipScore:
-    """A CLIP model as a judge of pictures and prompts; pictures are resized with PIL, prompts cut to the length it takes."""
+    """A CLIP model that scores pictures by their prompts. Pictures are resized with PIL, prompts cut to the model's length."""
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str, sha256: str) -> None:
         self.model, self.tokenizer, self.processor = model.eval(), tokenizer, processor
@@ -57,9 +57,8 @@ class ClipScore:
         """The score of each picture, 0 to 100; grey pictures are repeated over three channels."""
         if len(pictures) != len(prompts):
             raise EvaluationError(f"clip: {len(pictures)} pictures for {len(prompts)} prompts; give one each")
-        starts = range(0, len(pictures), BATCH)
-        scores = [self._score(pictures[i : i + BATCH], list(prompts[i : i + BATCH])) for i in starts]
-        return torch.cat(scores)
+        parts = [slice(start, start + BATCH) for start in range(0, len(pictures), BATCH)]
+        return torch.cat([self._score(pictures[part], list(prompts[part])) for part in parts])
 
     def _score(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         images = [Image.fromarray(picture.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()) for picture in pictures]

@@ -1,6 +1,6 @@
-"""How far two sets of pictures are apart, by their features: pure functions, no models and no files.
+"""Distances between two sets of pictures by their features: pure functions, no models and no files.
 
-Sets are compared by the Frechet distance (FID) and the kernel distance (KID) of their features. FID is biased upwards by about
+These are the Frechet distance (FID) and the kernel distance (KID). FID is biased upwards by about
 a/n, and a percentile bootstrap of it draws sets with repeated samples, whose bias is larger still: its interval does not contain
 its own point estimate. Chong & Forsyth 2020 (arXiv 1911.07023) extrapolate a line in 1/n to n = infinity. `fid` does the same with
 the delete-a-group jackknife: leave each of G groups out in turn, and draw the line through n and n (1 - 1/G). *Differs* from the
@@ -100,21 +100,20 @@ def fid(
     reference_group = group if pairing == "paired" else _groups(len(reference), generator)
 
     def without(left_out: int) -> float:
-        kept = reference if pairing == "fixed" else reference[reference_group != left_out]
-        return frechet_distance(*moments(samples[group != left_out]), *moments(kept))
+        others = reference if pairing == "fixed" else reference[reference_group != left_out]
+        return frechet_distance(*moments(samples[group != left_out]), *moments(others))
 
-    found = _jackknife(full, without, group)
-    return FrechetDistance(full, found.value, found.low, found.high)
+    interval = _jackknife(full, without, group)
+    return FrechetDistance(full, interval.value, interval.low, interval.high)
 
 
 def fid_change(
     samples: Float[Tensor, "n d"], before: Float[Tensor, "n d"], data: Float[Tensor, "m d"], generator: torch.Generator
 ) -> Interval | None:
-    """How much farther from the data `samples` are than `before`, in FID without the bias of n, with a 95 % interval.
+    """FID to the data of `samples` minus that of `before`, without the bias of n, with a 95 % interval.
 
-    Row i of both comes from the same noise, so what noise does to both cancels: the interval is narrower than those of the two
-    distances. None where there are too few samples to extrapolate, as for `fid`.
-    Raises EvaluationError for what `fid` refuses.
+    Row i of both comes from the same noise, whose effect cancels: the interval is narrower than those of the two distances. None
+    where `fid` does not extrapolate. Raises EvaluationError for what `fid` refuses.
     """
     _check_features(samples, before, "paired", least=2)
     _check_features(samples, data, "fixed", least=2)
@@ -123,9 +122,8 @@ def fid_change(
         return None
     group, fixed = _groups(count, generator), moments(data)
 
-    def change(kept: Tensor) -> float:
-        after_that, before_that = (frechet_distance(*moments(rows[kept]), *fixed) for rows in (samples, before))
-        return after_that - before_that
+    def change(rows: Tensor) -> float:
+        return frechet_distance(*moments(samples[rows]), *fixed) - frechet_distance(*moments(before[rows]), *fixed)
 
     return _jackknife(change(group >= 0), lambda left_out: change(group != left_out), group)
 

@@ -65,20 +65,14 @@ def draw_accumulation(traced: Mapping[str, Accumulation]) -> Image.Image:
     """Left: local, accumulated and predicted error over steps. Right: final error when only one stretch of steps is quantized."""
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     over_steps, by_stretch = figure.subplots(1, 2, width_ratios=(3, 2))
-    for index, (name, found) in enumerate(traced.items()):
+    for index, (name, errors) in enumerate(traced.items()):
         color = LINES[index % len(LINES)]
-        steps = range(1, len(found.timesteps) + 1)
-        for values, style, width in ((found.accumulated, "-", 1.8), (found.predicted, "--", 1.2), (found.local, ":", 1.2)):
+        steps = range(1, len(errors.timesteps) + 1)
+        for values, style, width in ((errors.accumulated, "-", 1.8), (errors.predicted, "--", 1.2), (errors.local, ":", 1.2)):
             over_steps.plot(steps, [value if value > 0 else math.nan for value in values], style, color=color, linewidth=width)
-        middles = [(one.first + one.last) / 2 + 1 for one in found.stretches]
-        by_stretch.plot(
-            middles,
-            [one.final_error.value for one in found.stretches],
-            "o-",
-            color=color,
-            markersize=4,
-            label="\n".join(folded(name)),
-        )
+        middles = [(stretch.first + stretch.last) / 2 + 1 for stretch in errors.stretches]
+        ends = [stretch.final_error.value for stretch in errors.stretches]
+        by_stretch.plot(middles, ends, "o-", color=color, markersize=4, label="\n".join(folded(name)))
     for style, what in (("-", "accumulated"), ("--", "as local errors predict"), (":", "local: one step")):
         over_steps.plot([], [], style, color=GREY, label=what)
     _logarithmic(over_steps)

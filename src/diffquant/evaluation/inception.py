@@ -27,10 +27,11 @@ from diffquant.errors import EvaluationError
 
 SIZE = 299  # pixels that the network sees
 LOGITS = 1008
-POOL = "branch_pool"  # the branch that sees the block's pooled input
+POOL = "branch_pool"
 
 Layer = tuple[Any, ...]  # a convolution: output channels, kernel, and with a third entry, its stride, no padding
-Branches = dict[str, list[Any]]  # by the branch's name its layers in a row; a dict forks it at its end
+Stage = dict[str, Layer]  # convolutions of one input, by name
+Branches = list[list[Stage]]  # side by side, each its stages in a row; the last one sees the block's pooled input
 
 STEM: dict[str, Layer] = {
     "Conv2d_1a_3x3": (32, 3, 2),
@@ -39,26 +40,35 @@ STEM: dict[str, Layer] = {
     "Conv2d_3b_1x1": (80, 1),
     "Conv2d_4a_3x3": (192, 3, 1),
 }
-HALVED = ("Conv2d_3b_1x1", "Mixed_5b")  # what sees its input through a maximum pool
+HALVED = ("Conv2d_3b_1x1", "Mixed_5b")  # they see their input through a maximum pool
+
+
+def _row(name: str, *layers: Layer) -> list[Stage]:
+    return [{f"{name}_{number}": layer} for number, layer in enumerate(layers, 1)]
+
+
+def _fork(name: str) -> Stage:
+    return {f"{name}a": (384, (1, 3)), f"{name}b": (384, (3, 1))}
 
 
 def _a(pooled: int) -> Branches:
-    double = [(64, 1), (96, 3), (96, 3)]
-    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)], "branch3x3dbl": double, POOL: [(pooled, 1)]}
+    double = _row("branch3x3dbl", (64, 1), (96, 3), (96, 3))
+    return [[{"branch1x1": (64, 1)}], _row("branch5x5", (48, 1), (64, 5)), double, [{POOL: (pooled, 1)}]]
 
 
 def _c(width: int) -> Branches:
     across, down = (width, (1, 7)), (width, (7, 1))
-    single, double = [(width, 1), across, (192, (7, 1))], [(width, 1), down, across, down, (192, (1, 7))]
-    return {"branch1x1": [(192, 1)], "branch7x7": single, "branch7x7dbl": double, POOL: [(192, 1)]}
+    single = _row("branch7x7", (width, 1), across, (192, (7, 1)))
+    double = _row("branch7x7dbl", (width, 1), down, across, down, (192, (1, 7)))
+    return [[{"branch1x1": (192, 1)}], single, double, [{POOL: (192, 1)}]]
 
 
-_FORK = {"a": (384, (1, 3)), "b": (384, (3, 1))}
-_B: Branches = {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], POOL: []}
-_SEVEN = [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]
-_D: Branches = {"branch3x3": [(192, 1), (320, 3, 2)], "branch7x7x3": _SEVEN, POOL: []}
-_DOUBLE = [(448, 1), (384, 3), _FORK]
-_E: Branches = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), _FORK], "branch3x3dbl": _DOUBLE, POOL: [(192, 1)]}
+_B: Branches = [[{"branch3x3": (384, 3, 2)}], _row("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)), []]
+_SEVEN = _row("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2))
+_D: Branches = [_row("branch3x3", (192, 1), (320, 3, 2)), _SEVEN, []]
+_SINGLE: list[Stage] = [{"branch3x3_1": (384, 1)}, _fork("branch3x3_2")]
+_DOUBLE = [*_row("branch3x3dbl", (448, 1), (384, 3)), _fork("branch3x3dbl_3")]
+_E: Branches = [[{"branch1x1": (320, 1)}], _SINGLE, _DOUBLE, [{POOL: (192, 1)}]]
 
 _average = functools.partial(functional.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 _maximum = functools.partial(functional.max_pool2d, kernel_size=3, stride=1, padding=1)
@@ -95,36 +105,6 @@ class _Convolution(nn.Module):
 
 
 @final
-class _Block(nn.Module):
-    """Branches side by side, with their outputs joined; `width` is the number of channels of these."""
-
-    def __init__(self, inputs: int, branches: Branches, pool: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.pool = pool
-        self.paths: dict[str, list[list[str]]] = {branch: [] for branch in branches}
-        self.width = 0
-        for branch, layers in branches.items():
-            widths = [inputs]
-            for number, layer in enumerate(layers, 1):
-                name = branch if len(layers) == 1 else f"{branch}_{number}"
-                named = {name + letter: part for letter, part in layer.items()} if isinstance(layer, dict) else {name: layer}
-                for part_name, part in named.items():
-                    self.add_module(part_name, _Convolution(widths[0], part))
-                self.paths[branch].append(list(named))
-                widths = [part[0] for part in named.values()]
-            self.width += sum(widths)
-
-    def forward(self, x: Tensor) -> Tensor:
-        joined: list[Tensor] = []
-        for branch, stages in self.paths.items():
-            outputs = [self.pool(x) if branch == POOL else x]
-            for names in stages:
-                outputs = [self.get_submodule(name)(outputs[0]) for name in names]
-            joined += outputs
-        return torch.cat(joined, dim=1)
-
-
-@final
 class Inception(nn.Module):
     """The network, with the names of the published weights; it returns the 2048 pooled features."""
 
@@ -134,22 +114,37 @@ class Inception(nn.Module):
         for name, layer in STEM.items():
             self.add_module(name, _Convolution(width, layer))
             width = layer[0]
-        for name, (branches, pool) in BLOCKS.items():
-            block = _Block(width, branches, pool)
+        for name, (branches, _) in BLOCKS.items():
+            block, joined = nn.ModuleDict(), 0
+            for stages in branches:
+                widths = [width]
+                for stage in stages:
+                    block.update({part: _Convolution(widths[0], layer) for part, layer in stage.items()})
+                    widths = [layer[0] for layer in stage.values()]
+                joined += sum(widths)
             self.add_module(name, block)
-            width = block.width
+            width = joined
         self.fc = nn.Linear(width, LOGITS)
 
     def forward(self, x: Float[Tensor, "n 3 299 299"]) -> Float[Tensor, "n 2048"]:
         """Features of pictures in [-1, 1)."""
-        for name in (*STEM, *BLOCKS):
+        for name in STEM:
             x = self.get_submodule(name)(_halve(x) if name in HALVED else x)
+        for name, (branches, pool) in BLOCKS.items():
+            x = _halve(x) if name in HALVED else x
+            joined: list[Tensor] = []
+            for stages in branches:
+                outputs = [pool(x) if stages is branches[-1] else x]
+                for stage in stages:
+                    outputs = [self.get_submodule(f"{name}.{part}")(outputs[0]) for part in stage]
+                joined += outputs
+            x = torch.cat(joined, dim=1)
         return x.mean(dim=(2, 3))
 
 
 @final
 class InceptionFeatures:
-    """Inception as a feature extractor for the evaluation; it has no confidence to offer."""
+    """Inception as a feature extractor. Its classes are photographs, so it returns no confidence and no agreement."""
 
     name = "inception-2015-12-05"
 
@@ -183,11 +178,11 @@ class InceptionFeatures:
         return torch.cat(batches)
 
     def confidence(self, pictures: UInt8[Tensor, "n c h w"]) -> Float[Tensor, " n"] | None:
-        """None: classes of photographs say nothing of legibility."""
+        """None."""
         return None
 
     def agreement(self, pictures: UInt8[Tensor, "n c h w"], conditions: Sequence[str | int]) -> Float[Tensor, " n"] | None:
-        """None: features name no class."""
+        """None."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""Intervals of what is measured on samples: percentile bootstraps by scipy, over samples or over pairs of the same noise."""
+"""95 % intervals: percentile bootstraps by scipy, over samples or over pairs of the same noise."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class Interval:
 
 
 def interval_generator() -> torch.Generator:
-    """A fresh generator of bootstrap draws and jackknife groups, the same every time."""
+    """A new generator of bootstrap draws and jackknife groups, always in the same state."""
     return torch.Generator().manual_seed(INTERVAL_SEED)
 
 
-def bootstrap_mean(values: Float[Tensor, " n"], generator: torch.Generator, resamples: int = RESAMPLES) -> Interval:
+def bootstrap_mean(values: Float[Tensor, " n"], generator: torch.Generator) -> Interval:
     """Mean of `values` and its 95 % percentile bootstrap interval."""
-    return _bootstrap(np.mean, [values], generator, resamples)
+    return _bootstrap(np.mean, [values], generator)
 
 
-def bootstrap_median(values: Float[Tensor, " n"], generator: torch.Generator, resamples: int = RESAMPLES) -> Interval:
+def bootstrap_median(values: Float[Tensor, " n"], generator: torch.Generator) -> Interval:
     """Median of `values` (the mean of the middle two where n is even) and its 95 % percentile bootstrap interval."""
-    return _bootstrap(np.median, [values], generator, resamples)
+    return _bootstrap(np.median, [values], generator)
 
 
 def bootstrap_ratio_of_means(
-    numerator: Float[Tensor, " n"], denominator: Float[Tensor, " n"], generator: torch.Generator, resamples: int = RESAMPLES
+    numerator: Float[Tensor, " n"], denominator: Float[Tensor, " n"], generator: torch.Generator
 ) -> Interval:
     """mean(numerator) / mean(denominator) of paired values, and its 95 % percentile bootstrap interval over the pairs."""
 
@@ -50,10 +50,10 @@ def bootstrap_ratio_of_means(
         with np.errstate(divide="ignore", invalid="ignore"):  # a model that errs nowhere: infinite, or not a number
             return above.mean(axis=axis) / below.mean(axis=axis)
 
-    return _bootstrap(ratio, [numerator, denominator], generator, resamples)
+    return _bootstrap(ratio, [numerator, denominator], generator)
 
 
-def _bootstrap(statistic: Callable[..., Any], samples: Sequence[Tensor], generator: torch.Generator, resamples: int) -> Interval:
+def _bootstrap(statistic: Callable[..., Any], samples: Sequence[Tensor], generator: torch.Generator) -> Interval:
     """The statistic of the samples, and the 2.5 % and 97.5 % quantiles of it over rows drawn with replacement.
 
     Rows of several samples are drawn together. The generator draws the seed of numpy's.
@@ -64,12 +64,12 @@ def _bootstrap(statistic: Callable[..., Any], samples: Sequence[Tensor], generat
     value = float(statistic(*data, axis=-1))
     seed = int(torch.randint(2**62, (1,), generator=generator))
     count = len(data[0])
-    if count == 1 or not math.isfinite(value):  # there is nothing to draw
+    if count == 1 or not math.isfinite(value):
         return Interval(value, value, value)
-    drawn = bootstrap(
+    interval = bootstrap(
         data,
         statistic,
-        n_resamples=resamples,
+        n_resamples=RESAMPLES,
         batch=max(1, AT_ONCE // count),
         vectorized=True,
         paired=True,
@@ -77,5 +77,5 @@ def _bootstrap(statistic: Callable[..., Any], samples: Sequence[Tensor], generat
         confidence_level=0.95,
         method="percentile",
         rng=np.random.default_rng(seed),
-    )
-    return Interval(value, float(drawn.confidence_interval.low), float(drawn.confidence_interval.high))
+    ).confidence_interval
+    return Interval(value, float(interval.low), float(interval.high))

@@ -1,4 +1,4 @@
-"""What was measured of one model: its figures by metric, and what it takes in seconds and bytes."""
+"""What was measured of one model: its figures by metric, its sampling time and its file size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from diffquant.evaluation.metrics import registered
 
 
 class Measurement(BaseModel):
-    """The figures of one model by the metric's name; what a metric does not apply to is left out.
+    """The figures of one model by the metric's name, of the metrics that apply to it.
 
-    `ratio` is `file_bytes` over those of full precision. `engine` is what the model computed with. Figures of metrics that are not
-    registered here, such as those of somebody else's metric in a report that was read, stay as they stand in the file.
+    `ratio` is `file_bytes` over those of full precision. `engine` is the engine that the model computed with. In a report that was
+    read, figures of metrics that are not registered here stay as they are in the file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,4 +1,4 @@
-"""How the figures of a report came about: what was sampled, by what it was judged, on which machine and with which versions."""
+"""The provenance of a report's figures: sampling, models, extractor, device and versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INTERVALS = f"95 %; paired: percentile bootstrap, {RESAMPLES} resamples; FID: de
 
 
 class Protocol(BaseModel):
-    """How the figures of a report came about; figures of two reports compare only if all of it is equal."""
+    """The provenance of a report's figures. Figures of two reports compare only if all of it is equal."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,4 @@
-"""What a metric is computed from: what models drew through the same noise, and full precision to compare it with."""
+"""The input of metrics: samples of models for the same noise, and full precision to compare them with."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from diffquant.errors import EvaluationError
-from diffquant.evaluation.differ import Differ
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer, confidences, extract
-from diffquant.evaluation.pairs import relative_l2
+from diffquant.evaluation.pairs import relative_l2, sqnr_db
 from diffquant.evaluation.provenance import Protocol
 from diffquant.host.pipeline import Pipeline
 from diffquant.sampling.observers import Trajectory
 from diffquant.sampling.protocol import SamplingProtocol
-from diffquant.sampling.sample import OnProgress
+from diffquant.sampling.sample import OnProgress, StepResult
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a model drew through one noise. Features are computed once, when the first metric asks for them.
+    """The samples of a model for one noise. Features are computed when the first metric reads them.
 
-    `noisy` are the noisy samples as pictures, by the number of steps done (pixel models with an extractor only).
+    `noisy`: the noisy samples as pictures, by the number of steps done (pixel models with an extractor only).
     """
 
     pictures: UInt8[Tensor, "n c h w"]
@@ -55,10 +55,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Reference:
-    """Full precision, sampled once: what further models are compared with. It holds no figures.
+    """Full precision, sampled once, with which other models are compared.
 
-    `trajectory` has the steps of the first samples. `scorer` judges pictures by their prompts. `prepared` is what each metric
-    computed once from full precision, by the metric's name; these are the metrics that models are measured with.
+    `trajectory` has the steps of the first samples. `scorer` scores pictures by their prompts. `prepared` holds the values of
+    `Metric.prepare` by the metric's name; models are measured with these metrics.
     """
 
     pipe: Pipeline
@@ -81,11 +81,36 @@ class Reference:
         return self.samples.extractor
 
 
+class Differ:
+    """Observer of a quantized run: compares the first samples with the trajectory of the reference, step by step."""
+
+    def __init__(self, name: str, reference: Trajectory) -> None:
+        self.name = name
+        self.reference = reference
+        self.drift = torch.zeros(reference.latents.shape[:2], dtype=torch.float64)  # [steps, samples]
+        self.noise_sqnr_db = torch.zeros_like(self.drift)
+
+    def __call__(self, indices: range, result: StepResult) -> None:
+        """Compare one step. Raises EvaluationError where it is at another timestep."""
+        step, samples = result.step, self.drift.shape[1]
+        rows = slice(indices.start, min(indices.stop, samples))
+        if rows.start >= samples:
+            return
+        timesteps = self.reference.timesteps
+        if step >= len(timesteps) or timesteps[step] != result.timestep:
+            expected = f"{timesteps[step]:g}" if step < len(timesteps) else "over"
+            raise EvaluationError(f"{self.name}: step {step} is at timestep {result.timestep:g}, full precision at {expected}")
+        count = rows.stop - rows.start
+        latents, noise = (x[:count].float().cpu() for x in (result.sample_after, result.noise_prediction))
+        self.drift[step, rows] = relative_l2(self.reference.latents[step, rows], latents)
+        self.noise_sqnr_db[step, rows] = sqnr_db(self.reference.noise[step, rows], noise)
+
+
 @dataclass(frozen=True)
 class Run:
-    """A model that was sent through the noise of the reference.
+    """A model that was sampled from the noise of the reference.
 
-    `steps` has the differences of the first samples from full precision's after each step; None: this is full precision itself.
+    `steps` has the differences of the first samples from full precision's after each step. It is None for full precision itself.
     """
 
     name: str

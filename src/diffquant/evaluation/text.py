@@ -25,7 +25,7 @@ def interval(measured: Interval | None, form: str, newline: str) -> str:
 
 def plain_table(header: Sequence[str], lines: Sequence[Sequence[str]], legend: str, title: str | None = None) -> Table:
     """A table for a terminal, with a legend below; the columns of one with a title are numbers but for the first."""
-    shown = Table(
+    table = Table(
         title=title,
         title_justify="left",
         caption=legend,
@@ -35,10 +35,10 @@ def plain_table(header: Sequence[str], lines: Sequence[Sequence[str]], legend: s
         pad_edge=False,
     )
     for index, column in enumerate(header):
-        shown.add_column(escape(column), justify="right" if title and index else "left")
+        table.add_column(escape(column), justify="right" if title and index else "left")
     for line in lines:
-        shown.add_row(*(escape(text) for text in line))
-    return shown
+        table.add_row(*(escape(text) for text in line))
+    return table
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:

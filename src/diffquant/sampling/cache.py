@@ -1,7 +1,7 @@
-"""What full precision draws through one noise, kept in a folder for the next comparison.
+"""A cache of what pipelines draw: a folder with a safetensors file for each draw.
 
-A draw is found again by everything that decides it: weights and configuration of all components, scheduler, protocol, seed,
-device, dtype, and the versions of torch, diffusers and this package. It is a safetensors file whose header holds these.
+The key of a draw is everything that decides it: weights and configuration of all components, scheduler, protocol, seed, device,
+dtype, and the versions of torch, diffusers and this package. It stands in the header of the file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from diffquant.errors import EvaluationError
 from diffquant.files import digest_tensor
 from diffquant.host.pipeline import Host, Pipeline
 from diffquant.sampling.correction import attachment_of
-from diffquant.sampling.observers import Keeper, Snapshots, Trajectory, finite_only
+from diffquant.sampling.observers import Snapshots, Trajectory, TrajectoryRecorder
 from diffquant.sampling.protocol import SamplingProtocol, scheduler_config
 from diffquant.sampling.sample import OnProgress, sample
 
@@ -34,9 +34,9 @@ _NOISY = "noisy."
 
 @dataclass(frozen=True)
 class Draw:
-    """Pictures and last samples; the first samples' trajectory where it was asked for; the noisy samples after some steps.
+    """Pictures, last samples, the trajectory of the first samples or None, and the noisy samples by the number of steps.
 
-    `seconds` is None where the draw comes from disk: a time of another run says nothing beside this one's.
+    `seconds` is None for a draw from disk: it was timed in another run.
     """
 
     pictures: UInt8[Tensor, "n c h w"]
@@ -57,22 +57,22 @@ def draw(
     folder: Path | None = None,
     progress: OnProgress | None = None,
 ) -> Draw:
-    """Sample `pipe`, or take what it drew before from `folder`; `snapshots` are numbers of steps.
+    """Sample `pipe`, or load the same draw from `folder`; `snapshots` are numbers of steps.
 
-    Raises EvaluationError on samples that are not finite, and for a damaged file.
+    Raises EvaluationError for samples that are not finite, and for a file that holds another draw.
     """
     key = _key(pipe, protocol, seed, trajectory, snapshots) if folder is not None else ""
     path = None if folder is None else Path(folder) / f"draw-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if path is not None and path.exists():
         return _load(path, key)
-    keeper = Keeper(name, protocol) if trajectory else None
-    watch = Snapshots(keeper or finite_only(name), snapshots)
-    drawn = sample(pipe, protocol, seed=seed, on_step=watch, progress=progress, name=name)
-    kept = keeper.trajectory() if keeper is not None else None
-    found = Draw(drawn.pictures, drawn.last_samples, drawn.seconds, kept, watch.pictures())
+    recorder = TrajectoryRecorder(protocol) if trajectory else None
+    noisy = Snapshots(name, snapshots, recorder)
+    drawn = sample(pipe, protocol, seed=seed, on_step=noisy, progress=progress, name=name)
+    recorded = None if recorder is None else recorder.trajectory()
+    result = Draw(drawn.pictures, drawn.last_samples, drawn.seconds, recorded, noisy.pictures())
     if path is not None:
-        _save(path, key, found)
-    return found
+        _save(path, key, result)
+    return result
 
 
 def _key(pipe: Pipeline, protocol: SamplingProtocol, seed: int, trajectory: bool, snapshots: Sequence[int]) -> str:
@@ -114,14 +114,14 @@ def _component(part: Any) -> Any:
     return [type(part).__name__, digest.hexdigest(), {key: value for key, value in config.items() if not key.startswith("_")}]
 
 
-def _save(path: Path, key: str, found: Draw) -> None:
-    tensors = {"pictures": found.pictures, "last_samples": found.last_samples}
-    tensors |= {f"{_NOISY}{steps}": pictures for steps, pictures in found.noisy.items()}
-    if found.trajectory is not None:
+def _save(path: Path, key: str, drawn: Draw) -> None:
+    tensors = {"pictures": drawn.pictures, "last_samples": drawn.last_samples}
+    tensors |= {f"{_NOISY}{steps}": pictures for steps, pictures in drawn.noisy.items()}
+    if drawn.trajectory is not None:
         tensors |= {
-            "timesteps": torch.tensor(found.trajectory.timesteps, dtype=torch.float64),
-            "latents": found.trajectory.latents,
-            "noise": found.trajectory.noise,
+            "timesteps": torch.tensor(drawn.trajectory.timesteps, dtype=torch.float64),
+            "latents": drawn.trajectory.latents,
+            "noise": drawn.trajectory.noise,
         }
     save_tensors(path, tensors, {"key": key})
 
@@ -130,8 +130,8 @@ def _load(path: Path, key: str) -> Draw:
     tensors, header = load_tensors(path)
     if header.get("key") != key:
         raise EvaluationError(f"{path}: holds another draw than its name says; delete it")
-    kept = None
+    trajectory = None
     if "timesteps" in tensors:
-        kept = Trajectory(tuple(tensors["timesteps"].tolist()), tensors["latents"], tensors["noise"])
+        trajectory = Trajectory(tuple(tensors["timesteps"].tolist()), tensors["latents"], tensors["noise"])
     noisy = {int(name.removeprefix(_NOISY)): tensor for name, tensor in tensors.items() if name.startswith(_NOISY)}
-    return Draw(tensors["pictures"], tensors["last_samples"], None, kept, dict(sorted(noisy.items())))
+    return Draw(tensors["pictures"], tensors["last_samples"], None, trajectory, dict(sorted(noisy.items())))

@@ -1,4 +1,4 @@
-"""Everything that decides which samples are drawn, and what a pipeline makes of it: scheduler, prompts, class labels."""
+"""`SamplingProtocol`: everything that decides which samples are drawn; and the scheduler and conditions of a pipeline under it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ SAMPLERS = ("pipeline", *SCHEDULERS)
 class SamplingProtocol:
     """Everything that decides which samples are drawn.
 
-    `sampler` "pipeline" is the pipeline's own scheduler; the others are built from its configuration, unless it is of that class
-    already; a correction that is attached to the pipeline goes with it. `eta` scales the noise that DDIM injects. `clip_sample`
-    says whether the scheduler clips the sample it predicts; None leaves that as it is configured. None for `guidance_scale`,
-    `height` and `width` (of the pictures, in pixels) is the pipeline's default. Prompts and class labels are cycled over the
-    samples; None means those that calibration uses. The steps of the first `trajectory_samples` samples are compared, and the ends
-    of all. How errors accumulate is measured on `accumulation_samples` trajectories, at about ten times their sampling; 0 leaves
-    it out.
+    `sampler` "pipeline" is the pipeline's own scheduler. The others are built from its configuration, unless it is of that class
+    already; an attached correction goes with them. `eta` scales the noise that DDIM injects. `clip_sample`: whether the scheduler
+    clips the sample that it predicts; None: as configured. None for `guidance_scale`, `height` and `width` (of the pictures, in
+    pixels) is the pipeline's default. Prompts and class labels are cycled over the samples; None means those that calibration uses.
+    Single steps are compared on the first `trajectory_samples` samples, last samples on all. How errors accumulate is measured on
+    `accumulation_samples` trajectories, which takes about ten times their sampling; 0 leaves it out.
     """
 
     samples: int = 1000
@@ -75,16 +74,16 @@ class SamplingProtocol:
 
 
 def resolved(pipe: Pipeline, protocol: SamplingProtocol) -> SamplingProtocol:
-    """The protocol with the conditions that `pipe` would take by default written into it, so that other pipelines take the same."""
+    """The protocol with the default conditions of `pipe` written into it, so that other pipelines take the same."""
     if Host(pipe).unconditional:
         return protocol
-    found = Host(pipe).conditions(asked(protocol), range(protocol.samples))
-    prompts, class_labels = (tuple(found[name]) if name in found else None for name in ("prompt", "class_labels"))
+    conditions = Host(pipe).conditions(calibration_of(protocol), range(protocol.samples))
+    prompts, class_labels = (tuple(conditions[name]) if name in conditions else None for name in ("prompt", "class_labels"))
     return replace(protocol, prompts=prompts, class_labels=class_labels)
 
 
 def scheduler_config(pipe: Pipeline, protocol: SamplingProtocol) -> dict[str, Any]:
-    """Class and configuration of the scheduler that samples, as JSON values, without where and by which version it was written."""
+    """Class and configuration of the scheduler that samples, as JSON values, without paths and versions."""
     with scheduler_of(pipe, protocol) as scheduler:
         config: dict[str, Any] = json.loads(scheduler.to_json_string())
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
@@ -96,8 +95,8 @@ def conditions_of(protocol: SamplingProtocol) -> list[str | int]:
     return [values[index % len(values)] for index in range(protocol.samples)] if values else []
 
 
-def asked(protocol: SamplingProtocol) -> Calibration:
-    """Prompts and class labels as `host.conditions.conditions` takes them."""
+def calibration_of(protocol: SamplingProtocol) -> Calibration:
+    """Prompts and class labels in the form that `Host.conditions` takes."""
     return Calibration(samples=protocol.samples, prompts=protocol.prompts, class_labels=protocol.class_labels)
 
 
@@ -105,8 +104,8 @@ def asked(protocol: SamplingProtocol) -> Calibration:
 def scheduler_of(pipe: Pipeline, protocol: SamplingProtocol) -> Iterator[Any]:
     """Give the pipeline the scheduler that the protocol names while the block runs.
 
-    Raises EvaluationError for more steps than the model was trained with, for another sampler than a flow-matching model's own, and
-    where it cannot clip as asked.
+    Raises EvaluationError for more steps than the model was trained with, for a sampler other than a flow-matching model's own, and
+    for a scheduler that cannot clip as the protocol says.
     """
     own = pipe.scheduler
     if is_flow_matching(own) and protocol.sampler != "pipeline" and SCHEDULERS[protocol.sampler] is not type(own):

@@ -1,9 +1,9 @@
-"""Protocol files: under which conditions a paper (or you) samples, in YAML, for recording and for evaluation alike.
+"""Protocol files: the conditions of sampling in YAML, for recording and for evaluation.
 
-One file per model and data set, in ``protocols/*.yaml`` of the package, or a path to one of your own. Its keys are the fields of
-`SamplingProtocol`; ``calibration`` holds what a recording does otherwise, such as its number of samples. ``prompts`` is a text file
-with a prompt a line, a list, or ``builtin``; ``data`` a folder of real pictures, the reference of FID. `docs/reproduce.md` says
-what each shipped one is taken from.
+A file describes one model and data set. It is in ``protocols/*.yaml`` of the package, or a path. Its keys are the fields of
+`SamplingProtocol`; ``calibration`` holds what a recording does differently, such as its number of samples. ``prompts`` is a text
+file with a prompt a line, a list, or ``builtin``. ``data`` is a folder of real pictures, the reference of FID. `docs/reproduce.md`
+names the source of each shipped file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from diffquant.host.conditions import Calibration
 from diffquant.host.pipeline import Host, Pipeline
 from diffquant.sampling.protocol import SamplingProtocol, scheduler_of
 
-BUILTIN = "builtin"  # prompts: the pipeline's own, or those of `host.conditions`
+BUILTIN = "builtin"  # prompts of the pipeline
 RECORDED = 64  # trajectories, where nothing says how many
 SHARED = ("steps", "seed", "prompts", "class_labels", "guidance_scale", "eta", "clip_sample")  # of a recording and of an evaluation
 
@@ -41,18 +41,18 @@ class ProtocolFile(BaseModel):
     data: Path | None = None
 
 
-def load_protocol(given: Sequence[str] = (), **options: Any) -> ProtocolFile:
-    """The protocol that `given` describes: at most one name or path of a YAML file, and assignments such as ``eta=1``.
+def load_protocol(texts: Sequence[str] = (), **options: Any) -> ProtocolFile:
+    """The protocol described by `texts`: at most one name or path of a YAML file, and assignments such as ``eta=1``.
 
-    `options` are fields too; None leaves a field as it is. Later values win, options over all. What neither says is the default of
-    `SamplingProtocol` and `Calibration`; a recording of a file or an assignment takes the steps, seed, eta, guidance and conditions
-    of the evaluation. Raises `EvaluationError` for unknown names, keys and values.
+    `options` are fields that win over these; None leaves a field as it is. Fields that are not set have the defaults of
+    `SamplingProtocol` and `Calibration`. Steps, seed, eta, guidance and conditions that are set hold for the recording too.
+    Raises `EvaluationError` for unknown names, keys and values.
     """
-    files = [text for text in given if "=" not in text]
+    files = [text for text in texts if "=" not in text]
     if len(files) > 1:
         raise EvaluationError(f"--protocol: {' and '.join(files)}; one name or file is allowed, and assignments such as eta=1")
     raw, where = _read(files[0]) if files else ({}, "protocol")
-    for text in given:
+    for text in texts:
         if "=" in text:
             path, value = (part.strip() for part in text.split("=", 1))
             _assign(raw, path, value if path in ("prompts", "data") else yaml.safe_load(value), where)
@@ -62,26 +62,26 @@ def load_protocol(given: Sequence[str] = (), **options: Any) -> ProtocolFile:
     return _checked(raw, where)
 
 
-def varied_fields(given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+def varied_fields(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     """Values by field of `SamplingProtocol`, of texts such as ``steps=10,20,50``.
 
     Raises `EvaluationError` for texts of another form, unknown fields, fields given twice, and values of another type.
     """
     kinds = get_type_hints(SamplingProtocol)
-    found: dict[str, tuple[Any, ...]] = {}
-    for text in given:
+    varied: dict[str, tuple[Any, ...]] = {}
+    for text in texts:
         name, equals, values = (part.strip() for part in text.partition("="))
         if not equals or not values:
             raise EvaluationError(f"--vary {text!r}: a field and its values are allowed, such as steps=10,20,50")
-        if name in found:
+        if name in varied:
             raise EvaluationError(f"--vary {name}: is given twice; give all its values at once")
         if name not in kinds:
             raise EvaluationError(f"--vary {name}: is no field of a protocol; allowed are {', '.join(kinds)}")
         try:
-            found[name] = tuple(TypeAdapter(kinds[name]).validate_python(yaml.safe_load(value)) for value in values.split(","))
+            varied[name] = tuple(TypeAdapter(kinds[name]).validate_python(yaml.safe_load(value)) for value in values.split(","))
         except ValidationError as error:
             raise EvaluationError(f"--vary {name}: is {values}: {error.errors()[0]['msg']}") from error
-    return found
+    return varied
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def recording_scheduler(pipe: Pipeline, protocol: ProtocolFile) -> Iterator[None
 
     Raises `EvaluationError` where it cannot sample as the protocol says.
     """
-    sampling = dataclasses.replace(protocol.sampling, steps=protocol.calibration.steps, clip_sample=None)  # `record` sees to it
+    sampling = dataclasses.replace(protocol.sampling, steps=protocol.calibration.steps, clip_sample=None)  # `record` sets it
     if Host(pipe).takes_ddim_only and sampling.sampler not in ("pipeline", "ddim"):
         raise EvaluationError(f'protocol.sampler: is "{sampling.sampler}"; DDIMPipeline itself, which is recorded, takes ddim only')
     eta = protocol.calibration.eta or 0
@@ -104,8 +104,8 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     """The mapping of a protocol file, its prompts read, and how to call it in messages."""
     raw = named_yaml("protocol", name, "protocols", EvaluationError)
     for key in ("prompts", "data"):  # beside the protocol file
-        if isinstance(found := raw.get(key), str) and found != BUILTIN:
-            raw[key] = str(Path(name).parent / found)
+        if isinstance(place := raw.get(key), str) and place != BUILTIN:
+            raw[key] = str(Path(name).parent / place)
     return raw, f"protocol {name}"
 
 
@@ -113,8 +113,7 @@ def _assign(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
     *parents, last = path.split(".")
     if parents not in ([], ["calibration"]):
         raise EvaluationError(f"{where}: {path}: leads nowhere; a key, or calibration and one of its keys, is allowed")
-    place = raw.setdefault("calibration", {}) if parents else raw
-    place[last] = value
+    (raw.setdefault("calibration", {}) if parents else raw)[last] = value
 
 
 def _checked(raw: dict[str, Any], where: str) -> ProtocolFile:

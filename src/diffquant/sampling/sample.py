@@ -1,6 +1,6 @@
-"""Draw samples from a pipeline so that two models can be compared: the same noise, whatever the model and the batch size.
+"""Draw samples from a pipeline so that two models can be compared: the same noise for any model and batch size.
 
-Sample i draws from a generator of its own, seeded with (seed, i): its starting noise first, then whatever its sampler injects.
+Sample i draws from a generator of its own, seeded with (seed, i): first its initial noise, then the noise that its sampler injects.
 Unconditional pixel models (DDIMPipeline, DDPMPipeline) run in a loop of our own, because the stock ones accept few samplers; every
 other pipeline runs its own ``__call__``, watched at ``scheduler.step``.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffquant.errors import DiffquantError, EvaluationError
 from diffquant.host.pipeline import Host, Pipeline
 from diffquant.sampling.pictures import to_uint8
-from diffquant.sampling.protocol import SamplingProtocol, asked, scheduler_of
+from diffquant.sampling.protocol import SamplingProtocol, calibration_of, scheduler_of
 
 Generators = torch.Generator | list[torch.Generator] | None
 OnProgress = Callable[[str, int, int], None]  # what is being sampled, samples done, samples in all
@@ -65,10 +65,10 @@ def sample_generators(seed: int, indices: range) -> list[torch.Generator]:
 
 def initial_noise(shape: tuple[int, ...], seed: int, indices: range) -> Float[Tensor, "n *shape"]:
     """Standard normal noise of the samples `indices`, each of `shape` (channels, height, width): float32, on the CPU."""
-    return _draw(shape, sample_generators(seed, indices))
+    return _noise(shape, sample_generators(seed, indices))
 
 
-def _draw(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+def _noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
@@ -168,7 +168,7 @@ def sample_denoiser(
             raise EvaluationError(f"protocol.{name}: is given, but {type(pipe).__name__} is unconditional; leave it out")
     denoiser: Any = Host(pipe).denoiser
     generators = sample_generators(seed, indices)
-    noise = _draw(sample_shape(denoiser, protocol), generators).to(denoiser.device, denoiser.dtype)
+    noise = _noise(sample_shape(denoiser, protocol), generators).to(denoiser.device, denoiser.dtype)
     with Host(pipe).evaluating(), scheduler_of(pipe, protocol) as scheduler:
         for result in sample_unconditional(denoiser, scheduler, noise, protocol.steps, protocol.eta, generators):
             on_step(indices, result)
@@ -215,12 +215,12 @@ def sample_pipeline(
 
 
 def _check_noise(pipe: Pipeline, scheduler: Any, first: Tensor) -> None:
-    """Refuse a scheduler that wants its noise scaled by a pipeline that does not scale it (DiT under Euler)."""
-    wanted, found = float(getattr(scheduler, "init_noise_sigma", 1.0)), float(first.float().std())
-    if wanted > 2 and found < wanted / 2:
+    """Refuse a scheduler that expects scaled noise of a pipeline that does not scale it (DiT under Euler)."""
+    expected, deviation = float(getattr(scheduler, "init_noise_sigma", 1.0)), float(first.float().std())
+    if expected > 2 and deviation < expected / 2:
         raise EvaluationError(
-            f"{type(pipe).__name__}: starts from noise of deviation {found:.2g}, where {type(scheduler).__name__} expects "
-            f"{wanted:.3g}; choose another sampler"
+            f"{type(pipe).__name__}: starts from noise of deviation {deviation:.2g}, where {type(scheduler).__name__} expects "
+            f"{expected:.3g}; choose another sampler"
         )
 
 
@@ -230,17 +230,15 @@ def _call_arguments(pipe: Pipeline, scheduler: Any, protocol: SamplingProtocol, 
         "num_inference_steps": protocol.steps,
         "generator": sample_generators(seed, indices),
         "output_type": "np",
-        **Host(pipe).conditions(asked(protocol), indices),
+        **Host(pipe).conditions(calibration_of(protocol), indices),
     }
-    given = {name: getattr(protocol, name) for name in ("guidance_scale", "height", "width")}
-    arguments |= {name: value for name, value in given.items() if value is not None}
+    options = {name: getattr(protocol, name) for name in ("guidance_scale", "height", "width")}
+    arguments |= {name: value for name, value in options.items() if value is not None}
     arguments |= {key: value for key, value in _step_arguments(scheduler, protocol.eta, None).items() if key == "eta"}
-    unknown = [name for name in arguments if name not in accepted]
-    if unknown:
+    if unknown := [name for name in arguments if name not in accepted]:
         raise EvaluationError(f"{type(pipe).__name__}: does not take {', '.join(unknown)}; it takes: {', '.join(accepted)}")
     named = (p for p in accepted.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
-    if missing:
+    if missing := [p.name for p in named if p.default is p.empty and p.name not in arguments]:
         raise EvaluationError(f"{type(pipe).__name__}: also needs {', '.join(missing)}, which a protocol does not have")
     return arguments
 

@@ -1,8 +1,6 @@
-"""The reference models that come with the package: their names, where their weights lie, and loading them.
+"""The reference models of the package: pipelines, the classifier whose features FID and KID are computed on, and real letters.
 
-Everything that comparisons rest on is fixed here, with the hashes of the weights in ``hashes.json``: the pipelines, the classifier
-whose features stand behind FID and KID, and the features of the real letters. They are trained by ``tools/train_zoo`` of the
-repository, which is not part of the package.
+``hashes.json`` fixes their weights. ``tools/train_zoo`` of the repository trains them; it is not part of the package.
 """
 
 from __future__ import annotations
@@ -90,7 +88,7 @@ class GlyphFeatures:
 
 
 def _samples(pictures: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 1 32 32"]:
-    """What the classifier sees: the mean over channels and over the pixels that fall into one of 32x32."""
+    """The classifier's input: the mean over channels, and over the pixels that fall into each of 32x32."""
     return nn.functional.adaptive_avg_pool2d(to_samples(pictures).mean(dim=1, keepdim=True), SIZE)
 
 
@@ -117,10 +115,13 @@ def path(name: str) -> Path:
 def load(name: str) -> Any:
     """A reference model: ``glyph-classifier`` as `GlyphFeatures`, the others as stock pipelines in float32.
 
-    Raises `ZooError` for an unknown name, and when the weights are not those that `hashes.json` fixes.
+    Raises `ZooError` for an unknown name, and for weights other than those of `hashes.json`.
     """
     place = path(name)
-    _check_hash(name, place)
+    hashes = folder() / "hashes.json"
+    for file, sha256 in (json.loads(hashes.read_text()).get(name, {}) if hashes.exists() else {}).items():
+        if not (place / file).exists() or file_hash(place / file) != sha256:
+            raise ZooError(f"zoo: {place / file} is not the file that comparisons rest on; install the package again")
     if name == "glyph-classifier":
         classifier = GlyphClassifier()
         classifier.load_state_dict(load_file(place / "model.safetensors"))
@@ -139,11 +140,3 @@ def load_statistics() -> DataStatistics:
 def file_hash(file: Path) -> str:
     """SHA-256 of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _check_hash(name: str, place: Path) -> None:
-    recorded = folder() / "hashes.json"
-    fixed = json.loads(recorded.read_text()).get(name, {}) if recorded.exists() else {}
-    for file, sha256 in fixed.items():
-        if not (place / file).exists() or file_hash(place / file) != sha256:
-            raise ZooError(f"zoo: {place / file} is not the file that comparisons rest on; install the package again")

@@ -1,4 +1,4 @@
-"""A pipeline as people name it: a directory, a hub id, or a reference model, with arguments of `from_pretrained` as text."""
+"""Load a pipeline by its name: a directory, a hub id, or a reference model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def load_named(model: str, assignments: Sequence[str], say: Callable[[str], None]) -> Any:
     """A pipeline by directory, hub id, or the name of a reference model; `assignments` are arguments of `from_pretrained`.
 
-    They read key=value. On a CPU it is in float32 where nothing else is asked for, which `say` is told. Raises `DiffquantError` for
-    what is not there, cannot be loaded, or is no argument.
+    They read key=value. The default dtype on a CPU is float32; `say` is told if that differs from the saved one. Raises
+    `DiffquantError` for a model that is missing or cannot be loaded, and for assignments that are none.
     """
     arguments = _arguments(assignments)
     if model in models.PIPELINES:

@@ -1,4 +1,4 @@
-"""Accuracy: the share of pictures that show what their prompt or class label asked for, where the extractor can tell."""
+"""Accuracy: the share of pictures that show their prompt or class label, where the extractor can tell."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Accuracy(Metric[Interval]):
     under_settings = "Accuracy (full precision's)"
 
     def compute(self, run: Run, prepared: Any) -> Interval | None:
-        asked = conditions_of(run.sampling)
-        if run.samples.extractor is None or not asked:
+        conditions = conditions_of(run.sampling)
+        if run.samples.extractor is None or not conditions:
             return None
-        right = agreements(run.samples.extractor, run.samples.pictures, asked)
+        right = agreements(run.samples.extractor, run.samples.pictures, conditions)
         return None if right is None else bootstrap_mean(right, interval_generator())
 
     def under_setting(self, figure: Interval, reference: Interval | None) -> str:

@@ -1,4 +1,4 @@
-"""What a metric is: a figure of a model's samples, and how it reads. A class with a name registers itself."""
+"""The base of all metrics: a figure of a model's samples, and its text in reports. A class with a name registers itself."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ REGISTRY: dict[str, type[Metric[Any]]] = {}  # by name, in the order of definiti
 
 
 class Metric(ABC, Generic[F]):
-    """A figure of a model's samples. A final class with a `name` is registered when it is defined, wherever that is.
+    """A figure of a model's samples. Defining a class with a `name` registers it.
 
-    All but `name` and `compute` has a default, which suits an `Interval` or a number in a column of its own.
+    Only `name` and `compute` are required. The defaults of the others suit an `Interval`, or a number in a column of its own.
 
     `name`           key of the figure in report.json
     `title`          heading of its column; empty: it has no column
@@ -55,22 +55,22 @@ class Metric(ABC, Generic[F]):
         REGISTRY[name] = cls
 
     def prepare(self, reference: Reference, other: Samples | None) -> Any:
-        """What is computed once from full precision and handed to every `compute`.
+        """Compute once from full precision what every `compute` gets as `prepared`.
 
-        `other` is what full precision drew through other noise; None without an extractor of features.
+        `other`: full precision's samples of other noise; None without an extractor of features.
         """
         return None
 
     @abstractmethod
     def compute(self, run: Run, prepared: Any) -> F | None:
-        """The figure of a model, or None where the metric does not apply."""
+        """The figure of a model, or None if the metric does not apply."""
 
     def format(self, figure: F, newline: str) -> str:
-        """The figure as the text of a cell; `newline` parts its lines."""
+        """The figure as the text of a cell; `newline` separates its lines."""
         return text.interval(figure, self.form, newline) if isinstance(figure, Interval) else self.form.format(figure)
 
     def change(self, figure: F) -> Interval | None:
-        """How much larger the figure is than full precision's, where that was measured."""
+        """The difference of the figure from full precision's, if that was measured."""
         return None
 
     def under_setting(self, figure: F, reference: F | None) -> str:
@@ -78,7 +78,7 @@ class Metric(ABC, Generic[F]):
         return self.format(figure, " ")
 
     def legend(self, protocol: Protocol) -> str:
-        """What stands below a table with the column, a sentence or more."""
+        """Sentences below a table that has the column."""
         return ""
 
     def section(self, figures: Mapping[str, F]) -> list[str]:
@@ -86,7 +86,7 @@ class Metric(ABC, Generic[F]):
         return []
 
     def picture(self, figures: Mapping[str, F]) -> Image.Image | None:
-        """What is written beside the report as a PNG of the metric's name."""
+        """The picture that is written beside the report as ``NAME.png``, if there is one."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""FID on the way: the distance of noisy samples from full precision's of the same noise, after some of the sampling steps."""
+"""FID of noisy samples: their distance from full precision's of the same noise, after some of the sampling steps."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ class FidByStep(Metric[tuple[StepDistance, ...]]):
 
     def compute(self, run: Run, prepared: dict[int, FrechetDistance]) -> tuple[StepDistance, ...] | None:
         ours, full = run.samples.noisy_features, run.reference.samples.noisy_features
-        distances = {steps: fid(ours[steps], full[steps], "paired", interval_generator()) for steps in prepared}
-        return tuple(StepDistance(steps, distances[steps], floor) for steps, floor in prepared.items()) or None
+        figure = [
+            StepDistance(steps, fid(ours[steps], full[steps], "paired", interval_generator()), floor)
+            for steps, floor in prepared.items()
+        ]
+        return tuple(figure) or None
 
     def section(self, figures: Mapping[str, tuple[StepDistance, ...]]) -> list[str]:
         first = next(iter(figures.values()))

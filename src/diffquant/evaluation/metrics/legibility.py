@@ -1,4 +1,4 @@
-"""Legibility: how sure the extractor is of what pictures show, where it is a classifier."""
+"""Legibility: the confidence of the extractor in the pictures' classes, where it is a classifier."""
 
 from __future__ import annotations
 

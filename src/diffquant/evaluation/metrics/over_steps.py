@@ -1,6 +1,6 @@
-"""What differs after each sampling step: the drift of the latents, and the signal to noise ratio of the predicted noise.
+"""Differences after each sampling step: the drift of the latents, and the signal to noise ratio of the predicted noise.
 
-Both are means over the samples whose trajectories are compared, and both have what earlier steps did to the input in them.
+Both are means over the samples whose trajectories are compared. Both include the effect of the errors of earlier steps.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from diffquant.evaluation.metrics.base import Metric
-from diffquant.evaluation.runs import Run
+from diffquant.evaluation.runs import Differ, Run
 
 
 @dataclass(frozen=True)
 class OverSteps:
-    """A value for each step, with the timestep that it was at."""
+    """A value for each step, and the step's timestep."""
 
     timesteps: tuple[float, ...]
     values: tuple[float, ...]
@@ -30,7 +32,7 @@ class Drift(Metric[OverSteps]):
     name, figure, place = "drift", OverSteps, 10
 
     def compute(self, run: Run, prepared: Any) -> OverSteps | None:
-        return None if run.steps is None else OverSteps(run.steps.reference.timesteps, tuple(run.steps.drift.mean(dim=1).tolist()))
+        return None if run.steps is None else _mean(run.steps, run.steps.drift)
 
     def section(self, figures: Mapping[str, OverSteps]) -> list[str]:
         return ["![Relative L2 distance of the latents from full precision, over sampling steps](drift.png)"]
@@ -48,6 +50,8 @@ class NoiseSqnr(Metric[OverSteps]):
     name, figure = "noise_sqnr_db", OverSteps
 
     def compute(self, run: Run, prepared: Any) -> OverSteps | None:
-        if run.steps is None:
-            return None
-        return OverSteps(run.steps.reference.timesteps, tuple(run.steps.noise_sqnr_db.mean(dim=1).tolist()))
+        return None if run.steps is None else _mean(run.steps, run.steps.noise_sqnr_db)
+
+
+def _mean(differ: Differ, values: Float[Tensor, "steps samples"]) -> OverSteps:
+    return OverSteps(differ.reference.timesteps, tuple(values.mean(dim=1).tolist()))

@@ -26,18 +26,20 @@ class SetMetric(Metric[F]):
         """The distance between two sets of features; `data` is where the others come from."""
 
     def prepare(self, reference: Reference, other: Samples | None) -> Any:
-        if other is None or (self.to_data and reference.data is None):
+        if other is None:
             return None
-        if reference.data is not None and self.to_data:
-            return self.distance(other.features, reference.data.features, "fixed", reference.data)
-        return self.distance(reference.samples.features, other.features, "independent", None)
+        if not self.to_data:
+            return self.distance(reference.samples.features, other.features, "independent", None)
+        data = reference.data
+        return None if data is None else self.distance(other.features, data.features, "fixed", data)
 
     def compute(self, run: Run, prepared: Any) -> F | None:
         if prepared is None:
             return None
-        features, full, data = run.samples.features, run.reference.samples.features, run.reference.data
-        if data is None or not self.to_data:
-            figure: F = self.figure(self.distance(features, full, "paired", None), prepared)
+        data = run.reference.data if self.to_data else None
+        if data is None:
+            distance = self.distance(run.samples.features, run.reference.samples.features, "paired", None)
         else:
-            figure = self.figure(self.distance(features, data.features, "fixed", data), prepared)
+            distance = self.distance(run.samples.features, data.features, "fixed", data)
+        figure: F = self.figure(distance, prepared)
         return figure

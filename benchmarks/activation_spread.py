@@ -39,7 +39,7 @@ def main() -> None:
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
     with torch.no_grad():
         for timestep in data.timesteps:
-            calls = (data.timestep_of() == timestep).nonzero()[:, 0]
+            calls = (data.timestep_of == timestep).nonzero()[:, 0]
             model(**data.batch(calls)[0])
     for handle in handles:
         handle.remove()

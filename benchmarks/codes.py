@@ -36,7 +36,7 @@ def main() -> None:
         for name in shipped("recipes"):
             pipe = pipelines.build(build, Path())
             recipe = dq.load_recipe(f"{name}-w4a6")
-            passes = [{**each, **_few(each, step)} for each, step in zip(recipe.passes, recipe.steps(), strict=True)]
+            passes = [{**each, **_few(each, step)} for each, step in zip(recipe.passes, recipe.built_passes(), strict=True)]
             try:
                 dq.quantize(pipe, recipe.model_copy(update={"passes": tuple(passes)}), calibration, progress=False)
             except dq.DiffquantError as error:

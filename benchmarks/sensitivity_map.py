@@ -50,7 +50,7 @@ def main() -> None:
     quantized = copy.deepcopy(pipe)
     prepare(quantized.unet, plan(quantized.unet, recipe.layers), data.timesteps)
     with fit.run() as run:
-        ranges = next(step for step in recipe.steps() if isinstance(step, CalibrateRanges))
+        ranges = next(step for step in recipe.built_passes() if isinstance(step, CalibrateRanges))
         ranges.apply(quantized.unet, data, torch.Generator().manual_seed(arguments.seed), run)
     enable(quantized.unet)
     names = [name for name, _ in quantizers(quantized.unet)]

@@ -259,7 +259,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         prepare(model, plan(model, whole.layers))
     blocks = len(units(model))
     forwards: dict[str, float] = {"record": 2.0 * FULL["trajectories"] * FULL["steps"]}
-    for step in whole.steps():
+    for step in whole.built_passes():
         count = step.sample_forwards(blocks)
         guided = 2.0 if type(step).__name__ == "AccuQuant" else 1.0  # its samples are trajectories
         forwards[type(step).__name__] = count * guided

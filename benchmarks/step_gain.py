@@ -30,8 +30,8 @@ def squares(model: str, guidance: float | None, scheduler: list[str], steps: int
     """The squared gain of each step."""
     pipe = studies.pipeline(model, studies.options_of(scheduler))
     data = dq.record(pipe, dq.Calibration(samples=trajectories, steps=steps, seed=0, guidance_scale=guidance))
-    halves = (data.half_of() == (1 if int(data.half_of().max()) == 1 else -1)).nonzero()[:, 0]
-    found, calls = StepGain(Host(pipe).denoiser, data).sizes(halves).square(), data.call_of()[halves]
+    halves = (data.half_of == (1 if int(data.half_of.max()) == 1 else -1)).nonzero()[:, 0]
+    found, calls = StepGain(Host(pipe).denoiser, data).sizes(halves).square(), data.call_of[halves]
     means = torch.stack([found[calls == call].mean() for call in range(int(calls.max()) + 1)])
     return [float(value) for value in means / means.mean()]
 

@@ -203,7 +203,7 @@ def recipe_of(arm: str, bits: str) -> dq.Recipe:
             values = {key: yaml.safe_load(text) for key, _, text in (option.partition("=") for option in options)}
             passes.insert(names.index(place), {"pass": added} | values)
     recipe = recipe.model_copy(update={"passes": tuple(passes)})
-    recipe.steps()  # raises for wrong options before anything is computed
+    recipe.built_passes()  # raises for wrong options before anything is computed
     return recipe
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from diffquant.calibration.recording import Trajectory
 from diffquant.core.model import freeze, quantized_layers, quantizers
 from diffquant.core.spec import LayerRule
 from diffquant.engines.base import Lowered
@@ -387,7 +388,7 @@ SMALL = {
 def small_budget(recipe: str, samples: int = 4) -> list[str]:
     """Overrides that make every pass of a recipe as short as it can be; ranges look at `samples` recorded calls."""
     options = SMALL | {"samples": samples}
-    passes = enumerate(load_recipe(recipe).steps())
+    passes = enumerate(load_recipe(recipe).built_passes())
     return [f"passes.{i}.{key}={value}" for i, step in passes for key, value in options.items() if key in type(step).model_fields]
 
 
@@ -419,3 +420,10 @@ def freeze_by_hand(
             quantizer.zero_point.zero_()
     freeze(model)
     return model.requires_grad_(False)
+
+
+def recorded_calls(data: Trajectory) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """Arguments and output of every recorded denoiser call, whole."""
+    sizes = [call["rows"] for layout in data._layouts for call in layout["calls"]]
+    for indices in torch.arange(len(data)).split(sizes):
+        yield data.batch(indices)

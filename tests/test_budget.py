@@ -23,7 +23,7 @@ def found(minutes: float, exchange: bool = True, calibration: dq.Calibration | N
 def test_with_time_enough_nothing_is_given_up() -> None:
     budget = found(10_000)
     assert not budget.given_up and budget.calibration == RECORDED
-    assert budget.recipe.steps() == dq.load_recipe("brecq-w4a8").steps()
+    assert budget.recipe.built_passes() == dq.load_recipe("brecq-w4a8").built_passes()
     forwards = recipe_forwards(budget.recipe, pipelines.micro().unet) + 64 * 20
     assert budget.seconds == pytest.approx(0.1 * forwards)  # the same sum
 

@@ -81,7 +81,7 @@ def test_the_commands_of_the_documents_are_real(tmp_path, monkeypatch):
         except Exception as error:  # of click, which typer may bring itself
             pytest.fail(f"{place}: {error!r}")
         if (recipe := options.get("recipe")) not in (None, "NAME"):
-            assert load_recipe(recipe, options["set_"] or ()).steps(), place
+            assert load_recipe(recipe, options["set_"] or ()).built_passes(), place
         if options.get("protocol"):
             load_protocol(options["protocol"])
 

@@ -89,14 +89,14 @@ def test_a_clock_without_halves_is_as_it_was():
 def test_the_conditional_half_is_read_off_the_recording(kind, tmp_path):
     data = dq.record(pipelines.build(kind, tmp_path), GUIDED, progress=False)
     assert conditional_half(data) == CONDITIONAL[kind]
-    half = data.half_of()
+    half = data.half_of
     assert half.unique().tolist() == [0, 1] and (half == 0).sum() == (half == 1).sum() == 6
 
 
 def test_without_guidance_there_are_no_halves(tmp_path):
     pipe = pipelines.stable_diffusion(tmp_path)
     data = dq.record(pipe, dq.Calibration(samples=2, steps=2, guidance_scale=1.0), progress=False)
-    assert data.half_of().unique().tolist() == [-1]
+    assert data.half_of.unique().tolist() == [-1]
     with pytest.raises(CalibrationError, match="StableDiffusionPipeline: 2 calls .* up to 1 rows a sample for 2 steps"):
         dq.quantize(pipe, dq.load_recipe("minmax-w8a8", BRANCHES), data, progress=False)
     assert not hasattr(pipe.unet, "diffquant")
@@ -113,7 +113,7 @@ def test_sets_are_the_ranges_of_their_half(tmp_path):
     seen: list[torch.Tensor] = []
     handle = pipe.unet.get_submodule(name).register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     with torch.no_grad():
-        for arguments, _ in data.calls():
+        for arguments, _ in pipelines.recorded_calls(data):
             pipe.unet(**arguments)
     handle.remove()
     halves = [torch.cat([call.chunk(2)[which] for call in seen]) for which in (0, 1)]
@@ -247,8 +247,8 @@ def test_rows_of_a_recording_take_their_half_in_any_order(tmp_path):
     picked = torch.tensor([7, 0, 3, 9])
     with torch.no_grad(), full_precision(pipe.unet):
         call_recorded(pipe.unet, data, picked)
-    timestep = [data.timesteps.index(value) for value in data.timestep_of()[picked].tolist()]
-    wanted = [interval + 2 * half for interval, half in zip(timestep, data.half_of()[picked].tolist(), strict=True)]
+    timestep = [data.timesteps.index(value) for value in data.timestep_of[picked].tolist()]
+    wanted = [interval + 2 * half for interval, half in zip(timestep, data.half_of[picked].tolist(), strict=True)]
     assert pipe.unet.diffquant.clock.interval.tolist() == wanted and len(set(wanted)) > 2
 
 
@@ -300,7 +300,7 @@ def test_passes_that_were_finished_before_keep_their_names(tmp_path):
     rules = [rule.model_dump(mode="json", exclude={"guidance_sets"}) for rule in plain.layers]
     recorded = {key: data.manifest[key] for key in ("model_hash", "scheduler", "calibration", "run")}
     digest = hashlib.sha256(json.dumps([0, recorded, rules], sort_keys=True).encode())
-    digest.update(f"CalibrateRanges {plain.steps()[0].model_dump_json()}".encode())
+    digest.update(f"CalibrateRanges {plain.built_passes()[0].model_dump_json()}".encode())
     (name,), (other,) = (pass_names(recipe, plan(pipe.unet, recipe.layers), 0, data) for recipe in (plain, split))
     assert name == f"pass-00-CalibrateRanges-{digest.hexdigest()[:12]}" and other != name
 

@@ -75,9 +75,9 @@ def test_a_file_of_ones_own_with_tuned_values(tmp_path):
         "passes: [{pass: CalibrateRanges, samples: 10}]\n"
         "tuned: {w4a6: {passes.0.samples: 20}, w8a8: {passes.0.samples: 30}}\n"
     )
-    assert load_recipe(str(path)).steps()[0].samples == 20
-    assert load_recipe(str(path), ["bits.weights=8", "bits.activations=8"]).steps()[0].samples == 30
-    assert load_recipe(str(path), ["passes.0.samples=40"]).steps()[0].samples == 40
+    assert load_recipe(str(path)).built_passes()[0].samples == 20
+    assert load_recipe(str(path), ["bits.weights=8", "bits.activations=8"]).built_passes()[0].samples == 30
+    assert load_recipe(str(path), ["passes.0.samples=40"]).built_passes()[0].samples == 40
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_quantize_ends_frozen_and_says_what_it_did(name, pipe, data):
     model = copy.deepcopy(pipe.unet)
     report = quantize(model, load_recipe(f"{name}-w4a8", pipelines.small_budget(f"{name}-w4a8")), data, progress=False)
     assert is_frozen(model)
-    assert [row["pass"] for row in report.passes] == [type(step).__name__ for step in load_recipe(f"{name}-w4a8").steps()]
+    assert [row["pass"] for row in report.passes] == [type(step).__name__ for step in load_recipe(f"{name}-w4a8").built_passes()]
     assert {row["name"] for row in report.layers} >= {layer for layer, _ in quantized_layers(model)}
     assert torch.isfinite(model(**data.batch(torch.arange(4))[0]).sample).all()
 
@@ -292,7 +292,7 @@ def test_finished_passes_are_put_back_one_after_the_other(pipe, data, tmp_path):
             restore_passes(model, folder, pass_names(short, rows, 0, data))
         else:
             with fit.run(show=False) as run:
-                for index, step in enumerate(short.steps()):
+                for index, step in enumerate(short.built_passes()):
                     step.apply(model, data, torch.Generator().manual_seed(index), run)
         states.append(quantizer_state(model))
     assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -85,7 +85,7 @@ def test_a_half_precision_pipeline(dtype, tmp_path):
     weight = pipe.unet.conv_in.weight.detach().float()
     dq.quantize(pipe, dq.load_recipe("mse-w4a8", RANGES), data, progress=False)
     layer = pipe.unet.conv_in.weight_quantizer
-    assert (layer.scale.dtype, data.steps(0)[0]["model_output"].dtype) == (torch.float32, dtype)
+    assert (layer.scale.dtype, data.step(torch.arange(2), 0).model_output.dtype) == (torch.float32, dtype)
     assert (layer.dequantized_codes() - weight).abs().max() <= weight.abs().max() / 127
 
     before = _sample(pipe, calibration)

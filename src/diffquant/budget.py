@@ -35,7 +35,7 @@ class Budget(BaseModel):
 
 def recipe_forwards(recipe: Recipe, model: nn.Module) -> float:
     """About how many times one sample goes through `model` in the passes of `recipe`."""
-    return sum(step.sample_forwards(unit_count(model)) for step in recipe.steps())
+    return sum(each.sample_forwards(unit_count(model)) for each in recipe.built_passes())
 
 
 def within(
@@ -45,31 +45,28 @@ def within(
 
     `calibration` is None where a recording is given. Raises `CalibrationError` where nothing fits, naming what would.
     """
-    recipes = [recipe]
-    if exchange:
-        recipes.append(load_recipe(f"{FALLBACK}-{recipe.bits}"))
-    least = float("inf")
-    for budget in _budgets(recipes, calibration, model, timing):
+    budgets = list(_budgets(recipe, exchange, calibration, model, timing))
+    for budget in budgets:
         if budget.seconds <= 60 * minutes:
             return budget
-        least = min(least, budget.seconds)
-    raise CalibrationError(f"minutes: {minutes:g} are too few for {recipe.full_name} here; about {least / 60:.2g} are the least")
+    least = min(budget.seconds for budget in budgets) / 60
+    raise CalibrationError(f"minutes: {minutes:g} are too few for {recipe.full_name} here; about {least:.2g} are the least")
 
 
-def remembered(path: Path | None, asked: dict[str, Any], found: Callable[[], Budget]) -> Budget:
-    """What was `found` for what is `asked`, or in an earlier run: times differ, and a killed run has to go on with the same.
+def remembered(path: Path | None, request: dict[str, Any], choose: Callable[[], Budget]) -> Budget:
+    """The budget of an earlier run in `path` for the same `request`, so that a killed run goes on with it, or what `choose` gives.
 
     Raises `CalibrationError` where `path` cannot be read.
     """
-    key = digest_of_json(asked)
+    key = digest_of_json(request)
     if path is not None and path.is_file():
         try:
-            kept = json.loads(path.read_text())
-            if kept["asked"] == key:
-                return Budget.model_validate(kept["budget"])
+            saved = json.loads(path.read_text())
+            if saved["asked"] == key:
+                return Budget.model_validate(saved["budget"])
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(f"{path}: damaged ({type(error).__name__}); delete it to choose again") from error
-    budget = found()
+    budget = choose()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with renamed_when_done(path) as partial:
@@ -77,28 +74,28 @@ def remembered(path: Path | None, asked: dict[str, Any], found: Callable[[], Bud
     return budget
 
 
-def _budgets(recipes: list[Recipe], calibration: Calibration | None, model: nn.Module, timing: Timing) -> Iterator[Budget]:
-    whole = recipe_forwards(recipes[0], model) * timing.seconds
-    for recipe in recipes:
-        exchanged = () if recipe is recipes[0] else (f"{recipes[0].full_name}, which takes {whole / 60:.2g} minutes",)
+def _budgets(whole: Recipe, exchange: bool, calibration: Calibration | None, model: nn.Module, timing: Timing) -> Iterator[Budget]:
+    """The shares of `whole`, then with `exchange` those of ranges alone."""
+    takes = f"{whole.full_name}, which takes {recipe_forwards(whole, model) * timing.seconds / 60:.2g} minutes"
+    recipes: list[tuple[Recipe, list[str]]] = [(whole, [])]
+    if exchange:
+        recipes.append((load_recipe(f"{FALLBACK}-{whole.bits}"), [takes]))
+    for recipe, exchanged in recipes:
         for share in SHARES:
-            thinned = recipe.thinned(share)
-            recorded = calibration if calibration is None else _fewer(calibration, share)
+            thinned, fewer = recipe.thinned(share), calibration
             given_up = [*exchanged, *_differences(recipe, thinned)]
-            if recorded is not None and calibration is not None and recorded.samples < calibration.samples:
-                given_up.append(f"recording: {recorded.samples} of {calibration.samples} trajectories")
             seconds = recipe_forwards(thinned, model) * timing.seconds
-            seconds += 0.0 if recorded is None else timing.recording(recorded)
-            yield Budget(recipe=thinned, calibration=recorded, seconds=seconds, given_up=tuple(given_up))
-
-
-def _fewer(calibration: Calibration, share: float) -> Calibration:
-    samples = min(calibration.samples, max(LEAST_TRAJECTORIES, round(calibration.samples * share)))
-    return dataclasses.replace(calibration, samples=samples)
+            if calibration is not None:
+                samples = min(calibration.samples, max(LEAST_TRAJECTORIES, round(calibration.samples * share)))
+                fewer = dataclasses.replace(calibration, samples=samples)
+                seconds += timing.recording(fewer)
+                if samples < calibration.samples:
+                    given_up.append(f"recording: {samples} of {calibration.samples} trajectories")
+            yield Budget(recipe=thinned, calibration=fewer, seconds=seconds, given_up=tuple(given_up))
 
 
 def _differences(whole: Recipe, thinned: Recipe) -> Iterator[str]:
-    for index, (before, after) in enumerate(zip(whole.steps(), thinned.steps(), strict=True)):
+    for index, (before, after) in enumerate(zip(whole.built_passes(), thinned.built_passes(), strict=True)):
         changed = [f"{name} {getattr(after, name)} of {value}" for name, value in before if getattr(after, name) != value]
         if changed:
             yield f"passes.{index} {type(before).__name__}: {', '.join(changed)}"

@@ -18,12 +18,12 @@ from torch import nn
 
 from diffquant.budget import Budget, remembered, within
 from diffquant.calibration import fit
+from diffquant.calibration.manifest import has_batches
 from diffquant.calibration.memory import BUDGET, GIB
 from diffquant.calibration.progress import Shown, bars
 from diffquant.calibration.record import record
-from diffquant.calibration.recording import Trajectory, has_batches
-from diffquant.calibration.replay import never_called
-from diffquant.calibration.rollout import conditional_half
+from diffquant.calibration.recording import Trajectory
+from diffquant.calibration.replay import conditional_half, never_called
 from diffquant.calibration.timing import timed
 from diffquant.checkpoint.quantizer import mark_quantized
 from diffquant.core.correction import Stored
@@ -173,7 +173,7 @@ def _check(model: nn.Module, recipe: Recipe, rows: Sequence[PlannedLayer], data:
     if first_with_guidance_sets(rows) is not None:
         conditional_half(data)
     with evaluating(model):
-        for each in recipe.steps():
+        for each in recipe.built_passes():
             each.check(model, rows, data)
 
 
@@ -193,7 +193,7 @@ def _quantize(
     report = QuantizationReport(recipe.full_name, seed, data.manifest)
     names = pass_names(recipe, rows, seed, data)
     prepare(model, rows, data.timesteps, None if first_with_guidance_sets(rows) is None else conditional_half(data))
-    passes = recipe.steps()
+    passes = recipe.built_passes()
     with fit.run(folder, progress, memory_gib * GIB) as run:
         work = list(itertools.accumulate((each.sample_forwards(unit_count(model)) for each in passes), initial=0.0))
         total = max(work[-1], 1.0)
@@ -257,7 +257,7 @@ def pass_names(recipe: Recipe, rows: Sequence[PlannedLayer], seed: int, data: Tr
     digest = hashlib.sha256(json.dumps([seed, recorded, rules], sort_keys=True).encode())
     of_weights = hashlib.sha256(json.dumps([seed, recorded, _weights_of(rows)], sort_keys=True).encode())
     names = []
-    for index, each in enumerate(recipe.steps()):
+    for index, each in enumerate(recipe.built_passes()):
         kind = type(each).__name__
         digest.update(f"{kind} {each.model_dump_json()}".encode())
         if each.weight_options is None:

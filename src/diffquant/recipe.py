@@ -55,7 +55,7 @@ class Recipe(BaseModel):
         """Name and bits."""
         return f"{self.name}-{self.bits}"
 
-    def steps(self) -> list[Pass]:
+    def built_passes(self) -> list[Pass]:
         """The passes as values. Raises `RecipeError` naming the pass and option that is wrong."""
         return [_build_pass(index, options, self.name) for index, options in enumerate(self.passes)]
 
@@ -65,19 +65,18 @@ class Recipe(BaseModel):
 
         Raises `RecipeError` for bits that are none, and passes in an order that does not work.
         """
-        given = load_recipe(f"{rules}-{bits}")
+        base = load_recipe(f"{rules}-{bits}")
         options = tuple({"pass": type(each).__name__, **each.model_dump()} for each in passes)
         kinds = ", ".join(type(each).__name__ for each in passes)
-        recipe = cls(name="passes", summary=f"{kinds}; layers of {rules}", bits=given.bits, layers=given.layers, passes=options)
-        _check_order(recipe)
-        _check_needs(recipe)
+        recipe = cls(name="passes", summary=f"{kinds}; layers of {rules}", bits=base.bits, layers=base.layers, passes=options)
+        _check_passes(recipe)
         return recipe
 
     def thinned(self, share: float) -> Recipe:
-        """The same recipe with a `share` of what its passes do."""
-        changed = [step.thinned(share) for step in self.steps()]
-        passes = [options | step.model_dump(include=set(EFFORT)) for options, step in zip(self.passes, changed, strict=True)]
-        return self.model_copy(update={"passes": tuple(passes)})
+        """The same recipe with a `share` of the iterations and samples of its passes."""
+        thinned = (each.thinned(share).model_dump(include=set(EFFORT)) for each in self.built_passes())
+        passes = tuple(options | fewer for options, fewer in zip(self.passes, thinned, strict=True))
+        return self.model_copy(update={"passes": passes})
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -94,29 +93,22 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     raw = named_yaml("recipe", where, "recipes", RecipeError, " with bits, as in brecq-w4a8")
     if match:
         raw["bits"] = {"weights": int(match["weights"]), "activations": int(match["activations"])}
-    given = [_assignment(text) for text in overrides]
-    for path, value in given:
+    assignments = [_assignment(text) for text in overrides]
+    for path, value in assignments:
         if path.startswith("bits."):
             _assign(raw, path, value)
-    chosen = _validated(Bits, raw.get("bits", {}), f"{where}: bits")
-    _check_bits(chosen, name)
-    for path, value in (raw.get("tuned", {}) or {}).get(str(chosen), {}).items():
-        _assign(raw, path, value)
-    for path, value in given:
-        _assign(raw, path, value)
-    raw["bits"] = chosen.model_dump()
-    if isinstance(raw.get("layers"), list):
-        raw["layers"] = [_with_bits(rule, chosen) for rule in raw["layers"]]
-    recipe: Recipe = _validated(Recipe, raw, where)
-    _check_order(recipe)
-    _check_needs(recipe)
-    return recipe
-
-
-def _check_bits(bits: Bits, name: str) -> None:
-    for what, value in (("weights", bits.weights), ("activations", bits.activations)):
+    bits: Bits = _validated(Bits, raw.get("bits", {}), f"{where}: bits")
+    for what, value in bits:
         if value != FLOAT_BITS and not 2 <= value <= 8:
             raise RecipeError(f"recipe {name!r}: {value} bits for {what}; allowed are 2 to 8, or 32 for floating point")
+    for path, value in [*(raw.get("tuned", {}) or {}).get(str(bits), {}).items(), *assignments]:
+        _assign(raw, path, value)
+    raw["bits"] = bits.model_dump()
+    if isinstance(raw.get("layers"), list):
+        raw["layers"] = [_with_bits(rule, bits) for rule in raw["layers"]]
+    recipe: Recipe = _validated(Recipe, raw, where)
+    _check_passes(recipe)
+    return recipe
 
 
 def _with_bits(rule: Any, bits: Bits) -> Any:
@@ -147,21 +139,16 @@ def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
     """
     place: Any = raw
     *parents, last = _by_place(raw, path).split(".")
-    for part in parents:
-        try:
+    try:
+        for part in parents:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        except (ValueError, IndexError, AttributeError) as error:
-            raise RecipeError(f"{path}: {part!r} does not lead anywhere; the recipe has {_choices(place)}") from error
-    if isinstance(place, list) and last == "+":
-        place.append(value)
-    elif isinstance(place, list):
-        if not last.isdigit() or int(last) >= len(place):
-            raise RecipeError(f"{path}: {last!r} does not lead anywhere; the recipe has {_choices(place)}")
-        place[int(last)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise RecipeError(f"{path}: {last!r} does not lead anywhere; the recipe has {place!r} there")
+        part = last
+        if isinstance(place, list) and last == "+":
+            place.append(value)
+        else:
+            place[int(last) if isinstance(place, list) else last] = value
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise RecipeError(f"{path}: {part!r} does not lead anywhere; the recipe has {_choices(place)}") from error
 
 
 def _by_place(raw: dict[str, Any], path: str) -> str:
@@ -170,22 +157,18 @@ def _by_place(raw: dict[str, Any], path: str) -> str:
     passes = raw.get("passes")
     if name not in registered() or not rest or not isinstance(passes, list):
         return path
-    places = [index for index, step in enumerate(passes) if isinstance(step, dict) and step.get("pass") == name]
+    places = [index for index, each in enumerate(passes) if isinstance(each, dict) and each.get("pass") == name]
     if len(places) != 1:
-        there = ", ".join(str(step.get("pass")) for step in passes if isinstance(step, dict))
+        there = ", ".join(str(each.get("pass")) for each in passes if isinstance(each, dict))
         where = " and ".join(f"passes.{index}" for index in places)
         raise RecipeError(f"{path}: {name} is {where}; say which" if places else f"{path}: no pass {name}; the recipe has {there}")
     return f"passes.{places[0]}.{rest}"
 
 
 def _choices(place: Any) -> str:
-    return (
-        f"positions 0 to {len(place) - 1}"
-        if isinstance(place, list)
-        else f"keys {list(place)}"
-        if isinstance(place, Mapping)
-        else repr(place)
-    )
+    if isinstance(place, list):
+        return f"positions 0 to {len(place) - 1}"
+    return f"keys {list(place)}" if isinstance(place, dict) else f"{place!r} there"
 
 
 def _build_pass(index: int, options: Mapping[str, Any], name: str) -> Pass:
@@ -209,25 +192,20 @@ def _validated(kind: type[Any], raw: Any, where: str) -> Any:
         raise RecipeError(": ".join(part for part in (where, place, message) if part)) from error
 
 
-def _check_order(recipe: Recipe) -> None:
-    """Every pass needs ranges, but those that change what ranges are calibrated on and so come before them."""
+def _check_passes(recipe: Recipe) -> None:
+    """Check what passes need before the hours that they take: calibrated ranges, and rules that give them their layers."""
+    passes = [(type(each).__name__, each) for each in recipe.built_passes()]
     calibrated = False
-    for index, step in enumerate(recipe.steps()):
-        kind = type(step).__name__
-        if not (calibrated or step.before_ranges or isinstance(step, CalibrateRanges)):
+    for index, (kind, each) in enumerate(passes):
+        if not (calibrated or each.before_ranges or isinstance(each, CalibrateRanges)):
             raise RecipeError(
                 f"{recipe.name}: passes[{index}] is {kind}; before it must come CalibrateRanges, which sets the scales"
             )
-        calibrated = not step.before_ranges
+        calibrated = not each.before_ranges
     if not calibrated:
         raise RecipeError(f"{recipe.name}: ends with {kind}; after it must come CalibrateRanges, which sets the scales")
-
-
-def _check_needs(recipe: Recipe) -> None:
-    """Some rule gives layers what a pass works on: better said here than after the hours of the passes before it."""
-    for index, step in enumerate(recipe.steps()):
-        if step.needs and not any(getattr(rule, step.needs) for rule in recipe.layers):
-            kind = type(step).__name__
+    for index, (kind, each) in enumerate(passes):
+        if each.needs and not any(getattr(rule, each.needs) for rule in recipe.layers):
             raise RecipeError(
-                f"{recipe.name}: passes[{index}] {kind}: no rule has {step.needs}: true; add it to one, as in layers[0]"
+                f"{recipe.name}: passes[{index}] {kind}: no rule has {each.needs}: true; add it to one, as in layers[0]"
             )

@@ -26,11 +26,11 @@ def test_ddim_by_hand():
     found = StepGain(pipe.unet, data).of(torch.arange(len(data)))
     spacing = scheduler.config.num_train_timesteps // steps
     wanted = []
-    for timestep in data.timestep_of().long().tolist():
+    for timestep in data.timestep_of.long().tolist():
         now = scheduler.alphas_cumprod[timestep]
         then = scheduler.alphas_cumprod[timestep - spacing] if timestep >= spacing else scheduler.final_alpha_cumprod
         wanted.append((1 - then).sqrt() - (then * (1 - now) / now).sqrt())
-    unit = torch.stack(wanted)[data.trajectory_of() == 0].square().mean().sqrt()
+    unit = torch.stack(wanted)[data.trajectory_of == 0].square().mean().sqrt()
     torch.testing.assert_close(found, (torch.stack(wanted) / unit).view(-1, 1, 1, 1).expand_as(found), rtol=1e-4, atol=1e-5)
 
 
@@ -54,9 +54,9 @@ def agree_with_steps(pipe, data, size: float) -> None:
         moved = chain.step(output + error, chain.recorded(0), 0, chain.state)[0]
         moved = moved - chain.step(output, chain.recorded(0), 0, chain.state)[0]
         w = rollout.guidance[k]
-        for half, share in ((0, 1 - w), (1, w)) if int(data.half_of().max()) == 1 else ((-1, 1.0),):
-            at = (data.call_of() == k) & (data.half_of() == half)
-            rows = torch.stack([(at & (data.trajectory_of() == j)).nonzero()[0, 0] for j in range(2)])
+        for half, share in ((0, 1 - w), (1, w)) if int(data.half_of.max()) == 1 else ((-1, 1.0),):
+            at = (data.call_of == k) & (data.half_of == half)
+            rows = torch.stack([(at & (data.trajectory_of == j)).nonzero()[0, 0] for j in range(2)])
             found.append(gain.of(rows) * error)
             wanted.append(moved * share)
     predicted, moved = torch.stack(found), torch.stack(wanted)

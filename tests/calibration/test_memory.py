@@ -29,7 +29,7 @@ from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.base import quantizer_state
 from diffquant.methods.ranges import CalibrateRanges
 from diffquant.methods.reconstruction import LearnScales, ReconstructRounding
-from diffquant.methods.units import _Targets
+from diffquant.methods.units import _UnitCalls
 from diffquant.recipe import load_recipe
 from tests import pipelines
 
@@ -124,8 +124,8 @@ def test_the_budget_is_that_of_one_unit(recorded, spilled):
     def bytes_of(tensors: list[object]) -> int:
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
-    seen = [replay.observe_unit(model, unit.module, data, torch.arange(8)) for unit in units(model)]
-    sizes = [bytes_of(tensors) for one in seen for tensors in ([*one.arguments, *one.keywords.values()], one.outputs)]
+    observed = [replay.observe(model, [unit.module], data, torch.arange(8))[0] for unit in units(model)]
+    sizes = [bytes_of(tensors) for calls in observed for tensors in ([*calls.arguments, *calls.keywords.values()], calls.outputs)]
     step = ReconstructRounding(iterations=1, samples=8, batch_size=8)
     learned(recorded, step, 2 * max(sizes))
     assert not spilled
@@ -136,7 +136,7 @@ def test_the_budget_is_that_of_one_unit(recorded, spilled):
 def test_targets_are_observed_for_as_many_units_as_fit(recorded):
     pipe, data = recorded
     ordered = [Unit(str(i), nn.Identity(), ()) for i in range(5)]
-    targets = _Targets(pipe.unet, ordered, data, torch.arange(2), 1)
+    targets = _UnitCalls(pipe.unet, ordered, data, torch.arange(2), 1)
     targets.sizes = [3, 1, 2, 20, 2]  # bytes that a sample takes
     groups = [[unit.name for unit in targets._group(first, memory=10)] for first in ordered]
     assert groups == [["0", "1"], ["1", "2"], ["2"], ["3"], ["4"]]
@@ -163,27 +163,22 @@ def test_one_unit_and_its_optimizer_are_held_at_a_time(recorded, monkeypatch):
     """What a unit was given and its optimizer are gone before the next unit is observed, without the garbage collector."""
     alive: list[weakref.ref] = []
     most: list[int] = []
-    of_unit, of_outputs = replay.observe_unit, replay.observe_outputs
 
-    def given(*arguments, **keywords):
-        most.append(sum(reference() is not None for reference in alive))
-        seen = of_unit(*arguments, **keywords)
-        alive.append(weakref.ref(seen.arguments[0]))
-        return seen
-
-    def wanted(*arguments, **keywords):
-        seen = of_outputs(*arguments, **keywords)
-        alive.extend(weakref.ref(one.outputs[0]) for one in seen)
-        return seen
+    def watched(*arguments, **keywords):
+        inputs = keywords.get("inputs", True)
+        if inputs:
+            most.append(sum(reference() is not None for reference in alive))
+        observed = replay.observe(*arguments, **keywords)
+        alive.extend(weakref.ref((calls.arguments if inputs else calls.outputs)[0]) for calls in observed)
+        return observed
 
     class Watched(torch.optim.Adam):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             alive.append(weakref.ref(self))
 
-    monkeypatch.setattr("diffquant.methods.units.observe_unit", given)
-    monkeypatch.setattr("diffquant.methods.units.observe_outputs", wanted)
-    monkeypatch.setattr("diffquant.methods.reconstruction.fit", functools.partial(fit.fit, optimizer_type=Watched))
+    monkeypatch.setattr("diffquant.methods.units.observe", watched)
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
     gc.disable()
     try:
         learned(recorded, PASSES["scales"], 0)

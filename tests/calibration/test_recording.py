@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import inspect
 import itertools
 import json
@@ -19,8 +20,9 @@ from torch import nn
 
 from diffquant.calibration import record as store
 from diffquant.calibration import recorded_batch
+from diffquant.calibration.manifest import model_hash
 from diffquant.calibration.record import record
-from diffquant.calibration.recording import Trajectory, model_hash
+from diffquant.calibration.recording import Trajectory
 from diffquant.errors import CalibrationError
 from diffquant.files import content_name
 from diffquant.host.conditions import PROMPTS, Calibration
@@ -72,7 +74,7 @@ def test_replaying_a_recorded_call_gives_the_recorded_output(recorded, name):
     denoiser = Host(pipe).denoiser
     count = 0
     with torch.no_grad():
-        for arguments, output in trajectory.calls():
+        for arguments, output in pipelines.recorded_calls(trajectory):
             # the timestep is one number in the pipeline and a row here: its embedding is one product of another shape
             torch.testing.assert_close(denoiser(**arguments).sample, output, rtol=1e-5, atol=1e-6)
             count += len(output)
@@ -92,11 +94,12 @@ def test_recorded_is_what_an_unobserved_pipeline_computes(recorded):
     pipe, trajectory = recorded["ddim"]
     seen = []
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(store._seed(SMALL.seed, 1))
+    digest = hashlib.sha256(f"{SMALL.seed}/1".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     with Host(pipe).observed(on_step=lambda *step: seen.append(step)):
         image = pipe(batch_size=1, generator=generator, num_inference_steps=SMALL.steps, output_type="np").images
     pipe.set_progress_bar_config()
-    last = trajectory.steps(1)[-1]["prev_sample"]
+    last = trajectory.step(torch.tensor([2]), SMALL.steps - 1).prev_sample
     assert torch.equal(last, seen[-1][3])
     assert torch.equal((last / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), torch.from_numpy(image))
 
@@ -104,21 +107,19 @@ def test_recorded_is_what_an_unobserved_pipeline_computes(recorded):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_steps_can_be_replayed_by_the_scheduler(recorded, name):
     pipe, trajectory = recorded[name]
-    steps = trajectory.steps(0)
-    assert [float(step["timestep"]) for step in steps] == trajectory.timesteps
+    steps = [trajectory.step(torch.arange(SMALL.batch_size), k) for k in range(trajectory.step_count)]
+    assert [float(step.timestep) for step in steps] == trajectory.timesteps
     for step, following in itertools.pairwise(steps):
-        # DiT feeds both guidance halves from the first: the second half of its scheduler's sample is not carried over
-        rows = SMALL.batch_size
-        assert torch.equal(step["prev_sample"][:rows], following["sample"][:rows])
+        assert torch.equal(step.prev_sample, following.sample)
     if name != "ddpm":  # deterministic: no variance noise to replay
         pipe.scheduler.set_timesteps(SMALL.steps)
-        again = pipe.scheduler.step(steps[0]["model_output"], steps[0]["timestep"], steps[0]["sample"])
-        assert torch.equal(again.prev_sample, steps[0]["prev_sample"])
+        again = pipe.scheduler.step(steps[0].model_output, steps[0].timestep, steps[0].sample)
+        assert torch.equal(again.prev_sample, steps[0].prev_sample)
 
 
 def test_text_conditions_come_from_the_prompts_in_order(recorded):
     pipe, trajectory = recorded["stable_diffusion"]
-    conditional = (trajectory.row_of() >= SMALL.batch_size) & (trajectory.batch_of() == 0)
+    conditional = (trajectory.half_of == 1) & (trajectory.trajectory_of < SMALL.batch_size)
     arguments, _ = trajectory.batch(conditional.nonzero().flatten()[:2])
     with torch.no_grad():
         expected, _ = pipe.encode_prompt(list(PROMPTS[:2]), "cpu", 1, False)
@@ -146,11 +147,11 @@ def test_pndm_makes_more_calls_than_steps():
 
     trajectory = record(pipe, Calibration(samples=2, steps=5), run=run, progress=False)
     calls = len(trajectory) // 2
-    assert calls == len(trajectory.steps(0)) == len(pipe.scheduler.timesteps) > 5
+    assert calls == trajectory.step_count == len(pipe.scheduler.timesteps) > 5
     assert len(trajectory.timesteps) < calls  # some timesteps are visited more than once
     assert trajectory.timesteps == sorted(set(trajectory.timesteps), reverse=True)
     drawn = trajectory.subset(len(trajectory.timesteps), torch.Generator().manual_seed(0))
-    assert sorted(trajectory.timestep_of()[drawn].tolist(), reverse=True) == trajectory.timesteps  # one each
+    assert sorted(trajectory.timestep_of[drawn].tolist(), reverse=True) == trajectory.timesteps  # one each
 
 
 def test_equal_tensors_are_stored_once(recorded):
@@ -166,27 +167,20 @@ def test_equal_tensors_are_stored_once(recorded):
 def test_batch_gathers_rows_in_the_order_asked(recorded):
     for name in PIPELINES:
         _, trajectory = recorded[name]
-        whole = [(arguments, output) for arguments, output in trajectory.calls()]
+        whole = list(pipelines.recorded_calls(trajectory))
         outputs = torch.cat([output for _, output in whole])
         samples = torch.cat([next(v for k, v in a.items() if k in ("sample", "hidden_states")) for a, _ in whole])
         indices = torch.randperm(len(trajectory), generator=torch.Generator().manual_seed(0))[:7]
         arguments, output = trajectory.batch(indices)
         assert torch.equal(output, outputs[indices])
         assert torch.equal(arguments.get("sample", arguments.get("hidden_states")), samples[indices])
-        assert torch.equal(arguments["timestep"].double(), trajectory.timestep_of()[indices])
+        assert torch.equal(arguments["timestep"].double(), trajectory.timestep_of[indices])
 
 
 def test_trajectory_of_counts_guidance_halves_as_one(recorded):
-    assert recorded["ddim"][1].trajectory_of().tolist() == [0, 1] * 3 + [2] * 3
-    assert recorded["dit"][1].trajectory_of().tolist() == [0, 1, 0, 1] * 3 + [2, 2] * 3
-    assert recorded["dit"][1].call_of().tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [0, 0, 1, 1, 2, 2]
-
-
-def test_calls_at_chosen_timesteps(recorded):
-    _, trajectory = recorded["ddim"]
-    chosen = trajectory.timesteps[1]
-    seen = [arguments["timestep"].unique().tolist() for arguments, _ in trajectory.calls(timesteps=[chosen])]
-    assert seen == [[chosen]] * trajectory.batches
+    assert recorded["ddim"][1].trajectory_of.tolist() == [0, 1] * 3 + [2] * 3
+    assert recorded["dit"][1].trajectory_of.tolist() == [0, 1, 0, 1] * 3 + [2, 2] * 3
+    assert recorded["dit"][1].call_of.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 9])
@@ -194,7 +188,7 @@ def test_subset_is_even_over_timesteps_and_distinct(recorded, count):
     _, trajectory = recorded["ddim"]
     drawn = trajectory.subset(count, torch.Generator().manual_seed(3))
     assert len(drawn.unique()) == count
-    per_timestep = [int((trajectory.timestep_of()[drawn] == t).sum()) for t in trajectory.timesteps]
+    per_timestep = [int((trajectory.timestep_of[drawn] == t).sum()) for t in trajectory.timesteps]
     assert sum(per_timestep) == count and max(per_timestep) - min(per_timestep) <= 1
     assert torch.equal(drawn, trajectory.subset(count, torch.Generator().manual_seed(3)))
 
@@ -256,12 +250,14 @@ def test_recorded_arguments_are_those_of_the_pipeline(name, tmp_path):
     trajectory = record(pipe, dataclasses.replace(SMALL, samples=2, steps=2), progress=False)
     handle.remove()
     timestep = trajectory.manifest["denoiser"]["timestep"]
-    for (arguments, output), (given, expected) in zip(trajectory.calls(), seen[1:], strict=True):  # the first is of another size
+    for (arguments, output), (given, expected) in zip(
+        pipelines.recorded_calls(trajectory), seen[1:], strict=True
+    ):  # the first is of another size
         del given["return_dict"]
         given[timestep] = given[timestep].expand(len(output))  # recorded for every row
         assert same(arguments, given)
         assert torch.equal(output, expected)
-    assert trajectory.timesteps == sorted({float(t) for t in trajectory.timestep_of()}, reverse=True)
+    assert trajectory.timesteps == sorted({float(t) for t in trajectory.timestep_of}, reverse=True)
 
 
 def same(found, expected) -> bool:
@@ -637,5 +633,3 @@ def test_indices_out_of_range_are_refused(recorded):
         trajectory.batch(torch.tensor([0, 9]))
     with pytest.raises(CalibrationError, match="1 to 9 are recorded"):
         trajectory.subset(10, torch.Generator())
-    with pytest.raises(CalibrationError, match="batch 2 asked"):
-        trajectory.steps(2)

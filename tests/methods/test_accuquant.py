@@ -23,8 +23,7 @@ from diffquant.errors import RecipeError, SpecError
 from diffquant.host.conditions import Calibration
 from diffquant.host.pipeline import Host
 from diffquant.methods.accuquant import AccuQuant, visited
-from diffquant.methods.base import evaluating, quantizer_state
-from diffquant.methods.gradients import carried_back
+from diffquant.methods.base import quantizer_state
 from diffquant.recipe import load_recipe
 from tests import pipelines
 
@@ -320,26 +319,6 @@ def test_a_killed_stage_goes_on_and_ends_bit_equal(recorded, tmp_path, monkeypat
     resumed, _ = quantized(recorded, *options, folder=tmp_path)
     one, two = quantizer_state(whole), quantizer_state(resumed)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-
-
-def test_directions_are_carried_back_from_the_last_sample(recorded):
-    """u . e is how far a small error e at a segment's end moves the last sample in the direction v, beside its scale."""
-    pipe, data, _ = recorded
-    model = copy.deepcopy(pipe.unet)
-    rollout = Rollout(model, data)
-    picked, segments = torch.arange(2), rollout.segments(2)
-    chain = rollout.chain(picked, range(rollout.steps))
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(chain.recorded(0).shape, generator=generator)
-    with evaluating(model):
-        carried = carried_back(chain, direction)
-        latents, states = chain.run()
-    assert len(carried) == rollout.steps + 1 and torch.equal(carried[-1], direction)
-    for segment in segments[:-1]:
-        error = 1e-4 * torch.randn(direction.shape, generator=generator)  # the scheduler clips
-        ends = [rollout.finish(picked, segment.stop, latents[segment.stop] + s * error, states[segment.stop]) for s in (1, -1)]
-        moved = float(((ends[0] - ends[1]).double() * direction).sum()) / 2
-        assert float((carried[segment.stop] * error).sum()) == pytest.approx(moved, rel=0.02)
 
 
 def test_a_stage_that_makes_segments_worse_is_undone(recorded, monkeypatch):

@@ -252,7 +252,7 @@ def test_the_error_of_the_latent_is_the_outputs_times_what_the_sampler_makes_of_
 def test_the_control_learns_ranges_and_searches_nothing(pipe, data, monkeypatch, sets):
     """One set is static quantization, four for four intervals are one each. Tables stay, errors fall, all are visited."""
     model, start = prepared(pipe, data, sets), prepared(pipe, data, sets)
-    monkeypatch.setattr("diffquant.methods.adp_dm.search.STEP_RATE", 2e-2)
+    monkeypatch.setattr("diffquant.methods.adp_dm.search.SCALE_LR", 2e-2)
     monkeypatch.setattr(CalibrateRanges, "calibrate_activations", lambda *given, **more: [])  # extremes: much to learn
     options = {"table": "clusters", "rounds": 16, "images": 16}
     before = searched(start, data, **options, learn_ranges=False)

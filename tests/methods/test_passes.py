@@ -25,8 +25,7 @@ from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm.search import SearchParameterSets
 from diffquant.methods.base import Pass, quantizer_state, registered
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
-from diffquant.methods.learned import LearnedSmooth
-from diffquant.methods.learned_scale import LearnedSteps
+from diffquant.methods.learned import LearnedScale, LearnedSmooth
 from diffquant.methods.mixed_precision import AllocateBits, AllocateWeightBits
 from diffquant.methods.noise_correction import FitCoefficients, FitProportional, RuntimeNoiseEstimate
 from diffquant.methods.qncd import EmbeddingSmoothing
@@ -131,7 +130,7 @@ def test_killed_and_resumed_is_the_same(name, pipe, data, tmp_path, monkeypatch)
     apply(EXAMPLES[name], whole, data)
 
     calls = 0
-    original = replay.observe_unit
+    original = replay.observe
 
     def failing(*arguments, **keywords):
         nonlocal calls
@@ -142,7 +141,7 @@ def test_killed_and_resumed_is_the_same(name, pipe, data, tmp_path, monkeypatch)
 
     resumed = quantizable(pipe, data)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("diffquant.methods.units.observe_unit", failing)
+        patch.setattr("diffquant.methods.units.observe", failing)
         apply(EXAMPLES[name], resumed, data, folder=tmp_path)
     again = quantizable(pipe, data)
     apply(EXAMPLES[name], again, data, folder=tmp_path)
@@ -214,7 +213,7 @@ def test_reconstruction_lowers_the_error_of_units(pipe, data):
 
 
 def test_learned_scales_lower_the_error_of_units(pipe, data, monkeypatch):
-    monkeypatch.setattr("diffquant.methods.reconstruction.STEP_RATE", 0.02)
+    monkeypatch.setattr("diffquant.methods.reconstruction.SCALE_LR", 0.02)
     model = quantizable(pipe, data, rules=(LayerRule(match="@conv", weight_bits=8, input_bits=4),))
     for _, quantizer in quantizers(model):
         if quantizer.clock is not None:
@@ -230,7 +229,7 @@ def test_search_finds_a_range_no_worse_than_any_of_the_grid(symmetric):
     values = torch.cat([torch.randn(1, 400), torch.tensor([[9.0, -4.0]])], dim=1)
     spec = QuantSpec(bits=4, symmetric=symmetric)
     widest = (values.amin(1), values.amax(1))
-    low, high = search_range(values, torch.ones_like(values), spec, widest)
+    low, high = search_range(values, spec, widest)
 
     def error(low: float, high: float) -> float:
         top = max(-low, high) if symmetric else high
@@ -271,7 +270,7 @@ def test_sets_see_their_own_timesteps(method, pipe, data):
     assert len(scales) == len(data.timesteps)
     if method == "minmax":
         for position, timestep in enumerate(data.timesteps):
-            rows = (data.timestep_of() == timestep).nonzero()[:, 0]
+            rows = (data.timestep_of == timestep).nonzero()[:, 0]
             sample = data.batch(rows)[0]["sample"]
             expected = (sample.max().clamp(min=0) - sample.min().clamp(max=0)) / 255
             assert torch.isclose(scales[position], expected, rtol=1e-6)
@@ -301,7 +300,7 @@ def test_a_shared_zero_point_gets_the_gradient_of_all_sets():
     quantizer.scale.fill_(0.1)
     quantizer.zero_point.fill_(5)
     quantizer.shared_zero_point = True
-    learned = LearnedSteps.of(quantizer, 1e-3, zero_points=True)
+    learned = LearnedScale(quantizer, 1e-3, zero_points=True)
     learned.place()
     quantizer.zero_point.grad = torch.tensor([[1.0], [2.0], [4.0]])
     learned.collect()
@@ -314,7 +313,7 @@ def test_smooth_gets_the_gradient_of_its_logarithm(pipe, data):
     layer.weight_quantizer.decide(layer.weight.detach())
     layer.smooth = torch.linspace(0.5, 2, len(layer.smooth))
     x = torch.randn(2, len(layer.smooth), 4, 4, generator=torch.Generator().manual_seed(1))
-    learned = LearnedSmooth.of(layer, 1e-3)
+    learned = LearnedSmooth(layer, 1e-3)
     learned.place()
     layer(x).square().sum().backward()
     learned.collect()
@@ -328,7 +327,7 @@ def test_smooth_gets_the_gradient_of_its_logarithm(pipe, data):
 
 def test_sets_share_a_zero_point_where_a_rule_says_so(pipe, data, monkeypatch):
     """Calibrated or learned, the sets differ in their scales only."""
-    monkeypatch.setattr("diffquant.methods.reconstruction.STEP_RATE", 0.05)
+    monkeypatch.setattr("diffquant.methods.reconstruction.SCALE_LR", 0.05)
     shared = LayerRule(match="@all", weight_bits=4, input_bits=8, sets=4, shared_zero_point=True)
     model = quantizable(pipe, data, rules=(shared, LayerRule(match="@attention", input_bits=8, sets=4, shared_zero_point=True)))
 
@@ -351,27 +350,29 @@ def test_sets_share_a_zero_point_where_a_rule_says_so(pipe, data, monkeypatch):
 
 @pytest.mark.parametrize("power", [2.0, 2.4])
 def test_errors_of_samples_count(power):
-    given = replay.UnitInputs(arguments=[torch.randn(6, 3, 2)], intervals=torch.zeros(6, dtype=torch.int64))
-    wanted = replay.UnitInputs(outputs=[torch.randn(6, 3, 2)], counts=torch.tensor([0.0, 1.0, 2.0, 0.0, 0.5, 3.0]))
+    inputs, target = torch.randn(2, 6, 3, 2)
+    weights = torch.tensor([0.0, 1.0, 2.0, 0.0, 0.5, 3.0])
+    data = replay.UnitInputs([inputs], outputs=[target], intervals=torch.zeros(6, dtype=torch.int64), counts=weights)
     unit, generator = Unit("unit", nn.Identity(), ()), torch.Generator()
-    counts = wanted.counts.view(-1, 1, 1)
-    errors = (given.arguments[0] - wanted.outputs[0]).abs() * counts
-    found = minibatch_error(unit, given, wanted, 6, power, generator)
-    torch.testing.assert_close(found, errors.pow(power).sum(dim=1).mean())
-    relative = errors.norm() / (wanted.outputs[0] * counts).norm()
-    assert unit_error(unit, given, wanted, 4) == pytest.approx(float(relative), rel=1e-5)
+    errors = (inputs - target).abs() * weights.view(-1, 1, 1)
+    loss = minibatch_error(unit, data, 6, power, generator)
+    torch.testing.assert_close(loss, errors.pow(power).sum(dim=1).mean())
+    relative = errors.norm() / (target * weights.view(-1, 1, 1)).norm()
+    assert unit_error(unit, data, 4) == pytest.approx(float(relative), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ReconstructRounding", "LearnScales", "LearnEquivalentScaling"])
 def test_errors_count_by_what_the_step_makes_of_them(name, pipe, data, monkeypatch):
-    seen, states = [], []
+    weights, states = [], []
 
-    def walked(self, model, data, generator, run, label, prefix, fit_unit, *rest, **keywords):
-        def watched(unit, given, wanted, seed, run):
-            seen.append((wanted.counts, given.counts if prefix is None else wanted.counts))
-            return fit_unit(unit, given, wanted, seed, run)
+    def walked(self, *arguments):
+        *others, fit_unit = arguments
 
-        return own(self, model, data, generator, run, label, prefix, watched, *rest, **keywords)
+        def watched(unit, data, seed, run):
+            weights.append(data.counts)
+            return fit_unit(unit, data, seed, run)
+
+        return own(self, *others, watched)
 
     own = type(EXAMPLES[name]).walk
     for error in ("output", "latent"):
@@ -380,14 +381,14 @@ def test_errors_count_by_what_the_step_makes_of_them(name, pipe, data, monkeypat
             patch.setattr(type(EXAMPLES[name]), "walk", walked)
             apply(EXAMPLES[name].model_copy(update={"error": error, "samples": 1000, "batch_size": 16}), model, data)
         states.append(quantizer_state(model))
-        counts = {None if one is None else tuple(one.tolist()) for pair in seen for one in pair}
+        counts = {None if each is None else tuple(each.tolist()) for each in weights}
         if error == "output":
             assert counts == {None}
         else:
             (values,) = counts
             everything = StepGain(quantizable(pipe, data), data).sizes(torch.arange(len(data)))
             assert sorted(values) == pytest.approx(sorted(everything.tolist()))
-        seen.clear()
+        weights.clear()
     assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 

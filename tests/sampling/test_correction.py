@@ -291,7 +291,9 @@ def test_a_calibrated_baseline_is_what_full_precision_is_found_to_get_wrong():
     plain = drawn(pipe.unet, pipe.scheduler, start)
     for baseline in ("calibrated", "none"):
         with fit.run(show=False) as run:
-            RuntimeNoiseEstimate(scope="batch", baseline=baseline).apply(pipe.unet, data, torch.Generator(), run)
+            RuntimeNoiseEstimate(baseline=baseline).apply(pipe.unet, data, torch.Generator(), run)
+        of_batch = pipe.unet.diffquant.correction.model_copy(update={"scope": "batch"})  # as the baseline is
+        give_correction(pipe.unet, of_batch)
         attachment = attach(pipe)
         change = float((drawn(pipe.unet, pipe.scheduler, start) - plain).norm() / plain.norm())
         assert attachment.extra_calls == len(pipe.unet.diffquant.correction.refreshes(STEPS)) > 1

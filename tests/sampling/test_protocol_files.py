@@ -109,4 +109,4 @@ def test_a_ddpm_pipeline_is_recorded_with_ddim():
     assert isinstance(pipe, DDPMPipeline)
     data = record_under(pipe, load_protocol(["cifar10-ddim", "steps=3"], calibration__samples=2))
     assert data.manifest["scheduler"]["class"] == "DDIMScheduler" and data.step_count == 3
-    assert torch.isfinite(data.steps(0)[-1]["prev_sample"]).all()
+    assert torch.isfinite(data.step(torch.arange(2), 2).prev_sample).all()

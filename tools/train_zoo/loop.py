@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ DECAY_SHARE = 0.2  # of the steps, at the end
 FIRST_ROUND = 0.4  # of the steps, where there are two rounds
 SECOND_PEAK = 0.5  # of the peak learning rate
 EMA_DECAY = 0.999
+CLIP_NORM, WEIGHT_DECAY = 1.0, 1e-4  # of gradients, and of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)
 CURVE_STRIDE = 250  # steps over which the written loss curve is averaged
 
 StepLoss = Callable[[nn.Module, torch.Generator], Tensor]
@@ -59,18 +59,26 @@ def train(
         for name, parameter in parameters.items():
             average[name].lerp_(parameter.detach(), 1 - decay)
 
+    def clipped_and_decayed(iteration: int, generator: torch.Generator) -> Tensor:
+        """The loss, after its clipped gradient and AdamW's weight decay were applied to the parameters."""
+        value = loss(model, generator)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), CLIP_NORM)
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.mul_(1 - peak_lr * schedule(iteration, steps) * WEIGHT_DECAY)
+        return value.detach()
+
     curve = fit(
         [(parameter, peak_lr) for parameter in parameters.values()],
-        lambda _, generator: loss(model, generator),
+        clipped_and_decayed,
         iterations=steps,
         seed=seed,
         run=run,
         label="training",
         schedule=schedule,
-        after_step=move_average,
-        optimizer_type=partial(torch.optim.AdamW, weight_decay=1e-4),
-        clip_norm=1.0,
-        also_kept=average,
+        after_iteration=move_average,
+        also_saved=average,
         save_every=CURVE_STRIDE,
     )
     if run.folder is not None:

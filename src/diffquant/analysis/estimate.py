@@ -65,7 +65,7 @@ def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
     rows = plan(model, recipe.layers)
     timing = timed(pipe)
     total = sum(timing.operations.values()) or 1
-    samples = max((getattr(each, "samples", 0) for each in recipe.steps() if hasattr(each, "iterations")), default=0)
+    samples = max((getattr(each, "samples", 0) for each in recipe.built_passes() if hasattr(each, "iterations")), default=0)
     parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = max((4 * math.prod(row.shape) for row in rows), default=0)
     return Inspection(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffquant.calibration import fit
 from diffquant.calibration.recording import Trajectory
-from diffquant.calibration.rollout import conditional_half
+from diffquant.calibration.replay import conditional_half
 from diffquant.core.attention import ATTRIBUTE as PRODUCTS
 from diffquant.core.model import quantizers
 from diffquant.core.quantizer import Quantizer
@@ -116,7 +116,7 @@ def sensitivity(
     done = [] if folder is None else list(takewhile(lambda name: (folder / f"{name}.safetensors").exists(), names))
     generator = torch.Generator().manual_seed(seed)
     by_name = dict(quantizers(model))
-    passes = recipe.steps()
+    passes = recipe.built_passes()
     with fit.run(folder, progress) as run:
         if folder is not None:
             restore_passes(model, folder, done)

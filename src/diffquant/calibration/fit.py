@@ -1,7 +1,7 @@
-"""The one optimisation loop, what it may keep and where, and its progress.
+"""The optimisation loop, its progress and its saved state.
 
-Every random draw of an iteration comes from a generator seeded with (seed, iteration), so a fit that was killed and resumed is the
-same fit, bit for bit at an equal number of threads.
+Each iteration draws from a generator seeded with (seed, iteration). A fit that was killed and resumed is therefore the same fit,
+bit for bit at an equal number of threads.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffquant.calibration.memory import BUDGET
 from diffquant.calibration.progress import Bars, Shown, bars
@@ -35,20 +34,20 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Run:
-    """Where a pass reports its progress, and the folder it may keep its state in (None: nothing is kept).
+    """Where a pass reports its progress, and the folder it may save its state in (None: nothing is saved).
 
-    ``memory``: bytes that the recorded inputs and outputs of a unit may take; more go to files, in the folder or a temporary one.
+    ``memory``: bytes that a unit's recorded inputs and outputs may take; more go to files, in the folder or a temporary one.
     """
 
     progress: Bars
     folder: Path | None = None
     memory: float = BUDGET
 
-    def track(self, items: Sequence[T], label: str) -> Iterator[T]:
-        """The items one by one, with a bar that says how many are done."""
-        task = self.progress.add_task(label, total=len(items))
+    def track(self, items: Sequence[T], label: str, done: int = 0) -> Iterator[T]:
+        """The items one by one, without the first `done`, with a bar that counts them."""
+        task = self.progress.add_task(label, total=len(items), completed=done)
         try:
-            for item in items:
+            for item in items[done:]:
                 yield item
                 self.progress.advance(task)
         finally:
@@ -66,18 +65,18 @@ def run(folder: Path | None = None, show: Shown = True, memory: float = BUDGET) 
         yield Run(progress, folder, memory)
 
 
-def constant(step: int, steps: int) -> float:
-    """The peak rate throughout."""
+def constant(iteration: int, iterations: int) -> float:
+    """The peak learning rate throughout."""
     return 1.0
 
 
-def cosine(step: int, steps: int) -> float:
-    """From the peak rate to zero along half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
+def cosine(iteration: int, iterations: int) -> float:
+    """From the peak learning rate to zero along half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
+    return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
 def iteration_generator(seed: int, iteration: int) -> torch.Generator:
-    """The generator of one iteration: nothing drawn in another iteration changes it."""
+    """The generator of one iteration, independent of what other iterations draw."""
     return torch.Generator().manual_seed((seed * 1_000_003 + iteration) % 2**63)
 
 
@@ -90,38 +89,30 @@ def fit(
     run: Run,
     label: str,
     schedule: Schedule = constant,
-    after_step: Callable[[int], None] | None = None,
-    optimizer_type: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-    clip_norm: float | None = None,
-    also_kept: Mapping[str, Tensor] | None = None,
+    after_iteration: Callable[[int], None] | None = None,
+    also_saved: Mapping[str, Tensor] | None = None,
     save_every: int = 500,
 ) -> list[float]:
-    """Minimise `loss(iteration, generator)` over `parameters`, pairs of a leaf tensor and its peak rate; return the loss curve.
+    """Minimise `loss(iteration, generator)` over `parameters`, pairs of a leaf and its peak learning rate; return the loss curve.
 
-    A loss that has no graph has put the gradients into the parameters' ``grad`` itself, and is only reported.
-    The tensors need not be `nn.Parameter`: they require a gradient while the loop runs and are plain again afterwards.
-    `after_step` runs without gradients, after each update, to project parameters.
+    A loss without a graph has set the parameters' ``grad`` itself, and is only reported. Parameters require gradients while the
+    loop runs; afterwards they are as before. `after_iteration` runs without gradients after each update.
 
-    Where `run` has a folder the state (parameters, optimizer, `also_kept` tensors, loss curve) is saved there every `save_every`
-    iterations, and every minute where those take longer, and picked up by the next call.
+    With a folder in `run` the state (parameters, optimizer, `also_saved`, loss curve) is saved every `save_every` iterations and
+    every minute; the next call resumes from it.
 
     Raises `CalibrationError` when the loss is not finite.
     """
     tensors = [tensor for tensor, _ in parameters]
-    before = [tensor.requires_grad for tensor in tensors]
-    for tensor in tensors:
-        tensor.requires_grad_(True)
-    optimizer = optimizer_type([{"params": [tensor], "lr": rate} for tensor, rate in parameters])
-    kept = {f"parameter.{index}": tensor for index, tensor in enumerate(tensors)} | {
-        f"kept.{name}": tensor for name, tensor in (also_kept or {}).items()
-    }
-    curve = _resume(run.folder, kept, optimizer)
-    task = run.progress.add_task(label, total=iterations, completed=len(curve))
-    saved = time.monotonic()
-    try:
-        for iteration in range(len(curve), iterations):
-            for group, (_, rate) in zip(optimizer.param_groups, parameters, strict=True):
-                group["lr"] = rate * schedule(iteration, iterations)
+    state = {f"parameter.{index}": tensor for index, tensor in enumerate(tensors)}
+    state |= {f"kept.{name}": tensor for name, tensor in (also_saved or {}).items()}
+    with _requiring_gradients(tensors):
+        optimizer = torch.optim.Adam([{"params": [tensor], "lr": lr} for tensor, lr in parameters])
+        curve = _resume(run.folder, state, optimizer)
+        saved = time.monotonic()
+        for iteration in run.track(range(iterations), label, len(curve)):
+            for group, (_, lr) in zip(optimizer.param_groups, parameters, strict=True):
+                group["lr"] = lr * schedule(iteration, iterations)
             optimizer.zero_grad()
             with torch.enable_grad():
                 value = loss(iteration, iteration_generator(seed, iteration))
@@ -129,47 +120,52 @@ def fit(
                 raise CalibrationError(f"{label}: loss is {value.item()} at iteration {iteration}; lower the rate")
             if value.requires_grad:
                 value.backward()
-            if clip_norm is not None:
-                nn.utils.clip_grad_norm_(tensors, clip_norm)
             optimizer.step()
-            if after_step is not None:
+            if after_iteration is not None:
                 with torch.no_grad():
-                    after_step(iteration)
+                    after_iteration(iteration)
             curve.append(value.item())
-            run.progress.update(task, completed=iteration + 1)
             due = (iteration + 1) % save_every == 0 or iteration + 1 == iterations or time.monotonic() - saved >= SAVE_SECONDS
             if run.folder is not None and due:
-                _save(run.folder, kept, optimizer, curve)
+                _save(run.folder, state, optimizer, curve)
                 saved = time.monotonic()
+    return curve
+
+
+@contextmanager
+def _requiring_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
+    before = [tensor.requires_grad for tensor in tensors]
+    for tensor in tensors:
+        tensor.requires_grad_(True)
+    try:
+        yield
     finally:
         for tensor, required in zip(tensors, before, strict=True):
             tensor.grad = None
             tensor.requires_grad_(required)
-        run.progress.remove_task(task)
-    return curve
 
 
-def _save(folder: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, curve: list[float]) -> None:
-    tensors = dict(kept)
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+def _save(folder: Path, state: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, curve: list[float]) -> None:
+    tensors = dict(state)
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
     save_tensors(folder / "fit.safetensors", tensors, {"curve": json.dumps(curve)})
 
 
-def _resume(folder: Path | None, kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[float]:
-    """Put back a saved state and return its loss curve (empty where nothing was saved)."""
+def _resume(folder: Path | None, state: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[float]:
+    """Restore a saved state; return its loss curve, empty where nothing was saved."""
     if folder is None or not (folder / "fit.safetensors").exists():
         return []
     tensors, metadata = load_tensors(folder / "fit.safetensors")
-    state: dict[int, dict[str, Tensor]] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():
         for key, tensor in tensors.items():
-            if key in kept:
-                kept[key].copy_(tensor)
+            if key in state:
+                state[key].copy_(tensor)
             else:
                 _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+                moments.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return list(json.loads(metadata["curve"]))
 
 
@@ -177,8 +173,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     """Write a safetensors file under a temporary name and rename it: a kill leaves the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with renamed_when_done(path) as partial:
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, partial, metadata | {DIGEST: _digest(kept, metadata)})
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial, metadata | {DIGEST: _digest(contiguous, metadata)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -201,11 +197,3 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         digest.update(name.encode())
         digest_tensor(digest, tensors[name])
     return digest.hexdigest()
-
-
-def lp_loss(output: list[Float[Tensor, "n ..."]], target: list[Float[Tensor, "n ..."]], power: float = 2.0) -> Tensor:
-    """Sum over axis 1 of the mean error to the `power`: BRECQ's reconstruction loss (Li et al. 2021, arXiv 2102.05426)."""
-    total = torch.zeros(())
-    for value, wanted in zip(output, target, strict=True):
-        total = total + (value.float() - wanted.float()).abs().pow(power).sum(dim=1).mean()
-    return total

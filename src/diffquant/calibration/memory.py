@@ -1,7 +1,4 @@
-"""What keeps the fitting of a large model within memory: tensors in files of the disk, and graphs that are computed again.
-
-Both change where values are kept and when they are computed, never the values: results are equal bit for bit.
-"""
+"""Less memory for fitting a large model: tensors in files, and graphs that are computed again. Results are equal bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from diffquant.host.structure import units
 GIB = 2**30
 BUDGET = 2 * GIB  # bytes of a unit's recorded inputs and outputs that are held in memory
 
-Key = tuple[str, int | str]  # of a column: what it is of a call, and its place or name there
+Key = tuple[str, int | str]  # of a column: "argument", "keyword" or "output", and its place or name
 
 
 def mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None = None) -> Tensor:
@@ -67,16 +64,16 @@ class Columns:
         if not self.values:
             self._allocate(count, batch)
         for key, value in batch.items():
-            kept = self.values[key]
-            if isinstance(kept, list):
-                kept.append(value.detach())
-            elif isinstance(kept, Tensor) and kept.dim() > 0:
-                if value.shape != (count, *kept.shape[1:]):
+            column = self.values[key]
+            if isinstance(column, list):
+                column.append(value.detach())
+            elif isinstance(column, Tensor) and column.dim() > 0:
+                if value.shape != (count, *column.shape[1:]):
                     raise CalibrationError(
-                        f"{' '.join(map(str, key))}: has shape {tuple(value.shape)} after {(count, *kept.shape[1:])}; "
+                        f"{' '.join(map(str, key))}: has shape {tuple(value.shape)} after {(count, *column.shape[1:])}; "
                         f"calls of different shapes cannot be put together"
                     )
-                kept[self.filled : self.filled + count].copy_(value.detach())
+                column[self.filled : self.filled + count].copy_(value.detach())
         self.filled += count
 
     def of(self, kind: str) -> dict[int | str, Any]:

@@ -1,4 +1,4 @@
-"""What a long job shows while it runs: one bar for the whole of it with the time that is left, and bars for what is going on."""
+"""Progress bars of a long job: one for the whole job with the time left, and one for each task at work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 
 
 class _Count(ProgressColumn):
-    """How much is done, and of the whole job what time is left, at the pace so far."""
+    """How much is done; of the whole job also the time left, at the pace so far."""
 
     def render(self, task: Task) -> Text:
         if not task.fields.get("whole"):
@@ -29,10 +29,10 @@ def _clock(seconds: float) -> str:
 
 
 class Bars(Progress):
-    """Bars of tasks, as `Progress` has them, below one of the whole job, which the parts of it move.
+    """Bars of tasks below a bar of the whole job.
 
-    ``part`` says which stretch of the whole what follows is; parts may have parts. Within the innermost one the whole moves with
-    the first tasks that are added in it, as many as it says.
+    `part` says which stretch of the whole the following block is; parts may have parts. Within the innermost part the whole moves
+    with the first tasks that are added, as many as `part` says.
     """
 
     def __init__(self, show: bool) -> None:
@@ -45,10 +45,7 @@ class Bars(Progress):
 
     @contextmanager
     def part(self, description: str, low: float, high: float, tasks: int = 1) -> Iterator[None]:
-        """What the block does, in `tasks` one after the other, is the stretch from `low` to `high` of the part around it.
-
-        They are shares, 0 to 1, of that part, or of the whole.
-        """
+        """The block is the stretch from `low` to `high`, 0 to 1, of the part around it or of the whole, in so many `tasks`."""
         _, start, end = self._parts[-1] if self._parts else ("", 0.0, 1.0)
         self._parts.append((description, start + (end - start) * low, start + (end - start) * high))
         self._within, self._tasks_of_part = [], tasks
@@ -63,7 +60,7 @@ class Bars(Progress):
             self._within, self._tasks_of_part = [], 1
 
     def reach(self, share: float) -> None:
-        """So much of the innermost part is done."""
+        """Show that a `share` of the innermost part is done."""
         if self._whole is None or not self._parts:
             return
         _, start, end = self._parts[-1]

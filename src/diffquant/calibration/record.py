@@ -9,26 +9,26 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from diffquant.calibration.progress import Shown, bars
-from diffquant.calibration.recorded_batch import BudgetCheck, RecordedBatch, Shapes
-from diffquant.calibration.recording import (
+from diffquant.calibration.manifest import (
     FORMAT_VERSION,
     MANIFEST,
-    Trajectory,
     batch_path,
     identity,
     model_hash,
     read_manifest,
     write_manifest,
 )
+from diffquant.calibration.progress import Shown, bars
+from diffquant.calibration.recorded_batch import BudgetCheck, RecordedBatch, Shapes
+from diffquant.calibration.recording import Trajectory
 from diffquant.core.model import is_frozen, is_quantizable
 from diffquant.errors import CalibrationError
 from diffquant.files import PARTIAL
@@ -48,12 +48,12 @@ def record(
     run: Run | None = None,
     progress: Shown = True,
 ) -> Trajectory:
-    """Run the pipeline and keep every denoiser call and scheduler step on disk.
+    """Run the pipeline and write every denoiser call and scheduler step to disk.
 
-    Batch b of a seed is the same whether recorded in one go or after being killed: it has its own generator, and finished
-    batches in `folder` are kept. Without a folder the recording lives in a temporary one, as long as the returned object.
-    `run(pipe, generator, batch)` replaces the call of the pipeline for `batch` trajectories; the generator is on the CPU. Before
-    the first batch the pipeline is begun for another number of samples, up to its first call: the two show what is per sample.
+    Each batch has its own generator, and finished batches in `folder` are reused, so a recording that was killed and resumed is the
+    same. Without a folder the recording lives in a temporary one, as long as the returned object. `run(pipe, generator, batch)`
+    replaces the call of the pipeline for `batch` trajectories; the generator is on the CPU. The pipeline is first run up to its
+    first call for another number of samples, which shows the tensors that have an axis of samples.
 
     Raises CalibrationError if the folder holds another recording, if the scheduler cannot clip as asked, if the estimate exceeds
     `calibration.budget_gib` (nothing is written then), if an output is not finite, or if a file cannot be written.
@@ -62,7 +62,8 @@ def record(
     folder = Path(tempfile.mkdtemp(prefix="diffquant-")) if folder is None else Path(folder)
     try:
         host = Host(pipe)
-        with _clipping(host, calibration.clip_sample):
+        own, clip = getattr(pipe, "scheduler", None), calibration.clip_sample
+        with nullcontext() if own is None or clip is None else host.sampling_with(clipping(own, clip)):
             _record(host, calibration, folder, run, progress)
         trajectory = Trajectory.open(folder)
     except BaseException:
@@ -103,9 +104,11 @@ def _record(host: Host, calibration: Calibration, folder: Path, run: Run | None,
 
 
 def _sample(host: Host, calibration: Calibration, run: Run | None, batch: int, rows: int) -> None:
-    """Run the pipeline on the first `rows` trajectories of a batch."""
-    generator = torch.Generator().manual_seed(_seed(calibration.seed, batch))
-    with _global_seed(generator.initial_seed()):
+    """Run the pipeline on the first `rows` trajectories of a batch, with random states of its own."""
+    digest = hashlib.sha256(f"{calibration.seed}/{batch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    with torch.random.fork_rng():  # from which pipelines and schedulers may draw
+        torch.manual_seed(generator.initial_seed())
         if run is None:
             first = batch * calibration.batch_size
             host.run(calibration, generator, range(first, first + rows))
@@ -114,7 +117,7 @@ def _sample(host: Host, calibration: Calibration, run: Run | None, batch: int, r
 
 
 def _shapes_of_another_size(host: Host, calibration: Calibration, run: Run | None, rows: int) -> Shapes:
-    """What the first denoiser call is given for another number of samples than `rows`: which axes follow it."""
+    """Shapes of the first denoiser call for another number of samples than `rows`, which show the axes of samples."""
     call = host.first_call(lambda: _sample(host, calibration, run, 0, 2 if rows == 1 else 1))
     return NO_SHAPES if call is None else Shapes.of(host.denoiser, *call)
 
@@ -160,52 +163,28 @@ def _prepare(folder: Path, manifest: dict[str, Any]) -> None:
         if any(folder.glob("batch-*.safetensors")):
             raise CalibrationError(f"{folder}: has batches but no {MANIFEST}; record into another folder, or delete them")
         return
-    found = read_manifest(folder)
-    ignored = {"complete", "timesteps", "calibration.budget_gib"} | ({"versions"} if found["complete"] else set())
-    field = _first_difference(found, manifest, ignored)
-    if field is not None:
-        name, old, new = field
+    present = read_manifest(folder)
+    ignored = {"complete", "timesteps", "calibration.budget_gib"} | ({"versions"} if present["complete"] else set())
+    difference = _first_difference(present, manifest, ignored)
+    if difference is not None:
+        name, old, new = difference
         raise CalibrationError(
             f"{folder}: holds a recording whose {name} is {old}, not {new}; record into another folder, or delete this one"
         )
 
 
-def _first_difference(found: Any, wanted: Any, ignored: set[str], name: str = "") -> tuple[str, Any, Any] | None:
+def _first_difference(old: Any, new: Any, ignored: set[str], name: str = "") -> tuple[str, Any, Any] | None:
     """The dotted name and both values of the first field that differs."""
-    if name in ignored or found == wanted:
+    if name in ignored or old == new:
         return None
-    if not (isinstance(found, dict) and isinstance(wanted, dict)):
-        return name, found, wanted
-    for key in sorted(found.keys() | wanted.keys()):
-        difference = _first_difference(found.get(key), wanted.get(key), ignored, f"{name}.{key}" if name else key)
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return name, old, new
+    for key in sorted(old.keys() | new.keys()):
+        difference = _first_difference(old.get(key), new.get(key), ignored, f"{name}.{key}" if name else key)
         if difference:
             return difference
     return None
 
 
-def _seed(seed: int, batch: int) -> int:
-    """A seed for one batch's generator: neighbouring seeds and batches share nothing."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{batch}".encode()).digest()[:7], "big")
-
-
 def _rows_of_batch(calibration: Calibration, batch: int) -> int:
     return min(calibration.batch_size, calibration.samples - batch * calibration.batch_size)
-
-
-@contextmanager
-def _global_seed(seed: int) -> Iterator[None]:
-    """Seed the global random state, for pipelines and schedulers that draw from it, and put it back afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _clipping(host: Host, clip_sample: bool | None) -> Iterator[None]:
-    """Give the pipeline a scheduler that clips, or does not clip, while the block runs; None leaves it as it is."""
-    own = getattr(host.pipe, "scheduler", None)
-    if own is None or clip_sample is None:
-        yield
-        return
-    with host.sampling_with(clipping(own, clip_sample)):
-        yield

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffquant.calibration.arguments import flatten, is_json
 from diffquant.calibration.memory import GIB
-from diffquant.calibration.recording import PLACE
 from diffquant.errors import CalibrationError
 from diffquant.files import content_name, renamed_when_done, with_digest
 from diffquant.host.conditions import Calibration
@@ -60,7 +60,7 @@ class BudgetCheck:
 
 
 class Shapes(NamedTuple):
-    """What one call of the denoiser was given for another number of samples: its rows, and the shape of each tensor.
+    """A call of the denoiser for another number of samples: its rows, and the shape of each tensor argument.
 
     A tensor whose axis is as long as the call has rows in both calls has its samples there. By one call alone, a list of layers or
     a table of positions that happens to be as long as the batch would be taken for samples.
@@ -74,7 +74,7 @@ class Shapes(NamedTuple):
     def of(cls, denoiser: nn.Module, arguments: Mapping[str, Any], output: Tensor) -> Shapes:
         """Those of a call that was observed."""
         where = f"call 0 of batch 0 of {type(denoiser).__name__}"
-        flat = _flatten({name: value for name, value in arguments.items() if name != "return_dict"}, where)
+        flat = flatten({name: value for name, value in arguments.items() if name != "return_dict"}, where)
         shapes = {name: tuple(value.shape) for name, value in flat.items() if isinstance(value, Tensor)}
         return cls(len(output), shapes, {})
 
@@ -103,14 +103,14 @@ class RecordedBatch:
         self.timetable: dict[str, Any] = {}
 
     def add_call(self, arguments: dict[str, Any], output: Tensor) -> None:
-        """A call of the denoiser and what it returned; raises `CalibrationError` where that cannot be kept or is not finite."""
+        """Arguments and output of a denoiser call. Raises `CalibrationError` where they cannot be stored, or are not finite."""
         where = f"call {len(self.calls)} of batch {self.number} of {self.denoiser_name}"
         rows = len(output)
         if rows % self.rows:
             raise CalibrationError(f"{where}: has {rows} rows for {self.rows} trajectories; a multiple is allowed")
         if self.timestep_name not in arguments:
             raise CalibrationError(f"{where}: was made without {self.timestep_name}; such a model cannot be calibrated by timestep")
-        arguments = _flatten({name: value for name, value in arguments.items() if name != "return_dict"}, where)
+        arguments = flatten({name: value for name, value in arguments.items() if name != "return_dict"}, where)
         timestep = torch.as_tensor(arguments[self.timestep_name])
         if timestep.numel() not in (1, rows):
             shape = tuple(timestep.shape)
@@ -125,17 +125,17 @@ class RecordedBatch:
             {
                 "rows": rows,
                 "timesteps": timesteps if len(set(timesteps)) > 1 else timesteps[:1],
-                "tensors": {name: self._keep(value) for name, value in tensors.items()},
+                "tensors": {name: self._store(value) for name, value in tensors.items()},
                 "by_row": [name for name in tensors if name in by_row or name == self.timestep_name],
                 "constants": {name: value for name, value in arguments.items() if name not in tensors},
-                "output": self._keep(output),
+                "output": self._store(output),
             }
         )
 
     def add_step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, prev_sample: Tensor, options: Mapping[str, Any]
     ) -> None:
-        """A step of the scheduler: what it was given and what it returned."""
+        """Arguments and result of a step of the scheduler. Raises `CalibrationError` where the result is not finite."""
         self._require_finite(prev_sample, f"step {len(self.steps)} of batch {self.number}", "prev_sample")
         step = {
             "model_output": model_output,
@@ -143,21 +143,21 @@ class RecordedBatch:
             "sample": sample,
             "prev_sample": prev_sample,
         }
-        self.steps.append({name: self._keep(value) for name, value in step.items()})
-        self.step_options.append({name: value for name, value in options.items() if name != "return_dict" and _is_json(value)})
+        self.steps.append({name: self._store(value) for name, value in step.items()})
+        self.step_options.append({name: value for name, value in options.items() if name != "return_dict" and is_json(value)})
         if self.budget:
             self.budget.after_step(len(self.steps), self._size())
 
     def add_timetable(self, arguments: Mapping[str, Any]) -> None:
-        """What `set_timesteps` was called with, before the first step; arrays as lists, and without the device."""
+        """Arguments of `set_timesteps` before the first step; arrays as lists, without the device."""
         if not self.steps:
             plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in arguments.items()}
-            self.timetable = {name: value for name, value in plain.items() if name != "device" and _is_json(value)}
+            self.timetable = {name: value for name, value in plain.items() if name != "device" and is_json(value)}
 
     def check(self, pipeline: str) -> None:
         """Refuse a batch that recorded nothing, or whose recording would not fit as a whole."""
-        for what, seen in (("denoiser was called", self.calls), ("scheduler made a step", self.steps)):
-            if not seen:
+        for what, records in (("denoiser was called", self.calls), ("scheduler made a step", self.steps)):
+            if not records:
                 raise CalibrationError(
                     f"{pipeline}: no {what} while it ran; pass `run`, a function that samples with its own denoiser and scheduler"
                 )
@@ -175,7 +175,7 @@ class RecordedBatch:
         with renamed_when_done(path) as partial:
             save_file(self.tensors, partial, metadata={"layout": json.dumps(with_digest(layout))})
 
-    def _keep(self, tensor: Tensor) -> str:
+    def _store(self, tensor: Tensor) -> str:
         """Store a copy of the tensor unless an equal one is there already; return its name."""
         tensor = tensor.detach().cpu().contiguous()
         name = content_name(tensor)
@@ -188,7 +188,7 @@ class RecordedBatch:
 
     def _by_row(self, arguments: Mapping[str, Any], rows: int, where: str) -> set[str]:
         """The names of the tensors that have a row for each row of the call; the others belong to the call as a whole."""
-        found = set()
+        names = set()
         for name, value in arguments.items():
             if not isinstance(value, Tensor) or name == self.timestep_name:  # which is one, or one for each row
                 continue
@@ -199,8 +199,8 @@ class RecordedBatch:
                     "recorded"
                 )
             if axis == 0:
-                found.add(name)
-        return found
+                names.add(name)
+        return names
 
     @staticmethod
     def _require_finite(tensor: Tensor, where: str, what: str) -> None:
@@ -209,39 +209,3 @@ class RecordedBatch:
             raise CalibrationError(
                 f"{where}: {bad} of {tensor.numel()} values of the {what} are not finite; check the weights, or use a wider dtype"
             )
-
-
-def _flatten(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Nested dicts, lists and tuples to dotted names (`unflatten` reverses it); refuses what a file cannot hold."""
-    flat: dict[str, Any] = {}
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, Mapping) and value:
-            for key, member in value.items():
-                if not isinstance(key, str) or "." in key or PLACE.fullmatch(key):
-                    raise CalibrationError(
-                        f"{where}: argument {name} has the key {key!r}; strings without dots or brackets can be recorded"
-                    )
-                add(f"{name}.{key}", member)
-        elif isinstance(value, Tensor) or _is_json(value):
-            flat[name] = value
-        elif type(value) in (list, tuple) and value:
-            for i, member in enumerate(value):
-                add(f"{name}.[{i}]" if isinstance(value, list) else f"{name}.({i})", member)
-        else:
-            raise CalibrationError(
-                f"{where}: argument {name} is a {type(value).__name__}; only tensors, plain values, and dicts, lists and tuples of "
-                f"them can be recorded"
-            )
-
-    for name, value in arguments.items():
-        add(name, value)
-    return flat
-
-
-def _is_json(value: Any) -> bool:
-    """Whether JSON gives back an equal value."""
-    try:
-        return bool(json.loads(json.dumps(value)) == value)
-    except (TypeError, ValueError):
-        return False

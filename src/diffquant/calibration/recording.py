@@ -1,8 +1,8 @@
-"""Recorded trajectories of a pipeline: what its full-precision denoiser was given and answered, and what the scheduler did.
+"""Recorded trajectories of a pipeline: arguments and outputs of its full-precision denoiser, and the steps of its scheduler.
 
-A recording is a folder: `manifest.json` (of which model, how, with which versions) and one safetensors file per batch. A file
-holds every distinct tensor once, named by a hash of its content: an unguided pipeline's `prev_sample` is also the next call's
-`sample`, and a prompt's embedding is the same in all calls. The file's metadata say which tensor is which.
+A recording is a folder with a manifest (`calibration.manifest`) and one safetensors file per batch. A file holds every distinct
+tensor once, named by a hash of its content: an unguided pipeline's `prev_sample` is also the next call's `sample`, and a prompt's
+embedding is the same in all calls. The file's metadata say which tensor is which.
 
 A row of a denoiser call is one sample of the recording, numbered over batches, then calls, then rows. A guided pipeline calls
 with a doubled batch, so two of its rows may belong to one trajectory.
@@ -13,12 +13,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import hashlib
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +24,11 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from diffquant.calibration.arguments import unflatten
+from diffquant.calibration.manifest import batch_path, identity, model_hash, read_manifest
 from diffquant.errors import CalibrationError
-from diffquant.files import content_name, digest_of_json, digest_tensor, has_its_digest, renamed_when_done, with_digest
+from diffquant.files import content_name, has_its_digest
 from diffquant.host.pipeline import check_step_cache
-
-FORMAT_VERSION = 3
-MANIFEST = "manifest.json"
-PLACE = re.compile(r"\[\d+\]|\(\d+\)")  # in a dotted name: a list's member or a tuple's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,30 +47,12 @@ class RecordedStep:
         return dataclasses.replace(self, **moved)
 
 
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 of names, shapes, dtypes and values of the floating-point parameters.
-
-    Buffers do not count, so attaching or fitting quantizers does not change it; nor does the device.
-
-    Raises CalibrationError for a parameter that is nowhere: sequential offloading keeps them outside the model.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
-            raise CalibrationError(
-                f"{type(model).__name__}: parameter {name} is on the meta device, as sequential offloading leaves it; call the "
-                f"pipeline's remove_all_hooks, record and quantize, then offload"
-            )
-        if parameter.is_floating_point():
-            digest.update(f"{name} ".encode())
-            digest_tensor(digest, parameter.detach().cpu())
-    return digest.hexdigest()
-
-
 class Trajectory:
-    """A recording, opened for reading; tensors are read from memory-mapped files as they are asked for.
+    """A recording, opened for reading by `record` or `Trajectory.open`; tensors are read from memory-mapped files on demand.
 
-    Obtained from `record` or `Trajectory.open`.
+    For every sample, ``[n]`` each: ``timestep_of`` (float64, an entry of ``timesteps``), ``trajectory_of`` (0 to samples - 1),
+    ``call_of`` (number of the denoiser call within its batch, 0 is the noisiest) and ``half_of`` (0 or 1 in a guided call, -1 in a
+    call with one row a trajectory).
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -93,12 +70,15 @@ class Trajectory:
         places = [(b, c, call) for b, layout in enumerate(self._layouts) for c, call in enumerate(layout["calls"])]
         rows = torch.tensor([call["rows"] for _, _, call in places])
         self._batch = torch.tensor([b for b, _, _ in places]).repeat_interleave(rows)
-        self._call = torch.tensor([c for _, c, _ in places]).repeat_interleave(rows)
+        self.call_of = torch.tensor([c for _, c, _ in places]).repeat_interleave(rows)
         self._row = torch.cat([torch.arange(n) for n in rows.tolist()])
         timesteps = [torch.tensor(call["timesteps"], dtype=torch.float64).expand(call["rows"]) for _, _, call in places]
-        self._timestep = torch.cat(timesteps)
-        self.timesteps: list[float] = sorted(set(self._timestep.tolist()), reverse=True)
-        self._rows_of_calls: list[int] = rows.tolist()
+        self.timestep_of = torch.cat(timesteps)
+        self.timesteps: list[float] = sorted(set(self.timestep_of.tolist()), reverse=True)
+        first = self._batch * calibration["batch_size"]
+        sizes = (calibration["samples"] - first).clamp(max=calibration["batch_size"])  # the last batch may be smaller
+        self.trajectory_of = first + self._row % sizes
+        self.half_of = torch.where(rows.repeat_interleave(rows) > sizes, self._row // sizes, -1)
 
     @classmethod
     def open(cls, folder: Path | str) -> Trajectory:
@@ -119,44 +99,12 @@ class Trajectory:
     def verify(self, model: nn.Module) -> None:
         """Raise CalibrationError unless `model` has the weights that were recorded, and no step cache on."""
         check_step_cache(model)
-        found = model_hash(model)
-        if found != self.manifest["model_hash"]:
+        own = model_hash(model)
+        if own != self.manifest["model_hash"]:
             raise CalibrationError(
                 f"{self.folder}: calibration data of another model: {self.manifest['denoiser']['class']} "
-                f"{self.manifest['model_hash'][:12]}, not {type(model).__name__} {found[:12]}; record this model"
+                f"{self.manifest['model_hash'][:12]}, not {type(model).__name__} {own[:12]}; record this model"
             )
-
-    def timestep_of(self) -> Float[Tensor, " n"]:
-        """Timestep of every sample, float64: equal to its entry in `timesteps`."""
-        return self._timestep.clone()
-
-    def trajectory_of(self) -> Int[Tensor, " n"]:
-        """Number of the trajectory (0 to samples - 1) that every sample belongs to."""
-        calibration = self.manifest["calibration"]
-        first = self._batch * calibration["batch_size"]
-        sizes = (calibration["samples"] - first).clamp(max=calibration["batch_size"])  # the last batch may be smaller
-        numbers: Tensor = first + self._row % sizes
-        return numbers
-
-    def batch_of(self) -> Int[Tensor, " n"]:
-        """Number of the recorded batch of every sample."""
-        return self._batch.clone()
-
-    def call_of(self) -> Int[Tensor, " n"]:
-        """Number of the denoiser call, within its batch, of every sample; 0 is the noisiest."""
-        return self._call.clone()
-
-    def row_of(self) -> Int[Tensor, " n"]:
-        """Row of every sample within its denoiser call."""
-        return self._row.clone()
-
-    def half_of(self) -> Int[Tensor, " n"]:
-        """Which half of a guided call (0 or 1) every sample is of; -1 in calls with one row a trajectory."""
-        size, samples = (self.manifest["calibration"][name] for name in ("batch_size", "samples"))
-        trajectories = (samples - self._batch * size).clamp(max=size)  # of the sample's batch
-        rows = torch.tensor(self._rows_of_calls)
-        doubled = rows.repeat_interleave(rows) > trajectories
-        return torch.where(doubled, self._row // trajectories, -1)
 
     def subset(self, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
         """Draw `count` distinct samples, spread evenly over timesteps, in random order.
@@ -168,8 +116,8 @@ class Trajectory:
         if not 1 <= count <= len(self):
             raise CalibrationError(f"subset: {count} samples asked; 1 to {len(self)} are recorded in {self.folder}")
         shuffled = torch.randperm(len(self), generator=generator)
-        shuffled = shuffled[self._timestep[shuffled].argsort(stable=True)]  # grouped by timestep, random within
-        sizes = Counter(self._timestep[shuffled].tolist())  # in the same order
+        shuffled = shuffled[self.timestep_of[shuffled].argsort(stable=True)]  # grouped by timestep, random within
+        sizes = Counter(self.timestep_of[shuffled].tolist())  # in the same order
         rank = torch.cat([torch.arange(n) for n in sizes.values()])  # within its timestep
         tie = torch.rand(len(self), generator=generator, dtype=torch.float64)
         chosen = shuffled[(rank + tie).argsort()[:count]]
@@ -185,7 +133,7 @@ class Trajectory:
         """
         if len(indices) == 0 or int(indices.min()) < 0 or int(indices.max()) >= len(self):
             raise CalibrationError(f"batch: indices must be between 0 and {len(self) - 1}, and at least one")
-        places = torch.stack([self._batch[indices], self._call[indices], self._row[indices]], dim=1).tolist()
+        places = torch.stack([self._batch[indices], self.call_of[indices], self._row[indices]], dim=1).tolist()
         calls = [(b, row, self._layouts[b]["calls"][c]) for b, c, row in places]
         first_batch, _, first = calls[0]
         names = [*first["tensors"], *first["constants"]]
@@ -207,19 +155,6 @@ class Trajectory:
         arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
         return unflatten(arguments), output.to(device)
 
-    def calls(self, *, timesteps: list[float] | None = None) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Yield every recorded call whole, as `batch` would, in the order recorded; only those at `timesteps` if given."""
-        for indices in torch.split(torch.arange(len(self)), self._rows_of_calls):
-            if timesteps is None or self._timestep[indices[0]].item() in timesteps:
-                yield self.batch(indices)
-
-    def steps(self, batch_index: int) -> list[dict[str, Tensor]]:
-        """The scheduler steps of a recorded batch in order: model_output, timestep (no dimension), sample, prev_sample."""
-        if not 0 <= batch_index < self.batches:
-            raise CalibrationError(f"steps: batch {batch_index} asked; 0 to {self.batches - 1} are recorded in {self.folder}")
-        steps = self._layouts[batch_index]["steps"]
-        return [{name: self._tensor(batch_index, key).clone() for name, key in step.items()} for step in steps]
-
     @property
     def step_count(self) -> int:
         """Number of scheduler steps of a trajectory."""
@@ -233,7 +168,7 @@ class Trajectory:
 
     @property
     def timetable(self) -> dict[str, Any]:
-        """What the scheduler's `set_timesteps` was called with: its plain arguments, the device left out."""
+        """Plain arguments of the scheduler's `set_timesteps`, without the device."""
         return dict(self._layouts[0]["timetable"]) or {"num_inference_steps": self.manifest["calibration"]["steps"]}
 
     def step(self, trajectories: Int[Tensor, " n"], number: int) -> RecordedStep:
@@ -280,38 +215,6 @@ class Trajectory:
         return torch.stack(rows)
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names to nested dicts, lists and tuples: ``a.b`` is a dict's entry, ``a.[0]`` a list's member, ``a.(0)`` a tuple's."""
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = name.split(".")
-        inner = nested
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = value
-    return {name: _sequences(value) for name, value in nested.items()}
-
-
-def _sequences(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    members = {key: _sequences(member) for key, member in value.items()}
-    if not members or not all(PLACE.fullmatch(key) for key in members):
-        return members
-    ordered = [members[key] for key in sorted(members, key=lambda key: int(key[1:-1]))]
-    return ordered if next(iter(members)).startswith("[") else tuple(ordered)
-
-
-def batch_path(folder: Path, batch: int) -> Path:
-    """The file of one batch."""
-    return folder / f"batch-{batch:05d}.safetensors"
-
-
-def has_batches(folder: Path) -> bool:
-    """Whether a recording was begun in `folder`."""
-    return (folder / MANIFEST).is_file() and any(folder.glob("batch-*.safetensors"))
-
-
 def _open_batch(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         file: Any = safe_open(path, framework="pt")
@@ -324,31 +227,3 @@ def _open_batch(path: Path) -> tuple[Any, dict[str, Any]]:
             f"{path}: missing, truncated or damaged ({type(error).__name__}: {error}); delete it and record again"
         ) from error
     return file, layout
-
-
-def identity(manifest: Mapping[str, Any]) -> str:
-    """A digest of what a recording is of: the model, the scheduler, and how it was sampled."""
-    kept = {key: manifest[key] for key in ("model_hash", "scheduler", "calibration", "run")}
-    kept["calibration"] = {key: value for key, value in kept["calibration"].items() if key != "budget_gib"}
-    return digest_of_json(kept)
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write a recording's manifest; it is replaced whole."""
-    with renamed_when_done(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps(with_digest(manifest), indent=1) + "\n")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises CalibrationError for a missing or damaged manifest, and for one of another format version."""
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(f"{path}: is not a recording's manifest ({type(error).__name__}); record again") from error
-    if version != FORMAT_VERSION:
-        raise CalibrationError(f"{path}: format_version is {version}; {FORMAT_VERSION} is supported; record again")
-    if not has_its_digest(manifest):
-        raise CalibrationError(f"{path}: is not the manifest that was written; record again")
-    return manifest

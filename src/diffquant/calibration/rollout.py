@@ -1,13 +1,14 @@
 """Several denoising steps in a row, from a recorded latent, through the model as it is switched and the pipeline's own scheduler.
 
-Everything a step needs is read from the recording: conditions, timesteps, what the pipeline passed to ``scheduler.step``, how the
-halves of a guided call were combined, and the noise the scheduler injected. The scheduler is built from its recorded configuration;
-the history that multistep solvers keep is rebuilt by stepping it along the recorded trajectory. None of this is trusted:
-`Rollout.verify` replays recorded stretches in full precision, and refuses where they do not come out as recorded.
+Everything a step needs is read from the recording: conditions, timesteps, arguments of ``scheduler.step``, the weight of guidance,
+and the noise that the scheduler injected. The scheduler is built from its recorded configuration; the history of multistep solvers
+is rebuilt by stepping along the recorded trajectory. `Rollout.verify` replays recorded stretches in full precision, and refuses a
+recording that does not come out as recorded.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +76,8 @@ class Rollout:
 
     def through(self, model: nn.Module) -> Rollout:
         """The same recording through another model: one that takes the same calls, such as the quantized one after `freeze`."""
-        other = object.__new__(Rollout)
-        vars(other).update(vars(self) | {"model": model})
+        other = copy.copy(self)
+        other.model = model
         return other
 
     def verify(self, trajectories: int | None = None) -> None:
@@ -92,8 +93,8 @@ class Rollout:
             chain = self.chain(probe, range(start, min(start + VERIFIED_STEPS, self.steps)))
             with full_precision(self.model):
                 end, _ = chain.run()
-            wanted = chain.recorded(len(chain.steps))
-            error = float((end[-1] - wanted).norm() / wanted.norm().clamp(min=1e-12))
+            recorded = chain.recorded(len(chain.steps))
+            error = float((end[-1] - recorded).norm() / recorded.norm().clamp(min=1e-12))
             dtype = self.data.step(probe[:1], start).sample.dtype
             if not error <= TOLERANCE.get(dtype, HALF_TOLERANCE):
                 raise CalibrationError(
@@ -112,12 +113,10 @@ class Rollout:
 
     def _rows_of_calls(self) -> Int[Tensor, "steps trajectories halves"]:
         """The recording's rows for every step and trajectory: one, or two where a guided call has a doubled batch."""
-        call, trajectory, batch = self.data.call_of(), self.data.trajectory_of(), self.data.batch_of()
-        size, samples = (self.data.manifest["calibration"][name] for name in ("batch_size", "samples"))
-        half = self.data.row_of() // (samples - batch * size).clamp(max=size)
+        data, half = self.data, self.data.half_of.clamp(min=0)
         halves = int(half.max()) + 1
-        rows = torch.full((int(call.max()) + 1, samples, halves), -1)
-        rows[call, trajectory, half] = torch.arange(len(self.data))
+        rows = torch.full((int(data.call_of.max()) + 1, data.manifest["calibration"]["samples"], halves), -1)
+        rows[data.call_of, data.trajectory_of, half] = torch.arange(len(data))
         if len(rows) != self.steps or halves > 2 or bool((rows < 0).any()):
             raise CalibrationError(
                 f"{self.where}: {len(rows)} calls of the denoiser with up to {halves} rows a sample for {self.steps} steps; "
@@ -143,10 +142,7 @@ class Rollout:
         return weight
 
     def _injects_noise(self, recorded: list[RecordedStep]) -> bool:
-        """Whether the recorded steps hold more than the scheduler's step without noise.
-
-        Raises `CalibrationError` where they do although the scheduler drew none: nothing else may be taken for noise.
-        """
+        """Whether the scheduler added noise. Raises `CalibrationError` where a recorded step differs from its own otherwise."""
         state = self._initial
         for k, step in enumerate(recorded):
             prev_sample, state = self._step(step.model_output, step.sample, step, state)
@@ -233,7 +229,7 @@ class Chain:
         return latent.to(self.rollout._device, torch.promote_types(latent.dtype, torch.float32))
 
     def predict(self, latent: Float[Tensor, "n ..."], i: int, state: State) -> Tensor:
-        """What reaches the scheduler at step `i` for `latent`: the model's output, guided as the pipeline guided it."""
+        """The prediction that reaches the scheduler at step `i` for `latent`, guided as the pipeline guided it."""
         rollout, k = self.rollout, self.steps[i]
         restore(rollout.scheduler, state)
         scaled = scale_model_input(rollout.scheduler, latent, self._recorded_step(i).timestep)
@@ -249,9 +245,9 @@ class Chain:
         """The model's prediction in the recorded calls `rows` with `scaled`, once or twice, in place of the latents."""
         rollout = self.rollout
         arguments, _ = rollout.data.batch(rows, rollout._device)
-        given = arguments[rollout._input_name]
-        placed = torch.cat([scaled.to(given.dtype)] * (len(rows) // len(scaled)))
-        beside = given[:, scaled.shape[1] :]  # channels that are not the latent's, such as a mask
+        recorded = arguments[rollout._input_name]
+        placed = torch.cat([scaled.to(recorded.dtype)] * (len(rows) // len(scaled)))
+        beside = recorded[:, scaled.shape[1] :]  # channels that are not the latent's, such as a mask
         arguments[rollout._input_name] = torch.cat([placed, beside], dim=1) if beside.shape[1] else placed
 
         def call(**arguments: Any) -> Any:
@@ -289,30 +285,9 @@ class Chain:
         return self.rollout.data.step(self.trajectories, self.steps[i]).to(self.rollout._device)
 
     def _noise(self, i: int) -> Tensor:
-        """What the scheduler injected at step `i`: what the recorded step has beyond the step without noise."""
+        """The noise injected at step `i`: the recorded result minus that of the step without noise."""
         step = self._recorded_step(i)
         with torch.no_grad():
             state = self.rollout._state_before(self.trajectories, self.steps[i])
             mean, _ = self.rollout._step(step.model_output, step.sample, step, state)
         return step.prev_sample - mean
-
-
-def conditional_half(data: Trajectory) -> int:
-    """Which half of the recorded guided calls is the conditional one, 0 or 1, read off how the halves reached the scheduler.
-
-    Guidance with a scale of 1 or more weighs the conditional half positively and the other not at all or negatively. Raises
-    `CalibrationError` where the recording was not guided by calls with a doubled batch.
-    """
-    where = f"guidance_sets: {data.manifest['pipeline']}"
-    half, call = data.half_of(), data.call_of()
-    if int(half.max()) != 1 or int(call.max()) + 1 != data.step_count:
-        raise CalibrationError(
-            f"{where}: {int(call.max()) + 1} calls of the denoiser with up to {int(half.max().clamp(min=0)) + 1} rows a sample for "
-            f"{data.step_count} steps; a doubled batch a step is needed: record with a guidance scale above 1, or leave it out"
-        )
-    first_call = int(call[half == 0].min())
-    rows = [((data.batch_of() == 0) & (call == first_call) & (half == which)).nonzero()[:, 0] for which in (0, 1)]
-    step = data.step(data.trajectory_of()[rows[0]], first_call)
-    first, second = (leading_channels(data.batch(picked)[1], step.model_output) for picked in rows)
-    weight, _ = guidance_weight(first, second, step.model_output)
-    return int(weight > 0.5)

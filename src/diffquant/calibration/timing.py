@@ -1,9 +1,10 @@
-"""What one sample costs on its way through a pipeline's denoiser: time, multiplications and memory, of one call made here."""
+"""Time, multiplications and memory of one sample in one call of a pipeline's denoiser, measured here."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,28 +55,24 @@ def _repeated(value: Any) -> Any:
 
 def _measure(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, int], int, float]:
     """Multiply-accumulates of one call by layer, bytes of the largest input and output of a module, and seconds of one call."""
-    operations: dict[str, int] = {}
+    names = {module: name for name, module in model.named_modules()}
+    operations: dict[str, int] = Counter()
     largest = 0
 
-    def count(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            nonlocal largest
-            tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, Tensor)]
-            largest = max(largest, 4 * sum(tensor.numel() for tensor in tensors))
-            if isinstance(module, tuple(QUANTIZABLE)) and isinstance(output, Tensor):
-                weight = module.weight
-                assert isinstance(weight, Tensor)
-                positions = output.numel() // weight.shape[0]
-                operations[name] = operations.get(name, 0) + positions * weight.numel()
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal largest
+        tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, Tensor)]
+        largest = max(largest, 4 * sum(tensor.numel() for tensor in tensors))
+        if isinstance(module, tuple(QUANTIZABLE)) and isinstance(output, Tensor):
+            assert isinstance(module.weight, Tensor)
+            operations[names[module]] += output.numel() // module.weight.shape[0] * module.weight.numel()
 
-        return hook
-
-    with torch.no_grad(), watching({module: count(name) for name, module in model.named_modules()}):
-        model(**arguments)
     seconds = math.inf
     with torch.no_grad():
+        with watching(dict.fromkeys(names, count)):
+            model(**arguments)
         for _ in range(TIMED_CALLS):
             begun = time.perf_counter()
             model(**arguments)
             seconds = min(seconds, time.perf_counter() - begun)
-    return operations, largest, seconds
+    return dict(operations), largest, seconds

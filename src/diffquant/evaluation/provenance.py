@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from diffquant.calibration.recording import model_hash
+from diffquant.calibration.manifest import model_hash
 from diffquant.evaluation.distances import GROUPS
 from diffquant.evaluation.features import DataStatistics, FeatureExtractor, PromptScorer
 from diffquant.evaluation.intervals import RESAMPLES

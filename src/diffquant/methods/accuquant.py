@@ -1,12 +1,12 @@
 """AccuQuant: quantization parameters learned over several denoising steps at once, in the memory of one.
 
-The sampling steps are cut into segments. From the latent at which a segment starts, the quantized model takes the segment's steps
-one after the other, and only where it ends is compared with where full precision ended: errors add up in calibration as they do in
-sampling. How the gradient gets to every step with one graph alive at a time: `methods.gradients`.
+The sampling steps are cut into segments. The quantized model takes a segment's steps one after the other, and only the latent at
+the end is compared with that of full precision, so that errors add up in calibration as they do in sampling. `methods.gradients`
+takes the gradient with one step's graph at a time.
 
 Source: Lee et al. 2025, arXiv 2510.20348 (abstract, figures and tables; no code is public). *Chosen here*, where the source leaves
-it open: the squared distance, its normalisation per segment, steps learned as logarithms with Adam and a cosine, zero points of
-activations learned with them, codes of weights fixed while their steps are learned. What else was tried: docs/studies/accuquant.md.
+it open: the squared distance, its normalisation per segment, scales learned as logarithms with Adam and a cosine, zero points of
+activations learned with them, codes of weights fixed while their scales are learned. Also tried: docs/studies/accuquant.md.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from diffquant.methods.base import (
     scaled_layers,
 )
 from diffquant.methods.gradients import Gradient, gradient_of, segment_gradient
-from diffquant.methods.learned import Learned, LearnedOffset, LearnedRounding, LearnedSmooth
-from diffquant.methods.learned_scale import LearnedSteps
+from diffquant.methods.learned import Learned, LearnedOffset, LearnedRounding, LearnedScale, LearnedSmooth, leaves, placed
+from diffquant.methods.units import thinned
 
 LOW_COSINE = 0.8  # of approximate and exact gradient: below it a segment is called too long
 SAVE_EVERY = 50  # iterations
 PROBED = 32  # trajectories on which segments are measured before and after
-ROUNDING_RATE = 1e-2  # of the logits of rounding
-REGULARIZATION = 1e-3  # of them
+ROUNDING_LR = 1e-2  # of the logits of rounding
+PENALTY = 1e-3  # weight of AdaRound's
 
 
 @final
 class AccuQuant(Pass):
-    """Learn steps and zero points of activations, and steps of weights, so that segments end where they should.
+    """Learn scales and zero points of activations, and scales of weights, on the error at the end of segments.
 
     ``gradient``: `identity` hands the gradient at the end to every step; `exact` is that of the whole chain, by recomputation.
-    ``per_segment`` gives activations a parameter set per segment, where they had one for all. ``rate``: of steps relative to the
-    step, of zero points relative to the range, of biases relative to the spread of the layer's outputs. ``rounding`` learns the
-    rounding of weights again, from what was decided before, in place of their steps; ``smooth`` learns a step of its own for every
-    input channel of the layers that have ``smooth``, codes of weights unchanged; ``biases`` learns what is added to the bias of a
-    layer while it is quantized. ``cosines`` logs, per segment, the cosine of the gradient used and the exact one before learning.
-    Where one graph of the model does not fit: ``checkpointing`` keeps the inputs of its blocks and computes each block again as
-    gradients pass it, with equal gradients; ``split_guidance`` takes the halves of a guided call one after the other.
+    ``per_segment`` gives activations a parameter set per segment, where they had one for all. ``rate`` is the learning rate,
+    relative to the scale, the range (zero points) or the spread of the layer's outputs (biases). ``rounding`` learns the rounding
+    of weights again, in place of their scales; ``smooth`` a scale for every input channel of the layers that have ``smooth``, with
+    codes of weights unchanged; ``biases`` what is added to the bias of a quantized layer. ``cosines`` logs the cosine of the
+    gradient used and the exact one, per segment, before learning. If one graph of the model does not fit into memory:
+    ``checkpointing`` computes each block again as gradients pass it, with equal gradients; ``split_guidance`` takes the halves of
+    a guided call one after the other.
     """
 
     steps_per_segment: int = Field(default=5, ge=1)
@@ -84,7 +84,7 @@ class AccuQuant(Pass):
         return "smooth" if self.smooth else None
 
     def sample_forwards(self, blocks: int) -> float:
-        """A forward, and one with its backward and what it computes again, for each step; the measuring beside it is small."""
+        """A forward, another with its backward, and what is recomputed, for each step; the measuring beside it is small."""
         again = 1.0 if self.checkpointing or self.split_guidance else 0.0
         return (4.0 + again) * self.iterations * self.batch_size * self.steps_per_segment
 
@@ -109,40 +109,39 @@ class AccuQuant(Pass):
             if self.per_segment:
                 _divide_sets(rollout, segments)
             learned = self._learned(model)
-            measured = [_segment_error(rollout, one, probe, self.batch_size) for one in segments]
+            norms = torch.tensor(_segment_errors(rollout, segments, probe, self.batch_size)).clamp(min=1e-12)
             agreement = [self._cosine(rollout, segment, probe, learned) for segment in segments]
-            norms = torch.tensor(measured).clamp(min=1e-12)
 
-            def loss(iteration: int, drawn: torch.Generator) -> Tensor:
+            def loss(iteration: int, generator: torch.Generator) -> Tensor:
                 number = visited(len(segments), iteration, seed)
-                picked = torch.randperm(rollout.trajectories, generator=drawn)[: self.batch_size]
+                picked = torch.randperm(rollout.trajectories, generator=generator)[: self.batch_size]
                 return self._loss(iteration, rollout.chain(picked, segments[number]), float(norms[number]), learned)
 
             curve = fit(
-                [pair for one in learned for pair in one.parameters()],
+                leaves(learned),
                 loss,
                 iterations=self.iterations,
                 seed=seed,
                 run=run,
                 label=f"{self.steps_per_segment} steps at once",
                 schedule=cosine,
-                also_kept={"norms": norms},
+                also_saved={"norms": norms},
                 save_every=SAVE_EVERY,
             )
-            for one in learned:
-                one.finish()
-            after = [_segment_error(rollout, one, probe, self.batch_size) for one in segments]
-            kept = float((torch.tensor(after).clamp(min=1e-12) / norms).log().mean()) < 0.0
-            if not kept:  # learning that made the segments worse is undone
+            for each in learned:
+                each.finish()
+            after = _segment_errors(rollout, segments, probe, self.batch_size)
+            improved = float((torch.tensor(after).clamp(min=1e-12) / norms).log().mean()) < 0.0
+            if not improved:
                 restore_quantizers(model, before)
         return {
             "segments": [
-                {"steps": [one.start, one.stop], "error_before": start, "error_after": end, "cosine": agreed}
-                for one, start, end, agreed in zip(segments, norms.tolist(), after, agreement, strict=True)
+                {"steps": [segment.start, segment.stop], "error_before": start, "error_after": end, "cosine": similarity}
+                for segment, start, end, similarity in zip(segments, norms.tolist(), after, agreement, strict=True)
             ],
-            "kept": kept,
+            "kept": improved,
             "iterations": self.iterations,
-            "loss": [float(part.mean()) for part in torch.tensor(curve).tensor_split(min(40, len(curve)))],
+            "loss": thinned(curve, 40),
         }
 
     def _learned(self, model: nn.Module) -> list[Learned]:
@@ -150,31 +149,30 @@ class AccuQuant(Pass):
         layers = {layer.weight_quantizer: layer for _, layer in quantized_layers(model) if layer.weight_quantizer is not None}
         for _, quantizer in quantizers(model):
             if quantizer.clock is not None:
-                learned.append(LearnedSteps.of(quantizer, self.rate, zero_points=True))
+                learned.append(LearnedScale(quantizer, self.rate, zero_points=True))
             elif self.rounding:
-                learned.append(LearnedRounding.of(quantizer, layers[quantizer], ROUNDING_RATE))
+                learned.append(LearnedRounding(layers[quantizer], ROUNDING_LR, again=True))
             else:
                 if quantizer.codes is None:
                     quantizer.decide(layers[quantizer].weight_to_quantize())
-                learned.append(LearnedSteps.of(quantizer, self.rate, zero_points=False))
+                learned.append(LearnedScale(quantizer, self.rate, zero_points=False))
+        quantized = [layer for layer in layers.values() if layer.input_quantizer is not None]
         if self.smooth:
-            scaled = [layer for layer in layers.values() if layer.input_quantizer is not None and layer.smooth is not None]
+            scaled = [layer for layer in quantized if layer.smooth is not None]
             require_smooth("AccuQuant", scaled)
-            learned += [LearnedSmooth.of(layer, self.rate) for layer in scaled]
+            learned += [LearnedSmooth(layer, self.rate) for layer in scaled]
         if self.biases:
-            live = (layer for layer in layers.values() if layer.input_quantizer is not None and layer.bias is not None)
-            learned += [LearnedOffset.of(layer, self.rate) for layer in live]
+            learned += [LearnedOffset(layer, self.rate) for layer in quantized if layer.bias is not None]
         return learned
 
     def _loss(self, iteration: int, chain: Chain, scale: float, learned: list[Learned]) -> Tensor:
-        """Put the gradient of a segment on one batch into the parameters; return the loss in parts of `scale`."""
-        for one in learned:
-            one.place()
-        loss = segment_gradient(chain, chain.recorded(0), chain.recorded(len(chain.steps)), self.gradient, 1.0 / scale)
-        for one in learned:
-            one.collect()
-            if isinstance(one, LearnedRounding):
-                one.regularize(iteration / self.iterations, REGULARIZATION)
+        """Set the gradients of a segment's error on one batch, divided by `scale`; return that error."""
+        with placed(learned):
+            loss = segment_gradient(chain, chain.recorded(0), chain.recorded(len(chain.steps)), self.gradient, 1.0 / scale)
+        for each in learned:
+            if isinstance(each, LearnedRounding):
+                with torch.enable_grad():
+                    each.penalty(iteration / self.iterations, PENALTY).backward()
         return loss
 
     def _cosine(self, rollout: Rollout, segment: range, probe: Tensor, learned: list[Learned]) -> float | None:
@@ -210,11 +208,14 @@ def _divide_sets(rollout: Rollout, segments: list[range]) -> None:
             quantizer.divide_sets(table.repeat(quantizer.clock.branches))
 
 
-def _segment_error(rollout: Rollout, segment: range, trajectories: Tensor, batch_size: int) -> float:
-    """The mean squared distance at the end of a segment, started in full precision."""
-    total = 0.0
-    for picked in trajectories.split(batch_size):
-        chain = rollout.chain(picked, segment)
-        latents, _ = chain.run()
-        total += float((latents[-1] - chain.recorded(len(segment))).square().mean()) * len(picked)
-    return total / len(trajectories)
+def _segment_errors(rollout: Rollout, segments: list[range], trajectories: Tensor, batch_size: int) -> list[float]:
+    """The mean squared distance at the end of each segment, started in full precision."""
+    errors = []
+    for segment in segments:
+        total = 0.0
+        for picked in trajectories.split(batch_size):
+            chain = rollout.chain(picked, segment)
+            latents, _ = chain.run()
+            total += float((latents[-1] - chain.recorded(len(segment))).square().mean()) * len(picked)
+        errors.append(total / len(trajectories))
+    return errors

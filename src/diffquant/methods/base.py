@@ -1,4 +1,4 @@
-"""What a pass is: a frozen options object whose one method transforms a quantizable model and returns figures."""
+"""Pass: a frozen options object whose one method transforms a quantizable model and returns figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from diffquant.errors import SpecError
 from diffquant.host.structure import PlannedLayer
 
 Figures = dict[str, Any]
-EFFORT = {"iterations": 20, "samples": 64, "rounds": 16, "images": 64, "trajectories": 8}  # what buys quality with time; least
+EFFORT = {
+    "iterations": 20,
+    "samples": 64,
+    "rounds": 16,
+    "images": 64,
+    "trajectories": 8,
+}  # options that cost time: the least of each
 _passes: dict[str, type[Pass]] = {}
 OF_LAYERS = ("smooth", "offset")  # buffers that passes change
 
@@ -30,27 +36,24 @@ OF_LAYERS = ("smooth", "offset")  # buffers that passes change
 class Pass(BaseModel, ABC):
     """Options of one pass of a recipe; subclasses are final and add `apply`. A recipe names them by their class.
 
-    A pass leaves quantizers switched on or off as it found them, and leaves no hook, gradient or observer behind.
-    ``before_ranges``: it changes what ranges are calibrated on, so `CalibrateRanges` has to come after it.
+    A pass leaves quantizers switched on or off as they were, and leaves no hook, gradient or observer behind.
+    ``before_ranges``: it changes what ranges are calibrated on, so `CalibrateRanges` has to come after it. ``weights_only``: it
+    changes quantizers of weights alone, and its result does not depend on those of activations.
     """
 
     before_ranges: ClassVar[bool] = False
+    weights_only: ClassVar[bool] = False
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @property
     def weight_options(self) -> dict[str, Any] | None:
-        """The options that decide what it does to weights ({}: nothing); None where that may depend on activation quantizers."""
+        """The options that its effect on weights depends on ({}: it has none); None if activation quantizers may matter too."""
         return None
 
     @property
-    def weights_only(self) -> bool:
-        """Whether it changes quantizers of weights alone, and none of activations has a say in it."""
-        return False
-
-    @property
     def needs(self) -> Literal["smooth", "shift"] | None:
-        """What a rule of the recipe has to give some layer, or the pass has nothing to work on."""
+        """The vector that a rule of the recipe has to give some layer."""
         return None
 
     @classmethod
@@ -70,9 +73,9 @@ class Pass(BaseModel, ABC):
         """Change the quantizers of `model` in place; return figures that JSON can hold, ``layers`` among them a row per layer."""
 
     def thinned(self, share: float) -> Pass:
-        """The same pass with a `share` of its iterations and samples, as far as what is the least of each."""
-        given = {name: getattr(self, name) for name in EFFORT if name in type(self).model_fields}
-        return self.model_copy(update={name: max(min(EFFORT[name], n), round(n * share)) for name, n in given.items()})
+        """The same pass with a `share` of its iterations and samples, but not less than `EFFORT`."""
+        effort = {name: getattr(self, name) for name in EFFORT if name in type(self).model_fields}
+        return self.model_copy(update={name: max(min(EFFORT[name], n), round(n * share)) for name, n in effort.items()})
 
     @abstractmethod
     def sample_forwards(self, blocks: int) -> float:
@@ -88,7 +91,7 @@ def registered() -> dict[str, type[Pass]]:
 
 
 def scaled_layers(rows: Sequence[PlannedLayer]) -> set[str]:
-    """Layers of a plan that equivalent scaling means anything for: they have the vector, and both operands are quantized."""
+    """Layers of a plan that equivalent scaling applies to: they have the vector, and both operands are quantized."""
     specs = {row.name: row.spec for row in rows if isinstance(row.spec, LayerSpec)}
     return {name for name, spec in specs.items() if spec.smooth and spec.weight is not None and spec.input is not None}
 
@@ -105,22 +108,19 @@ def draw_seed(generator: torch.Generator) -> int:
 
 
 def quantizer_state(model: nn.Module, weights_only: bool = False) -> dict[str, Tensor]:
-    """Every buffer of every quantizer (of weights, on demand), their bits, `smooth` and `offset` of the layers, by full name.
-
-    It is all that passes change.
-    """
+    """All that passes change, by full name: buffers and bits of quantizers (of weights, on demand), vectors of layers."""
     named = [(name, quantizer) for name, quantizer in quantizers(model) if not weights_only or quantizer.clock is None]
     state = {
         f"{name}.{buffer}": value for name, quantizer in named for buffer, value in quantizer._buffers.items() if value is not None
     }
-    state |= {f"{name}.bits": torch.tensor(one.spec.bits) for name, one in named}
+    state |= {f"{name}.bits": torch.tensor(quantizer.spec.bits) for name, quantizer in named}
     for name, layer in quantized_layers(model):
         state |= {f"{name}.{buffer}": value for buffer in OF_LAYERS if (value := layer._buffers[buffer]) is not None}
     return state
 
 
 def restore_quantizers(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back a `quantizer_state`; buffers that it lacks become None again, quantizers that it does not name stay as they are."""
+    """Restore a `quantizer_state`. Buffers that it lacks become None; quantizers that it does not name stay as they are."""
     for name, quantizer in quantizers(model):
         if f"{name}.scale" not in state:
             continue

@@ -1,12 +1,12 @@
 """DMQ: a learned vector per layer that moves range between inputs and weights, and power-of-two factors for extreme channels.
 
-`LearnEquivalentScaling` learns ``smooth`` of each layer alone, through quantizers whose ranges follow it; `PowerOfTwoScaling` gives
-every channel of a shortcut's input the step that most samples vote for, a shift of the integer weight.
+`LearnEquivalentScaling` learns ``smooth`` of each layer alone, through quantizers whose ranges follow it. `PowerOfTwoScaling` gives
+every channel of a shortcut's input the scale that most samples vote for, a shift of the integer weight.
 
 Source: Lee et al. 2025 (arXiv 2507.12933); settings of the released code.
 *Differs*: ``smooth`` stays above a floor (released: free, it can cross zero); timesteps' losses are averaged over the samples that
 a batch has (released: summed, so that often drawn timesteps look worse); where samples do not agree a channel keeps the tensor's
-own step (printed formula: it would become the finest); power-of-two factors refine the calibrated range, whatever calibrated it.
+own scale (printed formula: it would become the finest); power-of-two factors refine the calibrated range, whatever calibrated it.
 What else was tried: docs/studies/dmq.md.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, Literal, final
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from diffquant.calibration.fit import Run, cosine, fit
 from diffquant.calibration.recording import Trajectory
-from diffquant.calibration.replay import UnitInputs, observe_unit
+from diffquant.calibration.replay import UnitInputs, observe
 from diffquant.core.affine import fake_quantize
 from diffquant.core.clock import StepClock, spread
 from diffquant.core.layers import QuantizedLayer
@@ -32,14 +33,14 @@ from diffquant.core.model import clock_of, quantized_layers, switched
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import MAX_BITS
 from diffquant.errors import SpecError
-from diffquant.host.structure import PlannedLayer, Unit, units
+from diffquant.host.structure import PlannedLayer, Unit
 from diffquant.methods.base import Figures, Pass, evaluating, require_smooth, scaled_layers
 from diffquant.methods.scaling import Live, has_both, live_output, relative_error, sample_errors, searched_shrink
 from diffquant.methods.units import Fitted, UnitPass, in_order, thinned
 
 _log = logging.getLogger(__name__)
 
-RATE = 1e-3
+LR = 1e-3
 FLOOR = 1e-2  # of the vector
 ALPHA, BINS, MOMENTUM = 20, 20, 0.95  # of the weighting of timesteps: power, bins of the axis, average of their losses
 LARGEST, AGREEMENT = 3, 0.85  # largest exponent of a factor, and share of the samples that have to agree on one
@@ -55,7 +56,6 @@ class LearnEquivalentScaling(UnitPass):
 
     before_ranges: ClassVar[bool] = True
 
-    units: Literal["layer"] = "layer"
     iterations: int = Field(default=6000, ge=1)
     shrink: bool = False
 
@@ -72,20 +72,14 @@ class LearnEquivalentScaling(UnitPass):
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Learn the vectors; ranges have to be calibrated afterwards. Raises `SpecError` where no layer has one."""
         require_smooth("LearnEquivalentScaling", [name for name, layer in quantized_layers(model) if has_both(layer)])
-        weights = TimestepWeights(clock_of(model))
+        scaled = [unit for unit in in_order(model, data, "layer") if has_both(_layer(unit))]
+        fit_layer = partial(self._fit_layer, clock_of(model))
+        return self.walk(model, scaled, data, generator, run, "equivalent scaling", None, fit_layer)
 
-        def fit_unit(unit: Unit, given: UnitInputs, wanted: UnitInputs, seed: int, run: Run) -> Fitted:
-            return self._fit_layer(unit, given, weights.fresh(), seed, run)
-
-        return self.walk(
-            model, data, generator, run, "equivalent scaling", None, fit_unit, lambda unit: has_both(unit.layers[0][1])
-        )
-
-    def _fit_layer(self, unit: Unit, data: UnitInputs, weights: TimestepWeights, seed: int, run: Run) -> Fitted:
-        layer = _layer(unit)
+    def _fit_layer(self, clock: StepClock, unit: Unit, data: UnitInputs, seed: int, run: Run) -> Fitted:
+        layer, weights = _layer(unit), TimestepWeights(clock)
         x, target, intervals = data.arguments[0], data.outputs[0], data.intervals
-        assert intervals is not None
-        assert layer.smooth is not None
+        assert intervals is not None and layer.smooth is not None
         smooth = layer.smooth.clone()
         live = Live(shrink=searched_shrink(layer, x, self.batch_size) if self.shrink else None)
         before = relative_error(layer, smooth, x, target, self.batch_size, live)
@@ -97,19 +91,19 @@ class LearnEquivalentScaling(UnitPass):
             counts = 1.0 if data.counts is None else data.counts[picked].to(errors.device).square()
             return (weights(errors.detach(), intervals[picked]) * counts * errors).mean()
 
-        def keep_positive(iteration: int) -> None:
+        def stay_positive(iteration: int) -> None:
             smooth.clamp_(min=FLOOR)
 
         curve = fit(
-            [(smooth, RATE)],
+            [(smooth, LR)],
             loss,
             iterations=self.iterations,
             seed=seed,
             run=run,
             label=unit.name,
             schedule=cosine,
-            after_step=keep_positive,
-            also_kept={"losses": weights.losses},
+            after_iteration=stay_positive,
+            also_saved={"losses": weights.losses},
         )
         layer.smooth = smooth
         after = relative_error(layer, smooth, x, target, self.batch_size, live)
@@ -120,36 +114,29 @@ class TimestepWeights:
     """How much the samples of each timestep count, with the running loss of each bin of the axis, ``[bins]``."""
 
     def __init__(self, clock: StepClock) -> None:
-        self.clock = clock
         self.bins = spread(min(BINS, clock.intervals), clock.intervals)  # of each interval
         self.losses = torch.zeros(int(self.bins.max()) + 1)
-
-    def fresh(self) -> TimestepWeights:
-        """The same without losses."""
-        return TimestepWeights(self.clock)
 
     def __call__(self, errors: Float[Tensor, " n"], intervals: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Weights of samples with these errors; the running losses take them in first."""
         if len(self.losses) == 1:  # one bin's share of the loss is all of it
             return torch.ones_like(errors)
-        self._update(errors.cpu(), self.bins[intervals])
-        share = self.losses / self.losses.sum().clamp(min=1e-24)
-        return ((1 - share) ** ALPHA)[self.bins[intervals]].to(errors)
-
-    def _update(self, errors: Float[Tensor, " n"], bins: Int[Tensor, " n"]) -> None:
+        bins = self.bins[intervals]
         counts = torch.bincount(bins, minlength=len(self.losses))
-        sums = torch.zeros_like(self.losses).index_add_(0, bins, errors.float())
+        sums = torch.zeros_like(self.losses).index_add_(0, bins, errors.cpu().float())
         moved = torch.lerp(self.losses, sums / counts.clamp(min=1), 1 - MOMENTUM)
         self.losses.copy_(torch.where(counts > 0, moved, self.losses))
+        share = self.losses / self.losses.sum().clamp(min=1e-24)
+        return ((1 - share) ** ALPHA)[bins].to(errors)
 
 
 @final
 class PowerOfTwoScaling(Pass):
-    """Give the input channels of every layer with ``shift`` a step of 1/8 to 1 times the calibrated one.
+    """Give the input channels of every layer with ``shift`` a scale of 1/8 to 1 times the calibrated one.
 
-    Each sample votes for the step with the least squared error of the channel; the most frequent choice is taken where most of the
-    samples made it, else the step stays as it is. Each parameter set has its own factors. Layers whose shifted integer weight would
-    not fit 8 bits keep one step for all channels; the figures name them.
+    Each sample votes for the scale with the least squared error of the channel. The most frequent choice holds if most samples made
+    it, otherwise the scale stays. Each parameter set has its own factors. Layers whose shifted integer weight would not fit 8 bits
+    keep one scale for all channels; the figures name them.
     """
 
     samples: int = Field(default=1024, ge=1)
@@ -166,7 +153,11 @@ class PowerOfTwoScaling(Pass):
         A model without the layers that the rules give ``shift``, such as a transformer without shortcuts, is left as it is, which a
         line says. Raises `SpecError` where a layer already has factors.
         """
-        with_shift = [unit for unit in in_order(model, units(model), data, "layer") if _shift(unit) is not None]
+        with_shift = [
+            unit
+            for unit in in_order(model, data, "layer")
+            if (quantizer := _layer(unit).input_quantizer) is not None and quantizer.shift is not None
+        ]
         if not with_shift:
             note = "the model has none of the layers that the recipe gives shift: true; nothing is scaled"
             _log.warning("PowerOfTwoScaling: %s", note)
@@ -181,7 +172,7 @@ class PowerOfTwoScaling(Pass):
                 if reason:
                     row["off"] = reason
                 else:
-                    row |= self._choose(layer, observe_unit(model, layer, data, indices, self.batch_size))
+                    row |= self._choose(layer, observe(model, [layer], data, indices, self.batch_size)[0])
                 rows.append(row)
         return {"layers": rows, "samples": len(indices)}
 
@@ -228,18 +219,18 @@ class PowerOfTwoScaling(Pass):
     def errors(
         self, quantizer: Quantizer, x: Float[Tensor, "n channels positions"], row_of: Int[Tensor, " n"]
     ) -> Float[Tensor, "n channels exponents"]:
-        """Mean squared error of each sample's channel under each of the steps, 1/8 to 1 times the present one."""
+        """Mean squared error of each sample's channel under each of the scales, 1/8 to 1 times the present one."""
         sizes = torch.tensor(quantizer.splits or (x.shape[1],))
         scale, zero_point = (
             values[row_of].repeat_interleave(sizes.to(values.device), dim=1)[..., None]
             for values in (quantizer.scale, quantizer.zero_point)
         )
         factors = [2.0 ** (exponent - LARGEST) for exponent in range(LARGEST + 1)]
-        found = [(fake_quantize(x, scale * factor, zero_point, quantizer.spec) - x).square().mean(dim=2) for factor in factors]
-        return torch.stack(found, dim=2)
+        errors = [(fake_quantize(x, scale * factor, zero_point, quantizer.spec) - x).square().mean(dim=2) for factor in factors]
+        return torch.stack(errors, dim=2)
 
     def decide(self, errors: Float[Tensor, "n channels exponents"]) -> tuple[Int[Tensor, " channels"], Float[Tensor, " channels"]]:
-        """The exponent of each channel, and the share of samples that agree with it; ties go to the coarser step."""
+        """The exponent of each channel, and the share of samples that agree with it; ties go to the coarser scale."""
         coarsest_first = errors.flip(dims=(2,))
         votes = functional.one_hot(coarsest_first.argmin(dim=2), errors.shape[2]).float().mean(dim=0)  # [channels, exponents]
         chosen = votes.argmax(dim=1)
@@ -250,8 +241,3 @@ class PowerOfTwoScaling(Pass):
 def _layer(unit: Unit) -> QuantizedLayer:
     ((_, layer),) = unit.layers
     return layer
-
-
-def _shift(unit: Unit) -> Tensor | None:
-    quantizer = _layer(unit).input_quantizer
-    return None if quantizer is None else quantizer.shift

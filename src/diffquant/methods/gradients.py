@@ -8,7 +8,7 @@ Source: Lee et al. 2025, arXiv 2510.20348. *Chosen here*: the squared distance, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffquant.calibration.rollout import Chain
 from diffquant.host.scheduler import Key, history, with_history
-from diffquant.methods.learned import Learned, LearnedRounding
+from diffquant.methods.learned import Learned, LearnedRounding, leaves, placed
 
 Gradient = Literal["identity", "exact"]
 Distance = Callable[[Tensor], Tensor]  # of a latent from its target, one number
@@ -37,46 +37,35 @@ def segment_gradient(
     return _backwards(chain, start, distance, gradient == "exact")
 
 
-def carried_back(
-    chain: Chain, cotangent: Float[Tensor, "n ..."], after_step: Callable[[], None] = lambda: None
-) -> list[Float[Tensor, "n ..."]]:
-    """What `cotangent` at the chain's end is at each of its recorded latents, the start first, through the model as it is switched.
+def carried_back(chain: Chain, direction: Float[Tensor, "n ..."], after_step: Callable[[], None]) -> None:
+    """Add the gradient of the chain's end along `direction` to the leaves the model uses, through all steps, the last first.
 
-    What a multistep solver remembers is taken along from step to step, and left out of what is returned. `after_step` is called
-    when a step's gradients are there, the last step first.
+    `after_step` is called when a step's gradients are there.
     """
-    found: list[Tensor] = []
 
-    def keep(reached: Tensor) -> None:
-        found.append(reached)
-        after_step()
-
-    def along(reached: Tensor) -> Tensor:
-        return (reached * cotangent.to(reached)).sum()
+    def along(end: Tensor) -> Tensor:
+        return (end * direction.to(end)).sum()
 
     with torch.enable_grad():
-        _backwards(chain, chain.recorded(0), along, True, keep)
-    return [*reversed(found), cotangent]
+        _backwards(chain, chain.recorded(0), along, True, after_step)
 
 
-def gradient_of(chain: Chain, gradient: Gradient, learned: list[Learned]) -> Tensor:
-    """The gradient as one vector, without regularization."""
-    for one in learned:
-        for tensor, _ in one.parameters():
-            tensor.requires_grad_(True)
-            tensor.grad = None
-        one.place()
-    with torch.enable_grad():
+def gradient_of(chain: Chain, gradient: Gradient, learned: Sequence[Learned]) -> Tensor:
+    """The gradient with respect to all leaves as one vector, without penalties. The leaves are left without it."""
+    tensors = [tensor for tensor, _ in leaves(learned)]
+    for tensor in tensors:
+        tensor.requires_grad_(True)
+        tensor.grad = None
+    with placed(learned), torch.enable_grad():
         segment_gradient(chain, chain.recorded(0), chain.recorded(len(chain.steps)), gradient)
-    vectors = []
-    for one in learned:
-        one.collect()
-        vectors.append(one.gradient())
-        for tensor, _ in one.parameters():
-            tensor.requires_grad_(False)
-            tensor.grad = None
-        one.finish() if not isinstance(one, LearnedRounding) else None
-    return torch.cat(vectors)
+    vector = torch.cat([tensor.grad.flatten() for tensor in tensors if tensor.grad is not None])
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+        tensor.grad = None
+    for each in learned:
+        if not isinstance(each, LearnedRounding):  # whose codes stay undecided
+            each.finish()
+    return vector
 
 
 def _backwards(
@@ -84,12 +73,12 @@ def _backwards(
     start: Tensor,
     distance: Distance,
     exact: bool,
-    before_step: Callable[[Tensor], None] = lambda cotangent: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Run the chain without gradients, then visit its steps from the last to the first, one graph at a time.
 
-    The cotangent at a step's end is the one at the chain's end, or (`exact`) what the later steps' Jacobians make of it; then
-    `before_step` is shown that of the latent before each step. What a multistep solver remembers carries its own cotangents.
+    The cotangent at a step's end is the one at the chain's end; with `exact` it is carried back through the later steps' Jacobians.
+    What a multistep solver remembers has cotangents of its own.
     """
     steps = len(chain.steps)
     latents, states = chain.run(start, steps - 1)
@@ -100,22 +89,22 @@ def _backwards(
         output = chain.predict(latent, i, states[i])
         model_output = output.detach().requires_grad_(True)
         sample = latents[i].detach().requires_grad_(exact)
-        kept = {key: tensor.detach().requires_grad_(True) for key, tensor in history(states[i], sample.shape).items()}
-        end, after = chain.step(model_output, sample, i, with_history(states[i], kept))
+        earlier = {key: tensor.detach().requires_grad_(True) for key, tensor in history(states[i], sample.shape).items()}
+        end, after = chain.step(model_output, sample, i, with_history(states[i], earlier))
         if i == steps - 1:
             leaf = end.detach().requires_grad_(True)
             loss = distance(leaf)
             (cotangent,) = torch.autograd.grad(loss, leaf)
         later = history(after, sample.shape)
         outputs = [(end, cotangent)] + [(later[key], value) for key, value in remembered.items() if later[key].requires_grad]
-        inputs = [model_output, *([sample] if exact else []), *kept.values()]
+        inputs = [model_output, *([sample] if exact else []), *earlier.values()]
         tensors, cotangents = zip(*outputs, strict=True)
-        found = torch.autograd.grad(tensors, inputs, cotangents, allow_unused=True)
-        given = [torch.zeros_like(one) if value is None else value for one, value in zip(inputs, found, strict=True)]
-        output.backward(given[0].to(output.dtype))
-        remembered = dict(zip(kept, given[len(given) - len(kept) :], strict=True))
+        reached = torch.autograd.grad(tensors, inputs, cotangents, allow_unused=True)
+        gradients = [torch.zeros_like(tensor) if value is None else value for tensor, value in zip(inputs, reached, strict=True)]
+        output.backward(gradients[0].to(output.dtype))
+        remembered = dict(zip(earlier, gradients[len(gradients) - len(earlier) :], strict=True))
         if exact:
             assert latent.grad is not None
-            cotangent = given[1] + latent.grad
-            before_step(cotangent)
+            cotangent = gradients[1] + latent.grad
+        after_step()
     return loss.detach()

@@ -1,153 +1,196 @@
-"""What AccuQuant learns beside steps: ``smooth``, offsets of biases, and the rounding of weights once more.
+"""Parameters that passes learn by gradient: scales and zero points, ``smooth``, offsets of biases, and the rounding of weights.
 
-Both are called as `LearnedSteps` are.
+Scales are learned as logarithms, so that a learning rate is a relative change and no scale becomes negative. Zero points are real
+numbers, rounded where they are used, with the gradient passed straight through. `core.affine` gives the gradients of both: LSQ's
+and LSQ+'s (Esser et al. 2020, arXiv 1902.08153; Bhalgat et al. 2020, arXiv 2004.09576). *Differs*: the papers learn the scale
+itself, at an absolute rate with a scaled gradient. ``smooth`` and offsets are *chosen here*.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import final
 
 import torch
 from torch import Tensor
 
 from diffquant.core.layers import QuantizedLayer
 from diffquant.core.quantizer import Quantizer, logits_of, rectified_sigmoid
-from diffquant.methods.learned_scale import LearnedSteps
 
 DECIDED = 0.9  # how far towards its decided code a weight starts where rounding is learned again
 DEVIATIONS = 8.0  # standard deviations that the range of an input is taken to hold
+BETAS = (20.0, 2.0)  # falling exponent of AdaRound's penalty
 
 
-@dataclass
-class LearnedOffset:
-    """What is added to the bias of one layer while it is quantized.
+class Learned(ABC):
+    """Leaves that an optimizer moves in place of a parameter of the model: pairs of a tensor and its peak learning rate."""
 
-    It is learned as ``unit * delta`` with ``unit = |weight of the output| * range of the input / 8``, about the standard deviation
-    of the output, so that a rate means the same in every layer. *Chosen here*.
+    leaves: list[tuple[Tensor, float]]
+
+    @abstractmethod
+    def place(self) -> None:
+        """Give the model this iteration's values, as leaves of their own."""
+
+    @abstractmethod
+    def collect(self) -> None:
+        """Set the gradients of `leaves` from those of the values that were placed."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Leave the model with what was learned, without gradients."""
+
+
+@contextmanager
+def placed(learned: Sequence[Learned]) -> Iterator[None]:
+    """The model computes with this iteration's values while the block back-propagates; afterwards gradients are collected."""
+    for each in learned:
+        each.place()
+    yield
+    for each in learned:
+        each.collect()
+
+
+def leaves(learned: Sequence[Learned]) -> list[tuple[Tensor, float]]:
+    """Those of all, as `fit` takes them."""
+    return [leaf for each in learned for leaf in each.leaves]
+
+
+@final
+class LearnedScale(Learned):
+    """Scale and, with `zero_points`, zero point of an asymmetric quantizer.
+
+    `lr` is relative: to the scale, and for the zero point to the range.
     """
 
-    layer: QuantizedLayer
-    unit: Tensor
-    delta: Tensor
-    rate: float
-
-    @classmethod
-    def of(cls, layer: QuantizedLayer, rate: float) -> LearnedOffset:
-        """`rate` is relative to the spread of the output. The layer's input has to be quantized."""
-        given, weight = layer.input_quantizer, layer.weight_to_quantize()
-        assert given is not None
-        spread = given.scale.mean() * 2.0**given.spec.bits / DEVIATIONS
-        unit = weight.flatten(1).norm(dim=1) * spread
-        delta = torch.zeros_like(unit) if layer.offset is None else layer.offset / unit
-        return cls(layer, unit, delta, rate)
-
-    def parameters(self) -> list[tuple[Tensor, float]]:
-        """The leaf and its peak rate."""
-        return [(self.delta, self.rate)]
+    def __init__(self, quantizer: Quantizer, lr: float, zero_points: bool) -> None:
+        self.quantizer = quantizer
+        self.log_scale = quantizer.scale.detach().log()
+        self.leaves = [(self.log_scale, lr)]
+        self.zero_point: Tensor | None = None
+        if zero_points and not quantizer.spec.symmetric:
+            self.zero_point = quantizer.zero_point.detach()[: 1 if quantizer.shared_zero_point else None].clone()
+            self.leaves.append((self.zero_point, lr * 2.0**quantizer.spec.bits))
 
     def place(self) -> None:
-        """Give the layer this iteration's offset, as a leaf of its own."""
-        self.layer.offset = (self.unit * self.delta.detach()).requires_grad_(True)
+        """The scale, and the zero point rounded to a code."""
+        self.quantizer.scale = self.log_scale.detach().exp().requires_grad_(True)
+        if self.zero_point is not None:
+            spec = self.quantizer.spec
+            rounded = self.zero_point.detach().round().clamp(spec.code_min, spec.code_max)
+            self.quantizer.zero_point = rounded.expand_as(self.log_scale).clone().requires_grad_(True)
 
     def collect(self) -> None:
-        """Take over the gradient: d/d delta = unit d/d offset."""
-        found = None if self.layer.offset is None else self.layer.offset.grad
-        self.delta.grad = torch.zeros_like(self.delta) if found is None else found * self.unit
-
-    def gradient(self) -> Tensor:
-        """The collected gradient."""
-        return torch.zeros(0) if self.delta.grad is None else self.delta.grad
+        """d/d log s = s d/ds; a shared zero point's is the sum over sets."""
+        scale, zero_point = self.quantizer.scale, self.quantizer.zero_point
+        self.log_scale.grad = _gradient(scale) * scale.detach()
+        if self.zero_point is not None:
+            gradient = _gradient(zero_point)
+            self.zero_point.grad = gradient.sum(dim=0, keepdim=True) if len(self.zero_point) < len(zero_point) else gradient
 
     def finish(self) -> None:
-        """Leave the layer with what was learned, without gradients."""
-        self.layer.offset = self.unit * self.delta.detach()
+        """The scale and zero point of the last iteration."""
+        self.place()
+        self.quantizer.scale = self.quantizer.scale.detach()
+        self.quantizer.zero_point = self.quantizer.zero_point.detach()
 
 
-@dataclass
-class LearnedSmooth:
-    """``smooth`` of one layer, as logarithms, while the codes of its weight stay.
+@final
+class LearnedSmooth(Learned):
+    """``smooth`` of a layer, as logarithms, while the codes of its weight stay; `lr` is relative.
 
-    Each input channel has then a step of its own, and with it its column of the weight a factor: 1 / smooth. *Chosen here*.
+    Each input channel then has a scale of its own, and its column of the weight the factor 1 / smooth.
     """
 
-    layer: QuantizedLayer
-    log_smooth: Tensor
-    rate: float
-
-    @classmethod
-    def of(cls, layer: QuantizedLayer, rate: float) -> LearnedSmooth:
-        """`rate` is relative. The layer's input has to be quantized and the codes of its weight decided."""
+    def __init__(self, layer: QuantizedLayer, lr: float) -> None:
         assert layer.smooth is not None
-        return cls(layer, layer.smooth.detach().log(), rate)
-
-    def parameters(self) -> list[tuple[Tensor, float]]:
-        """The leaf and its peak rate."""
-        return [(self.log_smooth, self.rate)]
+        self.layer, self.log_smooth = layer, layer.smooth.detach().log()
+        self.leaves = [(self.log_smooth, lr)]
 
     def place(self) -> None:
-        """Give the layer this iteration's vector, as a leaf of its own."""
+        """The vector itself."""
         self.layer.smooth = self.log_smooth.detach().exp().requires_grad_(True)
 
     def collect(self) -> None:
-        """Take over the gradient: d/d log s = s d/ds."""
+        """d/d log s = s d/ds."""
         smooth = self.layer.smooth
         assert smooth is not None
-        self.log_smooth.grad = torch.zeros_like(smooth) if smooth.grad is None else smooth.grad * smooth.detach()
-
-    def gradient(self) -> Tensor:
-        """The collected gradient."""
-        return torch.zeros(0) if self.log_smooth.grad is None else self.log_smooth.grad
+        self.log_smooth.grad = _gradient(smooth) * smooth.detach()
 
     def finish(self) -> None:
-        """Leave the layer with what was learned, without gradients."""
+        """The vector of the last iteration."""
         self.layer.smooth = self.log_smooth.detach().exp()
 
 
-@dataclass
-class LearnedRounding:
-    """The rounding of one weight while it is learned again, starting near the codes that were decided."""
+@final
+class LearnedOffset(Learned):
+    """What is added to the bias of a layer while it is quantized; `lr` is relative to the spread of the layer's output.
 
-    quantizer: Quantizer
-    layer: QuantizedLayer
-    logits: Tensor
-    rate: float
+    It is learned as ``spread * delta`` with ``spread = |weight of the output| * range of the input / 8``, about the standard
+    deviation of the output.
+    """
 
-    @classmethod
-    def of(cls, quantizer: Quantizer, layer: QuantizedLayer, rate: float) -> LearnedRounding:
-        """Puts the weight back to real codes, near those that were decided."""
-        weight = layer.weight_to_quantize()
-        scale, zero_point = quantizer.operands(weight)
-        codes = quantizer.quantize(weight).detach()
-        up = (codes - zero_point - (weight / scale).floor()).clamp(0, 1)
-        logits = logits_of(DECIDED * up + (1 - DECIDED) * (1 - up))
-        quantizer.codes, quantizer.rounding = None, logits
-        return cls(quantizer, layer, logits, rate)
-
-    def parameters(self) -> list[tuple[Tensor, float]]:
-        """The leaf and its peak rate."""
-        return [(self.logits, self.rate)]
+    def __init__(self, layer: QuantizedLayer, lr: float) -> None:
+        quantizer, weight = layer.input_quantizer, layer.weight_to_quantize()
+        assert quantizer is not None
+        deviation = quantizer.scale.mean() * 2.0**quantizer.spec.bits / DEVIATIONS
+        self.layer, self.spread = layer, weight.flatten(1).norm(dim=1) * deviation
+        self.delta = torch.zeros_like(self.spread) if layer.offset is None else layer.offset / self.spread
+        self.leaves = [(self.delta, lr)]
 
     def place(self) -> None:
-        """Give the quantizer its logits."""
+        """The offset in units of the output."""
+        self.layer.offset = (self.spread * self.delta.detach()).requires_grad_(True)
+
+    def collect(self) -> None:
+        """d/d delta = spread d/d offset."""
+        assert self.layer.offset is not None
+        self.delta.grad = _gradient(self.layer.offset) * self.spread
+
+    def finish(self) -> None:
+        """The offset of the last iteration."""
+        self.layer.offset = self.spread * self.delta.detach()
+
+
+@final
+class LearnedRounding(Learned):
+    """Whether each weight of a layer rounds up, as logits that the quantizer uses itself.
+
+    They start at the weight's distance from the code below, or with `again` near the code that was decided.
+    """
+
+    def __init__(self, layer: QuantizedLayer, lr: float, again: bool = False) -> None:
+        assert layer.weight_quantizer is not None
+        self.layer, self.quantizer = layer, layer.weight_quantizer
+        weight = layer.weight_to_quantize()
+        scale, zero_point = self.quantizer.operands(weight)
+        up = (weight / scale) - (weight / scale).floor()
+        if again:
+            up = (self.quantizer.quantize(weight).detach() - zero_point - (weight / scale).floor()).clamp(0, 1)
+            up = DECIDED * up + (1 - DECIDED) * (1 - up)
+        self.logits = logits_of(up)
+        self.quantizer.codes = None
+        self.leaves = [(self.logits, lr)]
+        self.place()
+
+    def place(self) -> None:
+        """The logits."""
         self.quantizer.rounding = self.logits
 
     def collect(self) -> None:
         """Nothing: the logits are the leaves that the model used."""
 
-    def regularize(self, progress: float, regularization: float) -> None:
-        """Add the gradient of AdaRound's regularization, whose exponent falls from 20 to 2."""
-        with torch.enable_grad():
-            beta = 2.0 + 18.0 * (1 - progress)
-            (regularization * (1 - (2 * rectified_sigmoid(self.logits) - 1).abs().pow(beta)).sum()).backward()
-
-    def gradient(self) -> Tensor:
-        """The gradient, without regularization."""
-        return torch.zeros(0) if self.logits.grad is None else self.logits.grad.flatten()
+    def penalty(self, progress: float, weight: float) -> Tensor:
+        """AdaRound's penalty (Nagel et al. 2020, arXiv 2004.10568), which pushes choices to 0 or 1; `progress` from 0 to 1."""
+        beta = BETAS[1] + (BETAS[0] - BETAS[1]) * (1 - progress)
+        return weight * (1 - (2 * rectified_sigmoid(self.logits) - 1).abs().pow(beta)).sum()
 
     def finish(self) -> None:
-        """Decide every weight's code."""
+        """Every weight gets the code it is nearest to."""
         self.quantizer.rounding = self.logits.detach()
         self.quantizer.decide(self.layer.weight_to_quantize())
 
 
-Learned = LearnedSteps | LearnedSmooth | LearnedOffset | LearnedRounding
+def _gradient(value: Tensor) -> Tensor:
+    return torch.zeros_like(value) if value.grad is None else value.grad

@@ -1,8 +1,8 @@
 """Bits where the model's output depends on them: of inputs, and of weights.
 
-`AllocateBits` gives more bits to inputs, which costs no memory, in the order of the error that this takes away for each
-multiplication, as long as the multiplications stay within a given share of the model's. `AllocateWeightBits` takes the bits that
-all weights have together and deals them out anew, one bit at a time, to the layer where it takes away most error for each weight.
+`AllocateBits` gives more bits to inputs, which costs no memory, in the order of the error that this removes for each
+multiplication, within a share of the model's multiplications. `AllocateWeightBits` distributes the bits that all weights have
+together anew, one bit at a time, to the layer where it removes most error for each weight.
 
 Bits by sensitivity is common practice for weights and activations (MixDQ: Zhao et al. 2024, arXiv 2405.17873, measures layer after
 layer and solves an integer program). *Chosen here*: the estimator of `methods.sensitivity`; more bits for inputs alone; the error
@@ -25,21 +25,20 @@ from diffquant.core.affine import fake_quantize, scale_from_range
 from diffquant.core.layers import QuantizedLayer
 from diffquant.core.model import full_precision, quantized_layers
 from diffquant.core.quantizer import Quantizer
-from diffquant.core.spec import QuantSpec
 from diffquant.core.watch import watching
 from diffquant.methods.base import Figures, evaluating
 from diffquant.methods.ranges import search_range
 from diffquant.methods.sensitivity import SensitivityPass
 
-SEEN = 1 << 16  # weights of a layer that its errors at other bits are measured on
+MEASURED = 1 << 16  # weights of a layer that its errors at other bits are measured on
 
 
 @final
 class AllocateBits(SensitivityPass):
-    """Quantize the inputs of the most sensitive layers at ``bits``, where that is more, as far as ``products`` goes.
+    """Quantize the inputs of the most sensitive layers at ``bits``, where that is more.
 
-    ``products``: the share of the model's multiplications (attention's own left out) that may take inputs of more bits. Ranges stay
-    as they are; `CalibrateRanges` afterwards finds those that suit the new bits.
+    ``products``: the share of the model's multiplications (without attention's own) that may take inputs of more bits.
+    `CalibrateRanges` has to come afterwards: ranges stay those of the old bits.
     """
 
     bits: int = Field(default=8, ge=2, le=8)
@@ -79,10 +78,7 @@ class AllocateBits(SensitivityPass):
 
 @final
 class AllocateWeightBits(SensitivityPass):
-    """Give each layer's weight ``least`` to ``most`` bits, together no more than they have.
-
-    Ranges stay as they are; `CalibrateRanges` afterwards finds those that suit the new bits.
-    """
+    """Give each layer's weight ``least`` to ``most`` bits, together no more than before. `CalibrateRanges` has to follow."""
 
     least: int = Field(default=2, ge=2, le=8)
     most: int = Field(default=8, ge=2, le=8)
@@ -113,16 +109,20 @@ class AllocateWeightBits(SensitivityPass):
     def _errors(self, layer: QuantizedLayer, quantizer: Quantizer) -> dict[int, float]:
         """The squared error of rounding to nearest, by bits: of some output channels, in the range that is best at these bits."""
         weight = layer.weight_to_quantize().flatten(1)
-        some = weight[:: max(1, weight.numel() // SEEN)]
+        some = weight[:: max(1, weight.numel() // MEASURED)]
         rows = some if quantizer.rows > 1 else some.reshape(1, -1)
-        return {
-            bits: _rounding_error(rows, quantizer.spec.model_copy(update={"bits": bits}))
-            for bits in {*range(self.least, self.most + 1), quantizer.spec.bits}
-        }
+        extremes = rows.amin(dim=1), rows.amax(dim=1)
+        errors = {}
+        for bits in {*range(self.least, self.most + 1), quantizer.spec.bits}:
+            spec = quantizer.spec.model_copy(update={"bits": bits})
+            low, high = search_range(rows, spec, extremes, power=2.0)
+            scale, zero_point = (tensor[:, None] for tensor in scale_from_range(low, high, spec))
+            errors[bits] = float((fake_quantize(rows, scale, zero_point, spec) - rows).square().sum())
+        return errors
 
 
 def dealt(errors: dict[str, dict[int, float]], sizes: dict[str, int], total: int, least: int, most: int) -> dict[str, int]:
-    """Bits of each layer from `least` to `most`, `total` bits of weights at most: each to where it takes away most error a weight.
+    """Bits of each layer, `least` to `most`, `total` bits of weights at most: each where it removes most error for each weight.
 
     ``errors`` by layer and bits. All have `least` where that is too many already.
     """
@@ -139,12 +139,6 @@ def dealt(errors: dict[str, dict[int, float]], sizes: dict[str, int], total: int
             return bits
         bits[best] += 1
         left -= sizes[best]
-
-
-def _rounding_error(rows: Tensor, spec: QuantSpec) -> float:
-    low, high = search_range(rows, torch.ones_like(rows), spec, (rows.amin(dim=1), rows.amax(dim=1)), power=2.0)
-    scale, zero_point = (tensor[:, None] for tensor in scale_from_range(low, high, spec))
-    return float((fake_quantize(rows, scale, zero_point, spec) - rows).square().sum())
 
 
 def multiplications(model: nn.Module, layers: dict[str, QuantizedLayer], data: Trajectory) -> dict[str, int]:

@@ -2,15 +2,15 @@
 
 Sources: run-time noise estimate, QNCD (Chu et al. 2024, arXiv 2403.19140); proportional part, mean and variance, PTQD (He et al.
 2023, arXiv 2305.10657); coefficients and input bias by timestep, TAC-Diffusion (Yao et al. 2024, arXiv 2407.03917).
-*Differs*: the run-time estimate is taken per image, with one zero-mean noise for all (released code: over the batch, with the
-noise as drawn; ``scope`` and ``zero_mean`` give that); PTQD's mean is that of the residual, as its formula says (code: of the whole
+*Differs*: the run-time estimate is taken per image, with one zero-mean noise for all (released code: over the batch, with noise
+drawn for each image); PTQD's mean is that of the residual, as its formula says (code: of the whole
 error); TAC's three terms are means, values of the noise near 0 are left out of the relative one, and its input bias is
 one number for each channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, final
 
 import torch
@@ -44,19 +44,20 @@ class _Fitted(Pass):
         """A call for each step of every trajectory: a recording of 50 steps is assumed."""
         return 50.0 * self.samples
 
+    def _predictions(self, rollout: Rollout, run: Run, label: str) -> Iterator[tuple[Tensor, Tensor]]:
+        for k in run.track(range(rollout.steps), label):
+            yield predictions(rollout, k, min(self.samples, rollout.trajectories), self.batch_size)
+
 
 @final
 class RuntimeNoiseEstimate(_Fitted):
-    """Have the sampler estimate the mean error of the quantized model while it runs.
+    """Estimate the mean error of the quantized model while it samples, every ``interval`` steps (None: five times a run).
 
-    ``baseline`` ``calibrated`` subtracts what the same estimate finds on full precision, by timestep: the model's own prediction is
-    part of it (not in the paper). With ``none`` full precision is not needed and nothing is fitted.
+    ``baseline: calibrated`` subtracts the same estimate on full precision, by timestep, since the model's own prediction is part of
+    it (not in the paper). With ``none`` full precision is not needed and nothing is fitted.
     """
 
     interval: int | None = Field(default=None, ge=2)
-    hold: bool = True
-    scope: Literal["image", "batch"] = "image"
-    zero_mean: bool = True
     baseline: Literal["none", "calibrated"] = "none"
 
     def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
@@ -68,33 +69,32 @@ class RuntimeNoiseEstimate(_Fitted):
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Measure the baseline. Raises `SpecError` where the recorded scheduler is not supported."""
-        options = self.model_dump(include={"interval", "hold", "scope", "zero_mean"})
         if self.baseline == "none":
             check_scheduler(build_scheduler(data.manifest))
-            return _kept(model, NoiseEstimate(**options))
+            return _attach(model, NoiseEstimate(interval=self.interval))
         rollout = checked(model, data)
-        expected: list[list[float]] = []
         with evaluating(model), full_precision(model), torch.no_grad():
-            for k in run.track(range(rollout.steps), "baseline"):
-                expected.append([self._found(rollout, k)])
-        timesteps, of_timestep = steps_by_timestep(rollout)
-        rows = tuple(row[0] for row in of_timestep(expected))
-        return _kept(model, NoiseEstimate(**options, timesteps=timesteps, expected=rows, scheduler=_named(rollout)))
+            estimates = [self._estimate(rollout, k) for k in run.track(range(rollout.steps), "baseline")]
+        steps = steps_by_timestep(rollout)
+        expected = tuple(estimates[k] for k in steps.values())
+        scheduler = _sampler(rollout)
+        fitted = NoiseEstimate(interval=self.interval, timesteps=tuple(steps), expected=expected, scheduler=scheduler)
+        return _attach(model, fitted)
 
-    def _found(self, rollout: Rollout, k: int) -> float:
+    def _estimate(self, rollout: Rollout, k: int) -> float:
         """The estimate at step `k` of the recorded trajectories; 0 at the last, where none is taken."""
         if k + 1 == rollout.steps:
             return 0.0
         trajectories = torch.arange(min(self.samples, rollout.trajectories))
         here, following = rollout.data.step_timesteps[k : k + 2]
-        found = []
+        means = []
         for picked in trajectories.split(self.batch_size):
             chain = rollout.chain(picked, range(k, k + 1))
-            known = known_noise(chain.recorded(1), k + 1, NoiseEstimate(zero_mean=self.zero_mean))
+            known = known_noise(chain.recorded(1), k + 1, NoiseEstimate())
             noised = noised_to(rollout.scheduler, chain.recorded(1), known, here, following)
             noise = as_noise(rollout.scheduler, chain.predict(noised, 0, chain.state), noised, here)
-            found.append((noise - known).flatten(1).mean(dim=1))
-        return float(torch.cat(found).mean())
+            means.append((noise - known).flatten(1).mean(dim=1))
+        return float(torch.cat(means).mean())
 
     def sample_forwards(self, blocks: int) -> float:
         """Those of a fitted pass, where there is something to fit."""
@@ -112,18 +112,21 @@ class FitProportional(_Fitted):
         means: list[list[float]] = []
         deviations: list[list[float]] = []
         with evaluating(model), switched(model, True), torch.no_grad():
-            for k in run.track(range(rollout.steps), "correlated noise"):
-                noise, given = predictions(rollout, k, min(self.samples, rollout.trajectories), self.batch_size)
-                error, centred = given - noise, noise - noise.mean(dim=1, keepdim=True)
+            for noise, predicted in self._predictions(rollout, run, "correlated noise"):
+                error, centred = predicted - noise, noise - noise.mean(dim=1, keepdim=True)
                 slope = ((error * centred).mean(dim=1) / centred.square().mean(dim=1).clamp(min=1e-12)).clamp(min=0)
                 rest = error - slope[:, None] * noise
-                for values, into in ((slope, slopes), (rest.mean(dim=1), means), (rest.std(dim=1), deviations)):
-                    into.append(values.tolist())
-        timesteps, of_timestep = steps_by_timestep(rollout)
+                slopes.append(slope.tolist())
+                means.append(rest.mean(dim=1).tolist())
+                deviations.append(rest.std(dim=1).tolist())
+        steps = steps_by_timestep(rollout)
         fitted = Proportional(
-            timesteps=timesteps, slope=of_timestep(slopes), mean=of_timestep(means), deviation=of_timestep(deviations)
+            timesteps=tuple(steps),
+            slope=_in_order(steps, slopes),
+            mean=_in_order(steps, means),
+            deviation=_in_order(steps, deviations),
         )
-        return _kept(model, fitted)
+        return _attach(model, fitted)
 
 
 @final
@@ -140,35 +143,38 @@ class FitCoefficients(_Fitted):
         rollout = checked(model, data)
         factors: list[list[float]] = []
         with evaluating(model), switched(model, True), torch.no_grad():
-            for k in run.track(range(rollout.steps), "coefficients"):
-                noise, given = predictions(rollout, k, min(self.samples, rollout.trajectories), self.batch_size)
-                factors.append(self.factor(noise, given).tolist())
-            bias = self._biases(rollout, factors) if self.input_bias else None
-        scheduler = _named(rollout) if bias else ""
-        timesteps, of_timestep = steps_by_timestep(rollout)
-        biases = of_timestep(bias) if bias else None
-        return _kept(model, Coefficients(timesteps=timesteps, factor=of_timestep(factors), bias=biases, scheduler=scheduler))
+            for noise, predicted in self._predictions(rollout, run, "coefficients"):
+                factors.append(self.factor(noise, predicted).tolist())
+            biases = self._biases(rollout, factors) if self.input_bias else None
+        steps = steps_by_timestep(rollout)
+        fitted = Coefficients(
+            timesteps=tuple(steps),
+            factor=_in_order(steps, factors),
+            bias=None if biases is None else _in_order(steps, biases),
+            scheduler="" if biases is None else _sampler(rollout),
+        )
+        return _attach(model, fitted)
 
-    def factor(self, noise: Float[Tensor, "channels n"], given: Float[Tensor, "channels n"]) -> Float[Tensor, " channels"]:
+    def factor(self, noise: Float[Tensor, "channels n"], predicted: Float[Tensor, "channels n"]) -> Float[Tensor, " channels"]:
         """The minimum of 0.5 mean (K g - e)^2 + 0.5 mean ((K g - e) / e)^2 + 0.1 (K - 1)^2, for each channel."""
-        ratio = torch.where(noise.abs() >= SMALLEST, given / noise, 1.0)
-        over = (1 - RELATIVE) * (given * noise).mean(dim=1) + RELATIVE * ratio.mean(dim=1) + RIDGE
-        under = (1 - RELATIVE) * given.square().mean(dim=1) + RELATIVE * ratio.square().mean(dim=1) + RIDGE
+        ratio = torch.where(noise.abs() >= SMALLEST, predicted / noise, 1.0)
+        over = (1 - RELATIVE) * (predicted * noise).mean(dim=1) + RELATIVE * ratio.mean(dim=1) + RIDGE
+        under = (1 - RELATIVE) * predicted.square().mean(dim=1) + RELATIVE * ratio.square().mean(dim=1) + RIDGE
         return over / under
 
     def _biases(self, rollout: Rollout, factors: list[list[float]]) -> list[list[float]]:
         """By step, how far the latents of the corrected quantized model lie from the recorded ones, on the mean."""
         trajectories = torch.arange(min(self.samples, rollout.trajectories))
         chain = rollout.chain(trajectories, range(rollout.steps))
-        latent, state, found = chain.recorded(0), chain.state, []
+        latent, state, biases = chain.recorded(0), chain.state, []
         for k in range(rollout.steps):
             difference = by_channel(latent - chain.recorded(k)).mean(dim=1)
-            found.append(difference.tolist())
+            biases.append(difference.tolist())
             latent = latent - _shaped(difference, latent)
             timestep = rollout.data.step_timesteps[k]
             noise = as_noise(rollout.scheduler, chain.predict(latent, k, state), latent, timestep) * _shaped(factors[k], latent)
             latent, state = chain.step(from_noise(rollout.scheduler, noise, latent, timestep), latent, k, state)
-        return found
+        return biases
 
 
 def checked(model: nn.Module, data: Trajectory, trajectories: int | None = None) -> Rollout:
@@ -182,14 +188,14 @@ def checked(model: nn.Module, data: Trajectory, trajectories: int | None = None)
 def predictions(rollout: Rollout, k: int, samples: int, batch_size: int) -> tuple[Tensor, Tensor]:
     """The recorded and the quantized model's noise at step `k` on recorded latents, each ``[channels, n]``."""
     noises: list[Tensor] = []
-    given: list[Tensor] = []
+    predicted: list[Tensor] = []
     for picked in torch.arange(samples).split(batch_size):
         chain, step = rollout.chain(picked, range(k, k + 1)), rollout.data.step(picked, k)
         latent, timestep = chain.recorded(0), float(step.timestep)
         output = chain.predict(latent, 0, chain.state)
-        for values, into in ((step.model_output.to(latent), noises), (output, given)):
+        for values, into in ((step.model_output.to(latent), noises), (output, predicted)):
             into.append(by_channel(as_noise(rollout.scheduler, values, latent, timestep).float()))
-    return torch.cat(noises, dim=1), torch.cat(given, dim=1)
+    return torch.cat(noises, dim=1), torch.cat(predicted, dim=1)
 
 
 def by_channel(values: Float[Tensor, "n channels ..."]) -> Float[Tensor, "channels m"]:
@@ -197,19 +203,22 @@ def by_channel(values: Float[Tensor, "n channels ..."]) -> Float[Tensor, "channe
     return values.transpose(0, 1).flatten(1)
 
 
-def steps_by_timestep(rollout: Rollout) -> tuple[tuple[float, ...], Callable[[list[list[float]]], Rows]]:
-    """The recorded timesteps, noisy first, and what picks a row for each from rows by step (PNDM takes one timestep twice)."""
+def steps_by_timestep(rollout: Rollout) -> dict[float, int]:
+    """The step of each recorded timestep, noisy first; the later one where a sampler, as PNDM, takes a timestep twice."""
     steps = {timestep: k for k, timestep in enumerate(rollout.data.step_timesteps)}
-    timesteps = tuple(sorted(steps, reverse=True))
-    return timesteps, lambda rows: tuple(tuple(rows[steps[timestep]]) for timestep in timesteps)
+    return dict(sorted(steps.items(), reverse=True))
 
 
-def _named(rollout: Rollout) -> str:
+def _in_order(steps: dict[float, int], rows: list[list[float]]) -> Rows:
+    return tuple(tuple(rows[k]) for k in steps.values())
+
+
+def _sampler(rollout: Rollout) -> str:
     options = rollout.data.step(torch.zeros(1, dtype=torch.long), 0).options
     return sampler_name(rollout.scheduler, options.get("eta", 0.0))
 
 
-def _kept(model: nn.Module, correction: NoiseEstimate | Proportional | Coefficients) -> Figures:
+def _attach(model: nn.Module, correction: NoiseEstimate | Proportional | Coefficients) -> Figures:
     give_correction(model, correction)
     return {"correction": correction.model_dump(mode="json")}
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run
 from diffquant.calibration.recording import Trajectory
-from diffquant.calibration.replay import call_recorded, observe_unit
+from diffquant.calibration.replay import call_recorded, observe
 from diffquant.core.model import clock_of, full_precision
 from diffquant.core.watch import watching
 from diffquant.errors import SpecError
@@ -71,19 +71,19 @@ class EmbeddingSmoothing(Pass):
         with evaluating(model), torch.no_grad(), full_precision(model):
             embeddings = projected_embeddings(model, blocks, data, indices.split(self.batch_size))
             for name, block in run.track(list(blocks.items()), "embedding smoothing"):
-                layer, found = block.conv2, smoothing(block, embeddings[name])
-                row: dict[str, object] = {"layer": f"{name}.conv2", "operand": "smooth", "largest": float(found.max())}
-                row["least"], row["used"] = float(found.min()), bool((found != 1).any())
+                layer, factors = block.conv2, smoothing(block, embeddings[name])
+                smooth = layer.smooth * factors
+                row: dict[str, object] = {"layer": f"{name}.conv2", "operand": "smooth", "largest": float(factors.max())}
+                row["least"], row["used"] = float(factors.min()), bool((factors != 1).any())
                 if self.guard and row["used"]:
-                    seen = observe_unit(model, layer, data, indices, self.batch_size)
-                    x, target = seen.arguments[0], seen.outputs[0]
+                    (calls,) = observe(model, [layer], data, indices, self.batch_size)
                     row["error_before"], row["error_after"] = before, after = tuple(
-                        relative_error(layer, smooth, x, target, self.batch_size, Live(searched=True))
-                        for smooth in (layer.smooth, layer.smooth * found)
+                        relative_error(layer, each, calls.arguments[0], calls.outputs[0], self.batch_size, Live(searched=True))
+                        for each in (layer.smooth, smooth)
                     )
                     row["used"] = after < before
                 if row["used"]:
-                    layer.smooth = layer.smooth * found
+                    layer.smooth = smooth
                 rows.append(row)
         return {"layers": rows, "samples": len(indices)}
 
@@ -95,17 +95,17 @@ class EmbeddingSmoothing(Pass):
 def projected_embeddings(
     model: nn.Module, blocks: dict[str, Any], data: Trajectory, batches: tuple[Tensor, ...]
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """What each block's projection put out over recorded calls: pairs of ``[n, channels]`` and the interval of each sample."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in blocks}
+    """Outputs of each block's projection in recorded calls: pairs of ``[n, channels]`` and the interval of each sample."""
+    embeddings: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in blocks}
     clock = clock_of(model)
 
-    def seen(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        found[name].append((output.float(), torch.as_tensor(clock.interval).expand(len(output))))
+    def store(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        embeddings[name].append((output.float(), torch.as_tensor(clock.interval).expand(len(output))))
 
-    with watching({block.time_emb_proj: partial(seen, name) for name, block in blocks.items()}):
+    with watching({block.time_emb_proj: partial(store, name) for name, block in blocks.items()}):
         for picked in batches:
             call_recorded(model, data, picked)
-    return found
+    return embeddings
 
 
 def smoothing(block: Any, embeddings: list[tuple[Tensor, Tensor]]) -> Float[Tensor, " channels"]:

@@ -76,8 +76,9 @@ class CalibrateRanges(Pass):
         sizes = quantizer.splits or (weight.shape[1],)
         for part, values in enumerate(weight.split(sizes, dim=1)):
             flat = values.reshape(quantizer.rows, -1)
-            method = self.weights if self.weights != "ema" else "minmax"
-            low, high = self._range(flat, torch.ones_like(flat), quantizer.spec, method, _extremes(flat))
+            low, high = torch.aminmax(flat, dim=1)
+            if self.weights == "mse":
+                low, high = search_range(flat, quantizer.spec, (low, high), candidates=self.candidates)
             scale, zero_point = scale_from_range(low, high, quantizer.spec)
             quantizer.scale[:, part], quantizer.zero_point[:, part] = scale, zero_point
         quantizer.codes = None
@@ -93,26 +94,31 @@ class CalibrateRanges(Pass):
         if not watched:
             return []
         indices = data.subset(min(self.samples, len(data)), generator)
-        indices = indices[data.timestep_of()[indices].argsort(descending=True, stable=True)]
+        indices = indices[data.timestep_of[indices].argsort(descending=True, stable=True)]
+
+        def watch(observers: Mapping[str, Callable[[Tensor], None]], label: str) -> None:
+            with observing({quantizer: observers[name] for name, quantizer in watched}), full_precision(model):
+                for picked in run.track(indices.split(self.batch_size), label):
+                    call_recorded(model, data, picked)
+
         momentum = MOMENTUM if self.activations == "ema" else None
         ranges = {name: _Extremes(quantizer, momentum) for name, quantizer in watched}
-        self._watch(model, data, indices, watched, ranges, run, "ranges of activations")
-        for name, seen in ranges.items():
-            if not torch.isfinite(seen.low).all():
+        watch(ranges, "ranges of activations")
+        for name, extremes in ranges.items():
+            if not torch.isfinite(extremes.low).all():
                 raise CalibrationError(f"{name}: saw no values, or inf or nan, for some timesteps; record more samples")
         histograms: dict[str, _Histogram] = {}
         if self.activations == "mse":
             histograms = {name: _Histogram(quantizer, ranges[name].low, ranges[name].high) for name, quantizer in watched}
-            self._watch(model, data, indices, watched, histograms, run, "histograms of activations")
+            watch(histograms, "histograms of activations")
         rows: list[dict[str, object]] = []
         for name, quantizer in watched:
-            low, high = ranges[name].low, ranges[name].high  # [rows, parts]
-            widest = (low, high)
+            low, high = widest = ranges[name].low, ranges[name].high  # [sets, parts]
             if name in histograms:
                 values, counts = histograms[name].values(), histograms[name].counts
                 flat = (low.flatten(), high.flatten())
-                low, high = self._range(values.flatten(0, 1), counts.flatten(0, 1), quantizer.spec, self.activations, flat)
-                low, high = low.view(quantizer.scale.shape), high.view(quantizer.scale.shape)
+                best = search_range(values.flatten(0, 1), quantizer.spec, flat, counts.flatten(0, 1), self.candidates)
+                low, high = (end.view(quantizer.scale.shape) for end in best)
             quantizer.set_ranges(low, high)
             if quantizer.shift is not None:
                 quantizer.shift.zero_()  # factors of an earlier range
@@ -121,42 +127,16 @@ class CalibrateRanges(Pass):
             rows.append({"layer": owner, "operand": operand, "range_kept": float(share.mean())})
         return rows
 
-    def _watch(
-        self,
-        model: nn.Module,
-        data: Trajectory,
-        indices: Tensor,
-        watched: list[tuple[str, Quantizer]],
-        observers: Mapping[str, Callable[[Tensor], None]],
-        run: Run,
-        label: str,
-    ) -> None:
-        """Run the full-precision model over `indices` with an observer on every watched quantizer."""
-        with observing({quantizer: observers[name] for name, quantizer in watched}), full_precision(model):
-            for picked in run.track(indices.split(self.batch_size), label):
-                call_recorded(model, data, picked)
-
-    def _range(
-        self,
-        values: Float[Tensor, "rows n"],
-        counts: Float[Tensor, "rows n"],
-        spec: QuantSpec,
-        method: Method,
-        widest: tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]],
-    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """The range of each row of weighted values."""
-        return search_range(values, counts, spec, widest, self.candidates) if method == "mse" else widest
-
 
 def search_range(
     values: Float[Tensor, "rows n"],
-    counts: Float[Tensor, "rows n"],
     spec: QuantSpec,
     widest: tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]],
+    counts: Float[Tensor, "rows n"] | None = None,
     candidates: int = 80,
     power: float = POWER,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """The range inside `widest` that minimises the weighted mean of |x - quantized x| ** power, for each row.
+    """The range inside `widest` that minimises the sum of `counts` (1 if None) times |x - quantized x| ** power, for each row.
 
     Both ends shrink together over `candidates` factors from 1 towards 0.2; asymmetric ranges then shrink each end alone.
     """
@@ -168,18 +148,14 @@ def search_range(
         """``[candidates, rows]``"""
         scale, zero_point = scale_from_range(low, high, spec)
         repeated = values.expand(len(low), -1, -1)
-        difference = fake_quantize(repeated, scale[..., None], zero_point[..., None], spec).sub_(values).abs_()
-        return (difference.pow_(power) * counts).sum(dim=-1)
+        errors = fake_quantize(repeated, scale[..., None], zero_point[..., None], spec).sub_(values).abs_().pow_(power)
+        return (errors if counts is None else errors * counts).sum(dim=-1)
 
     def shrink(low: Tensor, high: Tensor, at_low: bool, at_high: bool) -> tuple[Tensor, Tensor]:
-        lows, highs = (
-            low * factors if at_low else low.expand(candidates, -1),
-            high * factors if at_high else high.expand(candidates, -1),
-        )
-        errors = torch.cat(
-            [error(some_low, some_high) for some_low, some_high in zip(lows.split(chunk), highs.split(chunk), strict=True)]
-        )
-        best = errors.argmin(dim=0, keepdim=True)
+        lows = low * factors if at_low else low.expand(candidates, -1)
+        highs = high * factors if at_high else high.expand(candidates, -1)
+        errors = [error(*ends) for ends in zip(lows.split(chunk), highs.split(chunk), strict=True)]
+        best = torch.cat(errors).argmin(dim=0, keepdim=True)
         return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
     low, high = shrink(low, high, True, True)
@@ -187,10 +163,6 @@ def search_range(
         low, high = shrink(low, high, False, True)
         low, high = shrink(low, high, True, False)
     return low, high
-
-
-def _extremes(values: Float[Tensor, "rows n"]) -> tuple[Tensor, Tensor]:
-    return values.amin(dim=1), values.amax(dim=1)
 
 
 def _parts(quantizer: Quantizer, x: Tensor) -> list[tuple[int, int, Tensor]]:
@@ -215,8 +187,7 @@ class _Extremes:
     def __call__(self, x: Tensor) -> None:
         for row, part, values in _parts(self.quantizer, x):
             low, high = torch.aminmax(values)
-            seen = torch.isfinite(self.low[row, part])
-            if self.momentum is not None and seen:
+            if self.momentum is not None and torch.isfinite(self.low[row, part]):
                 self.low[row, part].lerp_(low, 1 - self.momentum)
                 self.high[row, part].lerp_(high, 1 - self.momentum)
             else:

@@ -1,4 +1,4 @@
-"""What the methods that choose ``smooth`` share: a layer's output under a vector, quantized over ranges that follow it."""
+"""The output of a layer under a choice of ``smooth``, with both operands quantized over ranges that follow it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from diffquant.methods.ranges import search_range
 
 @dataclass(frozen=True)
 class Live:
-    """How operands are quantized whose ranges follow a vector.
+    """How operands are quantized while their ranges follow ``smooth``.
 
-    Ranges of inputs are the extremes of all samples, times ``shrink`` where that is given; those of weights extremes, or
-    ``searched`` as in ``mse``.
+    Ranges of inputs are the extremes of all samples, times ``shrink`` if set. Those of weights are extremes, or ``searched`` as in
+    ``mse``.
     """
 
     shrink: tuple[Float[Tensor, " splits"], Float[Tensor, " splits"]] | None = None
@@ -46,29 +46,27 @@ def relative_error(layer: QuantizedLayer, smooth: Tensor, x: Tensor, target: Ten
         weight = _live_weight(layer, smooth, live)
         for picked in torch.arange(len(x)).split(batch_size):
             output = layer.compute(_live_input(layer, smooth, x[picked].to(smooth.device), live), weight, layer.bias)
-            wanted = target[picked].to(smooth.device)
-            error += float((output - wanted).square().sum())
-            signal += float(wanted.float().square().sum())
+            expected = target[picked].to(smooth.device)
+            error += float((output - expected).square().sum())
+            signal += float(expected.float().square().sum())
     return math.sqrt(error / max(signal, 1e-24))
 
 
 def searched_shrink(
     layer: QuantizedLayer, x: Float[Tensor, "n ..."], batch_size: int, batches: int = 4, values: int = 1 << 16
 ) -> tuple[Float[Tensor, " splits"], Float[Tensor, " splits"]]:
-    """What the search of ``mse`` leaves of the least and the largest input: the mean share over some batches."""
+    """Shares of the least and the largest input that the search of ``mse`` keeps, as means over some batches."""
     assert layer.input_quantizer is not None
-    axis, spec = layer.channel_axis, layer.input_quantizer.spec
     lows, highs = [], []
     for batch in x[:: max(1, len(x) // (batches * batch_size))].split(batch_size)[:batches]:
-        for part in batch.float().split(_sizes(layer), dim=axis):
+        for part in batch.float().split(_sizes(layer), dim=layer.channel_axis):
             rows = part.reshape(1, -1)
             widest = rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
-            some = rows[:, :: max(1, rows.numel() // values)]
-            low, high = search_range(some, torch.ones_like(some), spec, widest)
+            low, high = search_range(rows[:, :: max(1, rows.numel() // values)], layer.input_quantizer.spec, widest)
             lows.append((low / widest[0].clamp(max=-1e-12)).mean())
             highs.append((high / widest[1].clamp(min=1e-12)).mean())
     splits = len(_sizes(layer))
-    return tuple(torch.stack(found).view(-1, splits).mean(dim=0) for found in (lows, highs))  # type: ignore[return-value]
+    return tuple(torch.stack(shares).view(-1, splits).mean(dim=0) for shares in (lows, highs))  # type: ignore[return-value]
 
 
 def sample_errors(output: Tensor, target: Tensor, layer: QuantizedLayer) -> Float[Tensor, " n"]:
@@ -78,47 +76,40 @@ def sample_errors(output: Tensor, target: Tensor, layer: QuantizedLayer) -> Floa
 
 
 def _live_input(layer: QuantizedLayer, smooth: Tensor, x: Tensor, live: Live) -> Tensor:
-    quantizer, axis = layer.input_quantizer, layer.channel_axis % x.dim()
-    assert quantizer is not None
-    sizes, spec = _sizes(layer), quantizer.spec
-    shrink = [(1.0, 1.0)] * len(sizes) if live.shrink is None else list(zip(*(ends.tolist() for ends in live.shrink), strict=True))
-    parts = zip(x.float().split(sizes, dim=axis), (1 / smooth).split(sizes), shrink, strict=True)
-    found = [_live_part(part, factors, axis, ends, spec) for part, factors, ends in parts]
-    return found[0] if len(found) == 1 else torch.cat(found, dim=axis)
-
-
-def _live_part(x: Tensor, factors: Tensor, axis: int, shrink: tuple[float, float], spec: QuantSpec) -> Tensor:
-    """`x` times positive `factors` of its channels on `axis`, quantized over its extremes times `shrink`.
-
-    The extremes are found before the product.
-    """
+    """`x` divided by `smooth`, quantized over its extremes (which are taken before the division), times ``live.shrink``."""
+    assert layer.input_quantizer is not None
+    axis, sizes, spec = layer.channel_axis % x.dim(), _sizes(layer), layer.input_quantizer.spec
     reduced = [dim for dim in range(x.dim()) if dim != axis]
-    channels = x.detach()
-    low, high = channels.amin(reduced), channels.amax(reduced)
-    low, high = (low * factors).amin(dim=-1) * shrink[0], (high * factors).amax(dim=-1) * shrink[1]
-    scale, zero_point = scale_from_range(low, high, spec)
-    shape = (-1, *[1] * (x.dim() - 1))
-    scaled = x * factors.view([-1 if dim == axis else 1 for dim in range(x.dim())])
-    return fake_quantize(scaled, scale.view(shape), zero_point.view(shape), spec)
+    shrink = [(1.0, 1.0)] * len(sizes) if live.shrink is None else list(zip(*(ends.tolist() for ends in live.shrink), strict=True))
+    parts = []
+    for part, factors, ends in zip(x.float().split(sizes, dim=axis), (1 / smooth).split(sizes), shrink, strict=True):
+        channels = part.detach()
+        low, high = channels.amin(reduced), channels.amax(reduced)
+        low, high = (low * factors).amin(dim=-1) * ends[0], (high * factors).amax(dim=-1) * ends[1]
+        scaled = part * factors.view([-1 if dim == axis else 1 for dim in range(x.dim())])
+        parts.append(_quantized(scaled, low, high, spec))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def _live_weight(layer: QuantizedLayer, smooth: Tensor, live: Live) -> Tensor:
     quantizer = layer.weight_quantizer
     assert quantizer is not None and layer.weight is not None
-    weight = layer.weight.float() * layer.along_inputs(smooth)
-    parts = weight.split(_sizes(layer), dim=1)
-    return torch.cat([_live(part, quantizer.rows, quantizer.spec, live.searched) for part in parts], dim=1)
+    parts = []
+    for part in (layer.weight.float() * layer.along_inputs(smooth)).split(_sizes(layer), dim=1):
+        flat = part.reshape(quantizer.rows, -1)
+        low, high = flat.amin(dim=1), flat.amax(dim=1)
+        if live.searched:
+            low, high = search_range(flat, quantizer.spec, (low, high))
+        parts.append(_quantized(part, low, high, quantizer.spec))
+    return torch.cat(parts, dim=1)
+
+
+def _quantized(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """`values` quantized over ranges of their rows, or of all."""
+    scale, zero_point = scale_from_range(low, high, spec)
+    shape = (-1, *[1] * (values.dim() - 1))
+    return fake_quantize(values, scale.view(shape), zero_point.view(shape), spec)
 
 
 def _sizes(layer: QuantizedLayer) -> tuple[int, ...]:
     return layer.splits or (layer.input_channels,)
-
-
-def _live(values: Tensor, rows: int, spec: QuantSpec, searched: bool) -> Tensor:
-    flat = values.reshape(rows, -1)
-    low, high = flat.amin(dim=1), flat.amax(dim=1)
-    if searched:
-        low, high = search_range(flat, torch.ones_like(flat), spec, (low, high))
-    scale, zero_point = scale_from_range(low, high, spec)
-    shape = (-1, *[1] * (values.dim() - 1))
-    return fake_quantize(values, scale.view(shape), zero_point.view(shape), spec)

@@ -1,12 +1,11 @@
-"""What the quantizers of a model, each alone, add to its output, or to the last sample of a trajectory.
+"""How much each quantizer of a model alone changes the model's output, or the last sample of a trajectory.
 
 Quantizing an operand with the error d changes the model's output, to first order, by J d, where J is the Jacobian of the output by
 that operand. One backward pass from a random direction v of unit covariance gives v . J d for all quantizers at once, and the mean
 square of that over directions is |J d|^2 (Hutchinson's estimator).
 
-The same holds for the last sample, with a backward pass through the whole trajectory, a step at a time. There an error that points
-the same way at every step, as that of a weight may, counts for what it adds up to, and an error of the first steps for what the
-later ones make of it.
+For the last sample the backward pass goes through the whole trajectory, a step at a time. Errors that point the same way at every
+step, as those of a weight may, then add up, and errors of the first steps are changed by the later steps.
 """
 
 from __future__ import annotations
@@ -69,7 +68,8 @@ class SensitivityPass(Pass):
         where ranges were not calibrated, `CalibrationError` where a trajectory cannot be replayed.
         """
         if self.of == "sample":
-            return self._of_last_samples(model, quantizers, data, generator, run)
+            changes = changes_of_last_samples(model, quantizers, data, self.trajectories, generator, run, self.checkpointing)
+            return dict(zip(quantizers, relative(changes).sum(dim=2).square().mean(dim=0).tolist(), strict=True))
         batches = data.subset(min(self.samples, len(data)), generator).split(self.batch_size)
         squares = dict.fromkeys(quantizers, 0.0)
         with (
@@ -84,20 +84,13 @@ class SensitivityPass(Pass):
                     output = predicted(model, call_recorded(model, data, picked)).float()
                 for i in range(DIRECTIONS):
                     direction = torch.randn(output.shape, generator=generator).to(output.device)
-                    found = torch.autograd.grad(
+                    derivatives = torch.autograd.grad(
                         output, list(gates.values()), direction, retain_graph=i + 1 < DIRECTIONS, allow_unused=True
                     )
-                    for name, value in zip(gates, found, strict=True):
+                    for name, value in zip(gates, derivatives, strict=True):
                         squares[name] += 0.0 if value is None else float(value) ** 2
         calls = len(batches) * DIRECTIONS
         return {name: value / calls for name, value in squares.items()}
-
-    def _of_last_samples(
-        self, model: nn.Module, quantizers: Mapping[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run
-    ) -> dict[str, float]:
-        """Shares of the change, a row for each trajectory; rows that a killed run has finished are taken over."""
-        changes = changes_of_last_samples(model, quantizers, data, self.trajectories, generator, run, self.checkpointing)
-        return dict(zip(quantizers, relative(changes).sum(dim=2).square().mean(dim=0).tolist(), strict=True))
 
 
 def changes_of_last_samples(
@@ -119,18 +112,15 @@ def changes_of_last_samples(
     picked = torch.randperm(rollout.trajectories, generator=generator)[:trajectories]
     seed = draw_seed(generator)
     path = None if run.folder is None else run.folder / "changes.safetensors"
-    found = [] if path is None or not path.exists() else list(load_tensors(path)[0]["changes"])
-    task = run.progress.add_task("sensitivity", total=len(picked), completed=len(found))
+    changes = [] if path is None or not path.exists() else list(load_tensors(path)[0]["changes"])
     with evaluating(model), switched(model, True), full_precision(model), gated(quantizers) as gates:
-        for i in range(len(found), len(picked)):
+        for i in run.track(range(len(picked)), "sensitivity", len(changes)):
             chain = rollout.chain(picked[i : i + 1], range(rollout.steps))
             direction = torch.randn(chain.recorded(rollout.steps).shape, generator=iteration_generator(seed, i))
-            found.append(changes_along(direction, chain, gates))
-            run.progress.advance(task)
+            changes.append(changes_along(direction, chain, gates))
             if path is not None:
-                save_tensors(path, {"changes": torch.stack(found)}, {})
-    run.progress.remove_task(task)
-    return torch.stack(found)
+                save_tensors(path, {"changes": torch.stack(changes)}, {})
+    return torch.stack(changes)
 
 
 def changes_along(
@@ -139,12 +129,12 @@ def changes_along(
     """How far the errors of each quantizer at each step move the end of `chain` in a direction, to first order; float64."""
     steps: list[list[float]] = []  # the last first
 
-    def take() -> None:
+    def store() -> None:
         steps.append([0.0 if gate.grad is None else float(gate.grad) for gate in gates.values()])
         for gate in gates.values():
             gate.grad = None
 
-    carried_back(chain, direction, after_step=take)
+    carried_back(chain, direction, after_step=store)
     return torch.tensor(steps[::-1], dtype=torch.float64).T
 
 
@@ -159,12 +149,9 @@ def gated(quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Tensor]]:
     """While the block runs, what enters each quantizer has ``gate * (its quantization error)`` added, of a gate that is 0."""
     gates = {name: torch.zeros((), device=each.scale.device, requires_grad=True) for name, each in quantizers.items()}
     hooks = {quantizer: _added_error(gates[name]) for name, quantizer in quantizers.items()}
-    with observing(dict.fromkeys(quantizers.values(), _ignore)), watching(hooks):  # observed, a quantizer that is off is called
+    observers = dict.fromkeys(quantizers.values(), lambda x: None)  # observed, a quantizer that is off is called
+    with observing(observers), watching(hooks):
         yield gates
-
-
-def _ignore(x: Tensor) -> None:
-    pass
 
 
 def _added_error(gate: Tensor) -> Callable[[Quantizer, Any, Tensor], Tensor]:

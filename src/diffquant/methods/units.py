@@ -1,7 +1,7 @@
-"""Passes that walk over a model's units: a block, or one layer, at a time, in the order the model runs them.
+"""Passes that fit a model's units (blocks or layers) one after the other, in the order the model runs them.
 
-A unit is fitted to the full-precision outputs it should give, on inputs that come through the quantized units before it, so that
-it can make up for their errors; or, where nothing is quantized yet, on its full-precision inputs.
+A unit is fitted to its full-precision outputs. Its inputs come through the quantized units before it, so that it can make up for
+their errors; where nothing is quantized yet they are the full-precision ones.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffquant.calibration.fit import Run, load_tensors, lp_loss, save_tensors
+from diffquant.calibration.fit import Run, load_tensors, save_tensors
 from diffquant.calibration.gain import step_gain
 from diffquant.calibration.recording import Trajectory
-from diffquant.calibration.replay import UnitInputs, call_recorded, observe_outputs, observe_unit, output_tensors
+from diffquant.calibration.replay import UnitInputs, call_recorded, observe, output_tensors
 from diffquant.core.model import full_precision, quantizers, switched
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.watch import watching
@@ -31,7 +31,7 @@ from diffquant.methods.base import Figures, Pass, draw_seed, evaluating, quantiz
 
 @dataclass(frozen=True)
 class Fitted:
-    """What fitting a unit came to: its relative L2 error before and after, and the loss over the iterations in ten means."""
+    """Relative L2 error of a unit before and after it was fitted, and the loss over the iterations in ten means."""
 
     error_before: float
     error_after: float
@@ -39,13 +39,12 @@ class Fitted:
 
 
 class UnitPass(Pass):
-    """What they share: walking over the units in the order the model runs them, resumable unit by unit.
+    """A pass that fits units one after the other, in the order the model runs them; it resumes at the unfinished one.
 
-    ``error: latent`` lets the error of a sample count by what the sampler's step makes of an error of the model's output at its
-    timestep (`StepGain`); ``output``, as published, lets all count alike.
+    ``error: latent`` weights a sample's error by the derivative of the next latent with respect to the model output at its timestep
+    (`StepGain`); ``output``, as published, weights all alike.
     """
 
-    units: Literal["block", "layer"] = "block"
     iterations: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=32, ge=1)
     samples: int = Field(default=512, ge=1)
@@ -63,149 +62,142 @@ class UnitPass(Pass):
     def walk(
         self,
         model: nn.Module,
+        ordered: list[Unit],
         data: Trajectory,
         generator: torch.Generator,
         run: Run,
         label: str,
         prefix: Callable[[Quantizer], bool] | None,
-        fit_unit: Callable[[Unit, UnitInputs, UnitInputs, int, Run], Fitted],
-        wanted_unit: Callable[[Unit], bool] = lambda unit: True,
+        fit_unit: Callable[[Unit, UnitInputs, int, Run], Fitted],
     ) -> Figures:
-        """Fit every unit that `wanted_unit` names.
+        """Fit the units `ordered`, each by `fit_unit` on its recorded calls, with a seed and a run of its own.
 
-        `prefix` says which quantizers are on while inputs are recorded and the unit is fitted; None: none is, and none needs to be
-        calibrated.
+        `prefix` says which quantizers are on while inputs are recorded and the unit is fitted. None: none is, and ranges need not
+        be calibrated.
         """
         indices = data.subset(min(self.samples, len(data)), generator)
         rows: list[dict[str, object]] = []
         with evaluating(model), full_precision(model) if prefix is None else switched(model, True):
             for _, quantizer in quantizers(model):
                 quantizer.enabled = prefix is not None and prefix(quantizer)
-            ordered = [unit for unit in in_order(model, units(model), data, self.units) if wanted_unit(unit)]
-            targets = _Targets(model, ordered, data, indices, self.batch_size)
+            calls = _UnitCalls(model, ordered, data, indices, self.batch_size)
             if self.error == "latent":
-                targets.counts = step_gain(type(self).__name__, model, data).sizes(indices).cpu()
+                calls.counts = step_gain(type(self).__name__, model, data).sizes(indices).cpu()
             for position, unit in enumerate(run.track(ordered, label)):
                 seed = draw_seed(generator)
-                here = run.below(f"{position:04d}-{unit.name}")
-                done = None if here.folder is None else here.folder / "unit.safetensors"
-                if done is not None and done.exists():
-                    tensors, metadata = load_tensors(done)
+                own = run.below(f"{position:04d}-{unit.name}")
+                path = None if own.folder is None else own.folder / "unit.safetensors"
+                if path is not None and path.exists():
+                    tensors, metadata = load_tensors(path)
                     restore_quantizers(unit.module, tensors)
                     fitted = Fitted(**json.loads(metadata["fitted"]))
-                else:
-                    given, wanted = self._observed(unit, targets, prefix is not None, here)
-                    wanted.counts = targets.counts
-                    fitted = fit_unit(unit, given, wanted, seed, here)
-                    del given, wanted  # before those of the next unit are there
-                    if done is not None:
-                        save_tensors(done, quantizer_state(unit.module, self.weights_only), {"fitted": json.dumps(asdict(fitted))})
-                        _leave_only(done)
+                else:  # the unit's tensors are passed on, not held here: they are gone before those of the next unit come
+                    fitted = fit_unit(unit, calls.of(unit, own, prefix is not None), seed, own)
+                    if path is not None:
+                        save_tensors(path, quantizer_state(unit.module, self.weights_only), {"fitted": json.dumps(asdict(fitted))})
+                        _remove_all_but(path)
                 rows.append({"layer": unit.name, "operand": "unit"} | asdict(fitted))
         return {"layers": rows, "iterations": self.iterations, "samples": len(indices)}
 
-    def _observed(self, unit: Unit, targets: _Targets, prefixed: bool, run: Run) -> tuple[UnitInputs, UnitInputs]:
-        """What the unit is given, through the quantized prefix where there is one, and what it is wanted to put out."""
 
-        def observed(memory: float, outputs: bool) -> UnitInputs:
-            calls = (targets.model, unit.module, targets.data, targets.indices, self.batch_size)
-            return observe_unit(*calls, memory=memory, folder=run.folder, outputs=outputs)
-
-        if prefixed:
-            return observed(run.memory / 2, False), targets.of(unit, run)
-        with full_precision(targets.model):
-            wanted = observed(run.memory, True)
-        return wanted, wanted
-
-
-class _Targets:
-    """What units are wanted to put out, in full precision: observed for as many units to come as fit into memory together."""
+class _UnitCalls:
+    """Recorded calls of units. Full-precision targets are observed for as many of the next units as fit into memory together."""
 
     def __init__(self, model: nn.Module, ordered: list[Unit], data: Trajectory, indices: Tensor, batch_size: int) -> None:
         self.model, self.ordered, self.data, self.indices, self.batch_size = model, ordered, data, indices, batch_size
-        self.sizes: list[int] = []  # bytes that a unit puts out for a sample
-        self.ready: dict[str, UnitInputs] = {}
-        self.counts: Tensor | None = None  # what the error of each sample counts
+        self.sizes: list[int] = []  # output bytes of each unit for a sample
+        self.ready: dict[str, list[Tensor]] = {}
+        self.counts: Tensor | None = None
 
-    def of(self, unit: Unit, run: Run) -> UnitInputs:
-        """The outputs of a unit over all samples; half of the run's memory is for them and those that are ready."""
+    def of(self, unit: Unit, run: Run, prefixed: bool) -> UnitInputs:
+        """Inputs of `unit`, through the quantized layers before it if `prefixed`, and full-precision targets; memory is halved."""
+        if prefixed:
+            (calls,) = self._observe([unit], run.memory / 2, folder=run.folder, outputs=False)
+            calls.outputs = self._targets(unit, run)
+        else:
+            with full_precision(self.model):
+                (calls,) = self._observe([unit], run.memory, folder=run.folder)
+        calls.counts = self.counts
+        return calls
+
+    def _targets(self, unit: Unit, run: Run) -> list[Tensor]:
         if unit.name not in self.ready:
             self.ready = {}
             with full_precision(self.model):
                 group = self._group(unit, run.memory / 2)
-                modules, memory = [member.module for member in group], math.inf if len(group) > 1 else run.memory / 2
-                calls = (self.model, modules, self.data, self.indices, self.batch_size)
-                found = observe_outputs(*calls, memory=memory, folder=run.folder)
-            self.ready = {member.name: seen for member, seen in zip(group, found, strict=True)}
+                memory = math.inf if len(group) > 1 else run.memory / 2
+                observed = self._observe(group, memory, folder=run.folder, inputs=False)
+            self.ready = {member.name: calls.outputs for member, calls in zip(group, observed, strict=True)}
         return self.ready.pop(unit.name)
 
     def _group(self, unit: Unit, memory: float) -> list[Unit]:
         """`unit` and those after it whose outputs fit into `memory` bytes with its own."""
         if not self.sizes:
             modules = [member.module for member in self.ordered]
-            one = observe_outputs(self.model, modules, self.data, self.indices[:1], 1)
-            self.sizes = [sum(tensor.nbytes for tensor in seen.outputs) for seen in one]
+            sample = observe(self.model, modules, self.data, self.indices[:1], 1, inputs=False)
+            self.sizes = [sum(tensor.nbytes for tensor in calls.outputs) for calls in sample]
         start = self.ordered.index(unit)
         totals = list(itertools.accumulate(size * len(self.indices) for size in self.sizes[start:]))
         return self.ordered[start : start + max(1, sum(total <= memory for total in totals))]
 
-
-def _leave_only(done: Path) -> None:
-    """Remove what a finished unit's fitting left beside it: an optimizer's state is three times as large as the unit's weights."""
-    for left in done.parent.iterdir():
-        if left != done and left.is_file():
-            left.unlink()
+    def _observe(self, group: list[Unit], memory: float, **options: Any) -> list[UnitInputs]:
+        modules = [unit.module for unit in group]
+        return observe(self.model, modules, self.data, self.indices, self.batch_size, memory=memory, **options)
 
 
-def in_order(model: nn.Module, found: list[Unit], data: Trajectory, kind: str) -> list[Unit]:
-    """The units in the order the model runs them, without those it does not run; `kind` ``layer`` makes a unit of every layer."""
+def _remove_all_but(path: Path) -> None:
+    """Remove the other files of a finished unit: an optimizer's state is three times as large as the unit's weights."""
+    for other in path.parent.iterdir():
+        if other != path and other.is_file():
+            other.unlink()
+
+
+def in_order(model: nn.Module, data: Trajectory, kind: str) -> list[Unit]:
+    """The units that `model` runs, in that order: its blocks, or with `kind` ``layer`` every layer."""
+    every = units(model)
     if kind == "layer":
-        found = [Unit(name, layer, ((name, layer),)) for unit in found for name, layer in unit.layers]
-    seen: list[nn.Module] = []
-    hooks = dict.fromkeys((unit.module for unit in found), lambda module, _: seen.append(module))
+        every = [Unit(name, layer, ((name, layer),)) for unit in every for name, layer in unit.layers]
+    modules: list[nn.Module] = []
+    hooks = dict.fromkeys((unit.module for unit in every), lambda module, _: modules.append(module))
     with torch.no_grad(), full_precision(model), watching(hooks, before=True):
         call_recorded(model, data, torch.arange(1))
-    position = {module: index for index, module in reversed(list(enumerate(seen)))}
-    return sorted((unit for unit in found if unit.module in position), key=lambda unit: position[unit.module])
+    position = {module: index for index, module in reversed(list(enumerate(modules)))}
+    return sorted((unit for unit in every if unit.module in position), key=lambda unit: position[unit.module])
 
 
-def call_unit(unit: Unit, inputs: UnitInputs, picked: Tensor) -> list[Tensor]:
-    """The unit's outputs for the picked samples, each at its interval."""
-    arguments, keywords = inputs.rows(picked)
-    _set_intervals(unit.module, inputs, picked)
-    return output_tensors(unit.module(*arguments, **keywords))
+def _outputs_and_targets(unit: Unit, data: UnitInputs, picked: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The unit's outputs for the picked samples, each at its interval, and their targets, both times the errors' weights."""
+    arguments, keywords = data.rows(picked)
+    assert data.intervals is not None
+    for _, quantizer in quantizers(unit.module):
+        if quantizer.clock is not None:  # one clock serves the whole model
+            quantizer.clock.set_interval(data.intervals[picked])
+            break
+    output = output_tensors(unit.module(*arguments, **keywords))
+    targets = [data.pick(tensor, picked) for tensor in data.outputs]
+    return zip(data.weighted(output, picked), data.weighted(targets, picked), strict=True)
 
 
-def _set_intervals(module: nn.Module, inputs: UnitInputs, picked: Tensor) -> None:
-    assert inputs.intervals is not None
-    for _, quantizer in quantizers(module):
-        if quantizer.clock is not None:
-            quantizer.clock.set_interval(inputs.intervals[picked])
-            return  # one clock serves the whole model
+def minibatch_error(unit: Unit, data: UnitInputs, batch_size: int, power: float, generator: torch.Generator) -> Tensor:
+    """BRECQ's reconstruction loss on samples drawn from `generator`: the sum over axis 1 of the mean error to the `power`."""
+    picked = torch.randperm(len(data.outputs[0]), generator=generator)[:batch_size]
+    total = torch.zeros(())
+    for output, target in _outputs_and_targets(unit, data, picked):
+        total = total + (output.float() - target.float()).abs().pow(power).sum(dim=1).mean()
+    return total
 
 
-def minibatch_error(
-    unit: Unit, given: UnitInputs, wanted: UnitInputs, batch_size: int, power: float, generator: torch.Generator
-) -> Tensor:
-    """The unit's error to the `power` on samples drawn from `generator`."""
-    samples = len(wanted.outputs[0])
-    picked = torch.randperm(samples, generator=generator)[:batch_size]
-    output = call_unit(unit, given, picked)
-    return lp_loss(wanted.counted(output, picked), wanted.counted(wanted.targets(picked), picked), power)
-
-
-def thinned(curve: list[float]) -> list[float]:
-    """A loss curve as ten means."""
-    return [float(part.mean()) for part in torch.tensor(curve).tensor_split(min(10, len(curve)))]
-
-
-def unit_error(unit: Unit, given: UnitInputs, wanted: UnitInputs, batch_size: int) -> float:
+def unit_error(unit: Unit, data: UnitInputs, batch_size: int) -> float:
     """Relative L2 error of the unit's outputs over all recorded samples."""
     error = signal = 0.0
     with torch.no_grad():
-        for picked in torch.arange(len(wanted.outputs[0])).split(batch_size):
-            output, targets = call_unit(unit, given, picked), wanted.targets(picked)
-            for value, target in zip(wanted.counted(output, picked), wanted.counted(targets, picked), strict=True):
-                error += float((value - target).square().sum())
+        for picked in torch.arange(len(data.outputs[0])).split(batch_size):
+            for output, target in _outputs_and_targets(unit, data, picked):
+                error += float((output - target).square().sum())
                 signal += float(target.square().sum())
     return math.sqrt(error / max(signal, 1e-24))
+
+
+def thinned(curve: list[float], count: int = 10) -> list[float]:
+    """A loss curve as `count` means."""
+    return [float(part.mean()) for part in torch.tensor(curve).tensor_split(min(count, len(curve)))]

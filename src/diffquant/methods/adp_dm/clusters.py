@@ -21,27 +21,27 @@ def interval_ranges(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Smallest and largest input of each quantizer at each interval in full precision, ``[intervals, parts]`` each."""
     clock = clock_of(model)
-    shapes = {name: (clock.intervals, one.scale.shape[1]) for name, one in searched.items()}
-    found = {name: (torch.full(shape, torch.inf), torch.full(shape, -torch.inf)) for name, shape in shapes.items()}
+    shapes = {name: (clock.intervals, each.scale.shape[1]) for name, each in searched.items()}
+    ranges = {name: (torch.full(shape, torch.inf), torch.full(shape, -torch.inf)) for name, shape in shapes.items()}
 
-    def watch(name: str, quantizer: Quantizer) -> Any:
-        low, high = found[name]
+    def observer(name: str, quantizer: Quantizer) -> Any:
+        low, high = ranges[name]
 
-        def see(x: Tensor) -> None:
+        def observe(x: Tensor) -> None:
             intervals = torch.as_tensor(clock.interval).expand(len(x))
             for part, values in enumerate(x.split(quantizer.splits or (x.shape[quantizer.axis],), dim=quantizer.axis)):
                 flat = values.flatten(1).float()
                 low[:, part].scatter_reduce_(0, intervals, flat.amin(dim=1).cpu(), "amin")
                 high[:, part].scatter_reduce_(0, intervals, flat.amax(dim=1).cpu(), "amax")
 
-        return see
+        return observe
 
     count = min(per_interval * clock.intervals, len(data))
     batches = data.subset(count, torch.Generator().manual_seed(0)).split(batch_size)
-    with observing({quantizer: watch(name, quantizer) for name, quantizer in searched.items()}), full_precision(model):
+    with observing({quantizer: observer(name, quantizer) for name, quantizer in searched.items()}), full_precision(model):
         for picked in run.track(batches, "ranges of timesteps"):
             call_recorded(model, data, picked)
-    return found
+    return ranges
 
 
 def clustered(

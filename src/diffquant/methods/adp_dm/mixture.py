@@ -31,8 +31,10 @@ def mixture(quantizer: Quantizer, logits: Float[Tensor, "intervals sets"], x: Te
     shares = logits[interval].softmax(dim=1)
     code_min, code_max = quantizer.spec.code_min, quantizer.spec.code_max
     sizes = quantizer.splits or (x.shape[quantizer.axis],)
-    parts = [
-        _mixed(values.float(), shares, quantizer.scale[:, part], quantizer.zero_point[:, part], code_min, code_max)
+    parts: list[Tensor] = [
+        _Mixture.apply(  # type: ignore[no-untyped-call]
+            values.float(), shares, quantizer.scale[:, part], quantizer.zero_point[:, part], code_min, code_max
+        )
         for part, values in enumerate(x.split(sizes, dim=quantizer.axis))
     ]
     return torch.cat(parts, dim=quantizer.axis).to(x.dtype)
@@ -53,8 +55,8 @@ class _Mixture(torch.autograd.Function):
         for samples, here in _blocks(values):
             part, sums = values[samples, here], total[samples, here]
             code = torch.empty_like(part)
-            for step, (low, high), factor in zip(scale, ctx.bounds, factors[samples].split(1, dim=1), strict=True):
-                torch.div(part, step, out=code).round_().clamp_(low, high)  # codes are counted from the zero point
+            for size, (low, high), factor in zip(scale, ctx.bounds, factors[samples].split(1, dim=1), strict=True):
+                torch.div(part, size, out=code).round_().clamp_(low, high)  # codes are counted from the zero point
                 sums.addcmul_(code, factor)
         return total.view(x.shape)
 
@@ -63,21 +65,21 @@ class _Mixture(torch.autograd.Function):
         x, shares, scale = ctx.saved_tensors
         values, gradient = x.flatten(1), gradient.flatten(1)
         to_x = torch.zeros_like(values)
-        found = torch.zeros(len(scale), 3, len(values), device=x.device)  # products of the gradient, sums over a sample's values
+        totals = torch.zeros(len(scale), 3, len(values), device=x.device)  # products of the gradient, sums over a sample's values
         for samples, here in _blocks(values):
-            part, given, sums = values[samples, here], gradient[samples, here], to_x[samples, here]
-            ratio, rounded, code, passed = (torch.empty_like(given) for _ in range(4))
-            for index, (step, (low, high), share) in enumerate(
+            part, incoming, sums = values[samples, here], gradient[samples, here], to_x[samples, here]
+            ratio, rounded, code, passed = (torch.empty_like(incoming) for _ in range(4))
+            for index, (size, (low, high), share) in enumerate(
                 zip(scale, ctx.bounds, shares[samples].split(1, dim=1), strict=True)
             ):
-                torch.div(part, step, out=ratio)
+                torch.div(part, size, out=ratio)
                 torch.round(ratio, out=rounded)
                 torch.clamp(rounded, low, high, out=code)
-                where_free(given, rounded, low, high, out=passed)
+                where_free(incoming, rounded, low, high, out=passed)
                 sums.addcmul_(passed, share)
-                products = torch.linalg.vecdot(given, code), torch.linalg.vecdot(passed, ratio), passed.sum(dim=1)
-                found[index, :, samples] += torch.stack(products)
-        of_code, of_ratio, of_passed = found.unbind(dim=1)
+                products = torch.linalg.vecdot(incoming, code), torch.linalg.vecdot(passed, ratio), passed.sum(dim=1)
+                totals[index, :, samples] += torch.stack(products)
+        of_code, of_ratio, of_passed = totals.unbind(dim=1)
         to_scale = (shares.t() * (of_code - of_ratio)).sum(dim=1)
         to_zero = (shares.t() * (of_passed - gradient.sum(dim=1))).sum(dim=1) * scale
         return to_x.view(x.shape), of_code.t() * scale, to_scale, to_zero, None, None
@@ -93,8 +95,3 @@ def _blocks(values: Float[Tensor, "n values"]) -> Iterator[tuple[slice, slice]]:
     for first in range(0, count, together):
         for start in range(0, size, BLOCK):
             yield slice(first, first + together), slice(start, start + BLOCK)
-
-
-def _mixed(*operands: Any) -> Tensor:
-    output: Tensor = _Mixture.apply(*operands)  # type: ignore[no-untyped-call]
-    return output

@@ -32,7 +32,7 @@ class Pool:
 
     @property
     def samples(self) -> Int[Tensor, " n"]:
-        """What is there so far."""
+        """Those added so far."""
         return self.chosen[self.chosen >= 0]
 
     def visited(self) -> Bool[Tensor, " intervals"]:
@@ -44,8 +44,8 @@ class Pool:
     def choose(self, entropy: Float[Tensor, " intervals"]) -> int:
         """The interval at which the next samples are taken."""
         count = len(self.counts)
-        there = torch.bincount(self.interval_of_sample, minlength=count)
-        left = there - torch.bincount(self.interval_of_sample[self.samples], minlength=count)
+        recorded = torch.bincount(self.interval_of_sample, minlength=count)
+        left = recorded - torch.bincount(self.interval_of_sample[self.samples], minlength=count)
         score = entropy + BONUS / (self.counts + 1)
         return int(score.masked_fill(left <= 0, -torch.inf).argmax())
 
@@ -59,9 +59,9 @@ class Pool:
         used = torch.zeros(len(self.interval_of_sample), dtype=torch.bool)
         used[self.chosen[:begin]] = True
         free = ((self.interval_of_sample == interval) & ~used).nonzero()[:, 0]
-        taken = free[torch.randperm(len(free), generator=generator)[: end - begin]]
-        self.chosen[begin : begin + len(taken)] = taken
+        there = free[torch.randperm(len(free), generator=generator)[: end - begin]]
+        self.chosen[begin : begin + len(there)] = there
         rest = (~used).nonzero()[:, 0]  # an interval with fewer samples than the round adds: the rest from anywhere
         more = rest[torch.randperm(len(rest), generator=generator)]
-        more = more[~torch.isin(more, taken)][: end - begin - len(taken)]
-        self.chosen[begin + len(taken) : end] = more
+        more = more[~torch.isin(more, there)][: end - begin - len(there)]
+        self.chosen[begin + len(there) : end] = more

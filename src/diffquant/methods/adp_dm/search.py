@@ -1,15 +1,15 @@
 """ADP-DM: which timesteps of a layer share which quantization function, found by gradient; and which timesteps to calibrate on.
 
 Every input quantizer has G parameter sets. While searching, its output at timestep t is the mixture of all G quantized inputs by
-softmax(logits[t]); logits, steps and zero points are learned together on the error of the model's output plus the entropy of the
+softmax(logits[t]); logits, scales and zero points are learned together on the error of the model's output plus the entropy of the
 mixtures, network weights fixed. Then each timestep takes the set with the largest logit, for good. Calibration latents are added
 where the search is undecided (entropy) or was seldom: ``score(t) = H_t + bonus / (N_t + 1)``.
 
 Source: Wang et al. 2024 (arXiv 2305.18723). The released code is another method (groups of channels, never hardened) and is not
 followed. *Differs*: the target is the full-precision output and the inputs are recorded latents (paper: the noise itself, on states
-of the sampler noised to any timestep); the entropy is a mean over layers, so that its weight
-does not depend on their number; rates of steps are relative; sets start from clusters of the timesteps' ranges, which the paper
-leaves open; ``error: latent`` (off unless asked for) is not the paper's. What else was tried: docs/studies/adp-dm.md.
+of the sampler noised to any timestep); the entropy is a mean over layers, so that its weight does not depend on their number;
+learning rates of scales are relative; sets start from clusters of the timesteps' ranges, which the paper leaves open; ``error:
+latent`` (off unless asked for) is not the paper's. What else was tried: docs/studies/adp-dm.md.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from diffquant.methods.adp_dm.clusters import clustered, interval_ranges
 from diffquant.methods.adp_dm.mixture import entropies, mixture
 from diffquant.methods.adp_dm.pool import Pool
 from diffquant.methods.base import Figures, Pass, draw_seed, evaluating
-from diffquant.methods.learned_scale import LearnedSteps
+from diffquant.methods.learned import LearnedScale, leaves, placed
 from diffquant.methods.ranges import CalibrateRanges
 
 _log = logging.getLogger(__name__)
 NO_SETS = "SearchParameterSets: no quantizer has several parameter sets; add sets: 8 to a rule"
-RATE, STEP_RATE = 0.05, 1e-3  # of logits, and of steps, relative to them
+LOGITS_LR, SCALE_LR = 0.05, 1e-3  # the latter relative to the scale
 ENTROPY = 0.8  # weight of the mixtures' entropy
-ONE_HOT = 100.0  # a lead, in nats, at which the shares of all other sets are zero
+ONE_HOT = 100.0  # logit margin, in nats, at which the shares of all other sets are zero
 
 
 @final
 class SearchParameterSets(Pass):
     """Learn the G parameter sets of every activation quantizer that a rule gave ``sets``, and the table of their intervals.
 
-    ``images`` distinct latents are added over ``rounds``, each followed by ``updates`` steps on what there is so far. An interval
-    that no latent was taken at gets the set whose range is nearest. Sets start from a search as `CalibrateRanges` does it over what
-    falls into each cluster of the timesteps' ranges; ``learn_ranges: false`` leaves them there.
+    ``images`` distinct latents are added over ``rounds``, each followed by ``updates`` iterations on those added so far. An
+    interval without a latent gets the set whose range is nearest. Ranges of sets start from the search of `CalibrateRanges` over
+    each cluster of timesteps; ``learn_ranges: false`` leaves them there.
 
-    ``error``: of the model's ``output``, as published, or of the ``latent`` that the sampler's step makes of it (`StepGain`):
-    errors of the output are largest at the last timesteps, where the sampler makes least of them.
+    ``error``: of the model's ``output``, as published, or of the next ``latent`` to first order (`StepGain`): errors of the output
+    are largest at the last timesteps, where they change the latent least.
 
-    ``table: clusters`` searches nothing: every interval keeps its cluster's set, and steps and zero points are learned on the same
-    objective, of inputs with one set too. It is the control, which says what the search adds.
+    ``table: clusters`` is the control without a search: every interval keeps its cluster's set, and scales and zero points are
+    learned on the same objective, of inputs with one set too.
     """
 
     images: int = Field(default=512, ge=1)
@@ -85,7 +85,7 @@ class SearchParameterSets(Pass):
         seed = draw_seed(generator)
         with evaluating(model), switched(model, True):
             fewest = 2 if self.table == "searched" else 1
-            searched = {name: one for name, one in quantizers(model) if one.clock is not None and one.rows >= fewest}
+            searched = {name: each for name, each in quantizers(model) if each.clock is not None and each.rows >= fewest}
             if not searched and clock_of(model).times == 1:
                 note = "the model was recorded at one timestep, so every input has one parameter set; nothing is searched"
                 _log.warning("SearchParameterSets: %s", note)
@@ -119,26 +119,25 @@ class SearchParameterSets(Pass):
         return nearest
 
     def _fit(self, search: _Search, seed: int, run: Run) -> list[float]:
-        learned = [(logits, RATE) for logits in search.logits.values() if search.searching]
-        if self.learn_ranges:
-            learned += [pair for one in search.steps for pair in one.parameters()]
-        if not learned:
+        parameters = [(logits, LOGITS_LR) for logits in search.logits.values() if search.searching]
+        parameters += leaves(search.scales)
+        if not parameters:
             for round_ in range(self.rounds):
                 search.grow(round_, iteration_generator(seed, round_))
             return []
         return fit(
-            learned,
+            parameters,
             search.loss,
             iterations=self.rounds * self.updates,
             seed=seed,
             run=run,
             label="parameter sets",
-            also_kept={"pool": search.pool.chosen, "counts": search.pool.counts},
+            also_saved={"pool": search.pool.chosen, "counts": search.pool.counts},
         )
 
 
 class _Search:
-    """The state of a search: logits, learned steps, the latents chosen so far and how often each interval was.
+    """The state of a search: logits, learned scales, the latents chosen so far and how often each interval was.
 
     ``nearest``: the set each interval starts nearest to.
     """
@@ -154,13 +153,16 @@ class _Search:
         self.options, self.model, self.data, self.searched, self.nearest = options, model, data, searched, nearest
         self.clock = clock = clock_of(model)
         self.searching = options.table == "searched"
-        lead = 0.0 if self.searching else ONE_HOT
-        self.logits = {name: lead * nn.functional.one_hot(nearest[name], one.rows).to(one.scale) for name, one in searched.items()}
+        margin = 0.0 if self.searching else ONE_HOT
+        self.logits = {
+            name: margin * nn.functional.one_hot(nearest[name], each.rows).to(each.scale) for name, each in searched.items()
+        }
         self.gain = step_gain("SearchParameterSets", model, data) if options.error == "latent" else None
-        self.steps = [LearnedSteps.of(one, STEP_RATE, zero_points=True) for one in searched.values()]
-        interval = torch.tensor([clock.timesteps.index(timestep) for timestep in data.timestep_of().tolist()])
+        learned = searched.values() if options.learn_ranges else ()
+        self.scales = [LearnedScale(each, SCALE_LR, zero_points=True) for each in learned]
+        interval = torch.tensor([clock.timesteps.index(timestep) for timestep in data.timestep_of.tolist()])
         if clock.conditional is not None:
-            half = data.half_of()
+            half = data.half_of
             interval = interval + clock.times * torch.where(half < 0, clock.conditional, half)
         self.pool = Pool(options.images, interval, clock)
         self.start_entropy = float(self.interval_entropy().mean())
@@ -177,31 +179,26 @@ class _Search:
     # ---- the loss
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
-        """The objective on a batch of the pool, with the gradients of steps put where the optimizer expects them."""
+        """The objective on a batch of the pool, which sets the gradients itself."""
         if iteration % self.options.updates == 0:
             self.grow(iteration // self.options.updates, generator)
         pool = self.pool.samples
         picked = pool[torch.randint(len(pool), (self.options.batch_size,), generator=generator)]
-        arguments, target = self.data.batch(picked, device_of(self.model))
-        if self.options.learn_ranges:
-            for one in self.steps:
-                one.place()
-        sets = self.mixed() if self.searching else nullcontext()
-        with sets, rows_of(self.model, self.data, picked):
-            output = predicted(self.model, self.model(**arguments))
-        total = self.squared(output, target, picked).mean()
-        if self.searching:
-            interval = torch.as_tensor(self.clock.interval).expand(len(picked))
-            undecided = [entropies(logits)[interval.to(logits.device)].mean() for logits in self.logits.values()]
-            total = total + ENTROPY * torch.stack(undecided).mean()
-        total.backward()
-        if self.options.learn_ranges:
-            for one in self.steps:
-                one.collect()
+        with placed(self.scales):
+            with self.mixed() if self.searching else nullcontext():
+                total = self.errors(picked).mean()
+            if self.searching:
+                interval = torch.as_tensor(self.clock.interval).expand(len(picked))
+                undecided = [entropies(logits)[interval.to(logits.device)].mean() for logits in self.logits.values()]
+                total = total + ENTROPY * torch.stack(undecided).mean()
+            total.backward()
         return total.detach()
 
-    def squared(self, output: Tensor, target: Tensor, picked: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Squared error of each sample, a sum over its values."""
+    def errors(self, picked: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Squared error of the model on each of the recorded samples `picked`, a sum over its values."""
+        arguments, target = self.data.batch(picked, device_of(self.model))
+        with rows_of(self.model, self.data, picked):
+            output = predicted(self.model, self.model(**arguments))
         error = output.float() - target.float()
         if self.gain is not None:
             gain = self.gain.of(picked)
@@ -233,9 +230,8 @@ class _Search:
 
     def finish(self) -> Figures:
         """Leave the quantizers with what was learned; figures of the search."""
-        if self.options.learn_ranges:
-            for one in self.steps:
-                one.finish()
+        for each in self.scales:
+            each.finish()
         mixed, hardened = self.decide() if self.searching else (math.nan, math.nan)
         trained = self.pool.visited()
         rows = []
@@ -253,15 +249,15 @@ class _Search:
                     "largest_share": float(logits.softmax(dim=1).amax(dim=1).mean()),
                 }
             )
-        found = {
+        figures = {
             "layers": rows,
             "images": len(self.pool.samples),
             "settled_error": self.error(),
             "intervals_chosen": self.pool.counts.tolist(),
         }
         if not self.searching:
-            return found
-        return found | {
+            return figures
+        return figures | {
             "entropy_at_start": self.start_entropy,
             "entropy_at_end": float(self.interval_entropy()[trained].mean()),
             "mixture_error": mixed,
@@ -271,11 +267,6 @@ class _Search:
 
     def error(self) -> float:
         """Squared error against full precision, a mean over the pool's latents."""
-        found = []
         with torch.no_grad():
-            for picked in self.pool.samples.split(self.options.batch_size):
-                arguments, target = self.data.batch(picked, device_of(self.model))
-                with rows_of(self.model, self.data, picked):
-                    output = predicted(self.model, self.model(**arguments))
-                found.append(self.squared(output, target, picked).cpu())
-        return float(torch.cat(found).mean())
+            errors = [self.errors(picked).cpu() for picked in self.pool.samples.split(self.options.batch_size)]
+        return float(torch.cat(errors).mean())

@@ -260,7 +260,8 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
     blocks = len(units(model))
     forwards: dict[str, float] = {"record": 2.0 * FULL["trajectories"] * FULL["steps"]}
     for step in whole.built_passes():
-        count = step.sample_forwards(blocks)
+        work = step.work(blocks)
+        count = work.forwards + 2 * work.backwards
         guided = 2.0 if type(step).__name__ == "AccuQuant" else 1.0  # its samples are trajectories
         forwards[type(step).__name__] = count * guided
     teraflops = counter.get_total_flops() / 1e12

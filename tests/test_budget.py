@@ -8,11 +8,11 @@ import pytest
 
 import diffquant as dq
 import pipelines
-from diffquant.budget import LEAST_TRAJECTORIES, Budget, recipe_forwards, remembered, within
+from diffquant.budget import LEAST_TRAJECTORIES, Budget, recipe_work, remembered, within
 from diffquant.calibration.timing import Timing, timed
 from diffquant.errors import CalibrationError
 
-SLOW = Timing(seconds=0.1, activation_bytes=0.0, operations={}, rows=1)
+SLOW = Timing(forward=0.1, backward=0.3, activation_bytes=0.0, operations={}, rows=1)
 RECORDED = dq.Calibration(samples=64)
 
 
@@ -24,8 +24,9 @@ def test_with_time_enough_nothing_is_given_up() -> None:
     budget = found(10_000)
     assert not budget.given_up and budget.calibration == RECORDED
     assert budget.recipe.built_passes() == dq.load_recipe("brecq-w4a8").built_passes()
-    forwards = recipe_forwards(budget.recipe, pipelines.micro().unet) + 64 * 20
-    assert budget.seconds == pytest.approx(0.1 * forwards)  # the same sum
+    work = recipe_work(budget.recipe, pipelines.micro().unet)
+    assert work.forwards > work.backwards > 0
+    assert budget.seconds == pytest.approx(0.1 * (work.forwards + 64 * 20) + 0.3 * work.backwards)  # the same sum
 
 
 def test_with_less_it_is_thinner_and_says_so() -> None:
@@ -61,7 +62,7 @@ def test_a_later_run_takes_what_the_first_one_found(tmp_path: Path) -> None:
 
 def test_quantize_within_minutes(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     pipe = pipelines.micro()
-    whole = timed(pipe).seconds * recipe_forwards(dq.load_recipe("brecq-w4a8"), pipe.unet) / 60
+    whole = timed(pipe).seconds(recipe_work(dq.load_recipe("brecq-w4a8"), pipe.unet)) / 60
     few = dq.Calibration(samples=4, steps=2, batch_size=4)
     with caplog.at_level(logging.WARNING):
         report = dq.quantize(pipe, data=few, minutes=whole / 40, folder=tmp_path, progress=False)

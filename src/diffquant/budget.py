@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from diffquant.calibration.timing import Timing
+from diffquant.calibration.timing import Timing, Work
 from diffquant.errors import CalibrationError
 from diffquant.files import digest_of_json, renamed_when_done
 from diffquant.host.conditions import Calibration
@@ -33,9 +33,9 @@ class Budget(BaseModel):
     given_up: tuple[str, ...]
 
 
-def recipe_forwards(recipe: Recipe, model: nn.Module) -> float:
+def recipe_work(recipe: Recipe, model: nn.Module) -> Work:
     """About how many times one sample goes through `model` in the passes of `recipe`."""
-    return sum(each.sample_forwards(unit_count(model)) for each in recipe.built_passes())
+    return sum((each.work(unit_count(model)) for each in recipe.built_passes()), start=Work())
 
 
 def within(
@@ -76,7 +76,7 @@ def remembered(path: Path | None, request: dict[str, Any], choose: Callable[[], 
 
 def _budgets(whole: Recipe, exchange: bool, calibration: Calibration | None, model: nn.Module, timing: Timing) -> Iterator[Budget]:
     """The shares of `whole`, then with `exchange` those of ranges alone."""
-    takes = f"{whole.full_name}, which takes {recipe_forwards(whole, model) * timing.seconds / 60:.2g} minutes"
+    takes = f"{whole.full_name}, which takes {timing.seconds(recipe_work(whole, model)) / 60:.2g} minutes"
     recipes: list[tuple[Recipe, list[str]]] = [(whole, [])]
     if exchange:
         recipes.append((load_recipe(f"{FALLBACK}-{whole.bits}"), [takes]))
@@ -84,7 +84,7 @@ def _budgets(whole: Recipe, exchange: bool, calibration: Calibration | None, mod
         for share in SHARES:
             thinned, fewer = recipe.thinned(share), calibration
             given_up = [*exchanged, *_differences(recipe, thinned)]
-            seconds = recipe_forwards(thinned, model) * timing.seconds
+            seconds = timing.seconds(recipe_work(thinned, model))
             if calibration is not None:
                 samples = min(calibration.samples, max(LEAST_TRAJECTORIES, round(calibration.samples * share)))
                 fewer = dataclasses.replace(calibration, samples=samples)

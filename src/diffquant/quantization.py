@@ -195,7 +195,8 @@ def _quantize(
     prepare(model, rows, data.timesteps, None if first_with_guidance_sets(rows) is None else conditional_half(data))
     passes = recipe.built_passes()
     with fit.run(folder, progress, memory_gib * GIB) as run:
-        work = list(itertools.accumulate((each.sample_forwards(unit_count(model)) for each in passes), initial=0.0))
+        shares = (each.work(unit_count(model)) for each in passes)
+        work = list(itertools.accumulate((each.forwards + 2 * each.backwards for each in shares), initial=0.0))
         total = max(work[-1], 1.0)
         for index, (each, name) in enumerate(zip(passes, names, strict=True)):
             generator = torch.Generator().manual_seed(seed * 1_000 + index)

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from torch import nn
 
 from diffquant.analysis.sensitivity import Sensitivity
-from diffquant.budget import recipe_forwards
+from diffquant.budget import recipe_work
 from diffquant.calibration.memory import GIB
 from diffquant.calibration.recorded_batch import free_bytes
 from diffquant.calibration.timing import timed
@@ -74,7 +74,7 @@ def inspect(pipe: Pipeline, recipe: Recipe) -> Inspection:
         file_bytes=_file_bytes(model, rows),
         float32_bytes=parameters,
         memory_bytes=int(1.25 * parameters + 4 * largest + 2 * samples * timing.activation_bytes),
-        seconds=recipe_forwards(recipe, model) * timing.seconds,
+        seconds=timing.seconds(recipe_work(recipe, model)),
     )
 
 

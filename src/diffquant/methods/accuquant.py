@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diffquant.calibration.fit import Run, cosine, fit
 from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.rollout import Chain, Rollout
+from diffquant.calibration.timing import Work
 from diffquant.core.model import activation_quantizers, quantized_layers, quantizers, switched
 from diffquant.host.structure import PlannedLayer
 from diffquant.methods.base import (
@@ -83,10 +84,10 @@ class AccuQuant(Pass):
         """The vector, where it is learned."""
         return "smooth" if self.smooth else None
 
-    def sample_forwards(self, blocks: int) -> float:
+    def work(self, blocks: int) -> Work:
         """A forward, another with its backward, and what is recomputed, for each step; the measuring beside it is small."""
-        again = 1.0 if self.checkpointing or self.split_guidance else 0.0
-        return (4.0 + again) * self.iterations * self.batch_size * self.steps_per_segment
+        passes = float(self.iterations * self.batch_size * self.steps_per_segment)
+        return Work((3.0 if self.checkpointing or self.split_guidance else 2.0) * passes, passes)
 
     def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
         """Raise `CalibrationError` where the recording cannot be replayed, `SpecError` where no layer has the vector to learn."""

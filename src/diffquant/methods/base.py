@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffquant.calibration.fit import Run
 from diffquant.calibration.recording import Trajectory
+from diffquant.calibration.timing import Work
 from diffquant.core.model import device_of, quantized_layers, quantizers
 from diffquant.core.spec import LayerSpec
 from diffquant.errors import SpecError
@@ -78,8 +79,8 @@ class Pass(BaseModel, ABC):
         return self.model_copy(update={name: max(min(EFFORT[name], n), round(n * share)) for name, n in effort.items()})
 
     @abstractmethod
-    def sample_forwards(self, blocks: int) -> float:
-        """About how many times one sample goes through a model of `blocks` units, a backward pass counted as two: for estimates."""
+    def work(self, blocks: int) -> Work:
+        """About how many times one sample goes through a model of `blocks` units: for estimates of time."""
 
 
 def registered() -> dict[str, type[Pass]]:

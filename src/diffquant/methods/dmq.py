@@ -26,6 +26,7 @@ from torch.nn import functional
 from diffquant.calibration.fit import Run, cosine, fit
 from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import UnitInputs, observe
+from diffquant.calibration.timing import Work
 from diffquant.core.affine import fake_quantize
 from diffquant.core.clock import StepClock, spread
 from diffquant.core.layers import QuantizedLayer
@@ -176,9 +177,9 @@ class PowerOfTwoScaling(Pass):
                 rows.append(row)
         return {"layers": rows, "samples": len(indices)}
 
-    def sample_forwards(self, blocks: int) -> float:
+    def work(self, blocks: int) -> Work:
         """Half the model for each shortcut: taken to be in every other unit."""
-        return 0.25 * blocks * self.samples
+        return Work(0.25 * blocks * self.samples)
 
     def _refusal(self, layer: QuantizedLayer) -> str:
         if layer.weight_quantizer is None:

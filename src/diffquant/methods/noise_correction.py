@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffquant.calibration.fit import Run
 from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.rollout import Rollout
+from diffquant.calibration.timing import Work
 from diffquant.core.correction import Coefficients, NoiseEstimate, Proportional, Rows
 from diffquant.core.model import full_precision, switched
 from diffquant.host.denoiser import give_correction
@@ -40,9 +41,9 @@ class _Fitted(Pass):
         """Raise `SpecError` for a scheduler that is not supported, `CalibrationError` where the recording cannot be replayed."""
         checked(model, data, trajectories=1)
 
-    def sample_forwards(self, blocks: int) -> float:
+    def work(self, blocks: int) -> Work:
         """A call for each step of every trajectory: a recording of 50 steps is assumed."""
-        return 50.0 * self.samples
+        return Work(50.0 * self.samples)
 
     def _predictions(self, rollout: Rollout, run: Run, label: str) -> Iterator[tuple[Tensor, Tensor]]:
         for k in run.track(range(rollout.steps), label):
@@ -96,9 +97,9 @@ class RuntimeNoiseEstimate(_Fitted):
             means.append((noise - known).flatten(1).mean(dim=1))
         return float(torch.cat(means).mean())
 
-    def sample_forwards(self, blocks: int) -> float:
-        """Those of a fitted pass, where there is something to fit."""
-        return super().sample_forwards(blocks) if self.baseline == "calibrated" else 0.0
+    def work(self, blocks: int) -> Work:
+        """That of a fitted pass, where there is something to fit."""
+        return super().work(blocks) if self.baseline == "calibrated" else Work()
 
 
 @final

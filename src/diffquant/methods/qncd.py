@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from diffquant.calibration.fit import Run
 from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import call_recorded, observe
+from diffquant.calibration.timing import Work
 from diffquant.core.model import clock_of, full_precision
 from diffquant.core.watch import watching
 from diffquant.errors import SpecError
@@ -87,9 +88,9 @@ class EmbeddingSmoothing(Pass):
                 rows.append(row)
         return {"layers": rows, "samples": len(indices)}
 
-    def sample_forwards(self, blocks: int) -> float:
+    def work(self, blocks: int) -> Work:
         """Once for the embeddings, and half the model for each residual block: taken to be every other unit."""
-        return (1.0 + (0.25 * blocks if self.guard else 0.0)) * self.samples
+        return Work((1.0 + (0.25 * blocks if self.guard else 0.0)) * self.samples)
 
 
 def projected_embeddings(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diffquant.calibration.fit import Run
 from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import call_recorded
+from diffquant.calibration.timing import Work
 from diffquant.core.affine import fake_quantize, scale_from_range
 from diffquant.core.model import activation_quantizers, full_precision, quantized_layers
 from diffquant.core.quantizer import Quantizer
@@ -68,9 +69,9 @@ class CalibrateRanges(Pass):
         """Those of the search."""
         return self.model_dump(include={"weights", "candidates"})
 
-    def sample_forwards(self, blocks: int) -> float:
+    def work(self, blocks: int) -> Work:
         """Once over the samples for the extremes, once more for histograms."""
-        return self.samples * (2.0 if self.activations == "mse" else 1.0)
+        return Work(self.samples * (2.0 if self.activations == "mse" else 1.0))
 
     def _calibrate_weight(self, quantizer: Quantizer, weight: Float[Tensor, "out in ..."]) -> float:
         sizes = quantizer.splits or (weight.shape[1],)

@@ -24,6 +24,7 @@ from diffquant.calibration.memory import checkpointed
 from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import call_recorded
 from diffquant.calibration.rollout import Chain, Rollout
+from diffquant.calibration.timing import Work
 from diffquant.core.model import full_precision, switched
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.watch import observing, watching
@@ -50,9 +51,11 @@ class SensitivityPass(Pass):
     batch_size: int = Field(default=8, ge=1)
     checkpointing: bool = False
 
-    def sample_forwards(self, blocks: int) -> float:
-        """A forward pass, and a backward pass for each direction; of trajectories, both and a forward pass for each step."""
-        return float(self.samples * (1 + 2 * DIRECTIONS)) if self.of == "prediction" else 200.0 * self.trajectories
+    def work(self, blocks: int) -> Work:
+        """A forward pass, and a backward pass for each direction; of trajectories, two forwards and one backwards a step of 50."""
+        if self.of == "prediction":
+            return Work(self.samples, self.samples * DIRECTIONS)
+        return Work(100.0 * self.trajectories, 50.0 * self.trajectories)
 
     def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
         """Raise `CalibrationError` where trajectories are needed and cannot be replayed."""

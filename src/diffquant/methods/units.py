@@ -22,6 +22,7 @@ from diffquant.calibration.fit import Run, load_tensors, save_tensors
 from diffquant.calibration.gain import step_gain
 from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import UnitInputs, call_recorded, observe, output_tensors
+from diffquant.calibration.timing import Work
 from diffquant.core.model import full_precision, quantizers, switched
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.watch import watching
@@ -50,9 +51,10 @@ class UnitPass(Pass):
     samples: int = Field(default=512, ge=1)
     error: Literal["output", "latent"] = "output"
 
-    def sample_forwards(self, blocks: int) -> float:
-        """Inputs of every unit, half the model each, targets of all, and three times the unit's own pass an iteration."""
-        return (0.5 * blocks + 1.0) * self.samples + 3.0 * self.iterations * self.batch_size
+    def work(self, blocks: int) -> Work:
+        """Inputs of every unit, half the model each, targets of all, and there and back through the unit in every iteration."""
+        learned = float(self.iterations * self.batch_size)
+        return Work((0.5 * blocks + 1.0) * self.samples + learned, learned)
 
     def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
         """Raise `SpecError` where steps of the sampler are needed and cannot be replayed."""

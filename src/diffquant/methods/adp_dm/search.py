@@ -30,6 +30,7 @@ from diffquant.calibration.fit import Run, fit, iteration_generator
 from diffquant.calibration.gain import step_gain
 from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import rows_of
+from diffquant.calibration.timing import Work
 from diffquant.core.model import clock_of, device_of, quantizers, switched
 from diffquant.core.quantizer import Quantizer
 from diffquant.errors import SpecError
@@ -98,10 +99,10 @@ class SearchParameterSets(Pass):
             curve = self._fit(search, seed, run)
             return search.finish() | {"loss": curve[:: max(1, len(curve) // 50)]}
 
-    def sample_forwards(self, blocks: int) -> float:
-        """The observed ranges, and three passes an update, each with G quantizations in place of one (counted as twice)."""
-        passes = 6.0 if self.table == "searched" else 3.0
-        return self.images + passes * self.rounds * self.updates * self.batch_size
+    def work(self, blocks: int) -> Work:
+        """The observed ranges, and there and back in every update, with G quantizations in place of one (counted as twice)."""
+        passes = (2.0 if self.table == "searched" else 1.0) * self.rounds * self.updates * self.batch_size
+        return Work(self.images + passes, passes)
 
     def _initialise(
         self, model: nn.Module, searched: dict[str, Quantizer], data: Trajectory, generator: torch.Generator, run: Run

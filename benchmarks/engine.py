@@ -166,7 +166,8 @@ def held(model: nn.Module) -> float:
                     total += part.weight.held
                     scratches[id(part.weight.scratch)] = len(part.weight.scratch.bytes)
                 else:
-                    total += torch.ops.mkldnn._nbytes(part.weight.weight)
+                    with part.weight as weight:
+                        total += torch.ops.mkldnn._nbytes(weight)
     return (total + sum(scratches.values())) / float32_size(model)
 
 

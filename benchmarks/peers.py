@@ -15,7 +15,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from diffquant.engines import onnx, openvino
+from diffquant.checkpoint.targets.onnx import Onnx
+from diffquant.engines import openvino_graph as openvino
 
 Arguments = Mapping[str, Tensor]
 Run = Callable[[], object]
@@ -61,20 +62,20 @@ def onnxruntime_float32(model: nn.Module, arguments: Arguments) -> Run:
     tensors, names = tuple(arguments.values()), list(arguments)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        file = Path(folder) / onnx.FILE
+        file = Path(folder) / Onnx.file
         torch.onnx.export(Positional(model, tuple(names)), tensors, str(file), input_names=names, dynamo=False, opset_version=17)
-        session = onnx.load_onnx(folder).session
+        session = Onnx().load(Path(folder)).session
     given = {each.name: arguments[each.name].numpy() for each in session.get_inputs()}
     return lambda: session.run(None, given)
 
 
 def onnx_export(model: nn.Module, arguments: Arguments) -> Run:
     """A frozen model as `diffquant export --to onnx` writes it."""
-    graph = onnx.build(model, arguments)
+    target = Onnx()
     with tempfile.TemporaryDirectory() as folder:
-        onnx.save_onnx(graph, Path(folder) / "model")
-        compiled = onnx.load_onnx(Path(folder) / "model")
-    return lambda: onnx.run(compiled, model, arguments)
+        target.save(target.build(model, arguments), Path(folder) / "model")
+        compiled = target.load(Path(folder) / "model")
+    return lambda: target.run(compiled, model, arguments)
 
 
 PEERS: dict[str, Callable[[nn.Module, Arguments], Run]] = {

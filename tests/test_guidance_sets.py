@@ -72,7 +72,7 @@ def test_intervals_of_halves():
         assert clock.halves(torch.zeros(3, 1)).tolist() == [1, 0, 1]
         with pytest.raises(SpecError, match="a batch of 2 where 3 rows"):
             clock.halves(latents)
-    assert clock.given is None
+    assert clock.row_halves is None
 
 
 def test_a_clock_without_halves_is_as_it_was():

@@ -25,7 +25,7 @@ LONGEST = 90  # lines of a page
 ENGINE_NAMES = {name for name in engines.engine_names() if name != FALLBACK}  # the simulation is what the others are compared with
 ENGINE_ALLOWED = {
     ("checkpoint/export.py", "openvino"): "the export target that is written by default, a file format",
-    ("cli.py", "openvino"): "the same default on the command line",
+    ("cli/quantizing.py", "openvino"): "the same default on the command line",
     ("checkpoint/targets/openvino.py", "openvino"): "the name of the export target",
 }
 ENGINE_MODULES_ALLOWED = {
@@ -34,7 +34,7 @@ ENGINE_MODULES_ALLOWED = {
 }
 METRIC_ALLOWED = {
     ("analysis/robustness.py", "final_error"): "the figure of its picture: one had to be chosen",
-    ("evaluation/rendering.py", "psnr"): "the caption of a row of pictures",
+    ("evaluation/report.py", "psnr"): "the caption of a row of pictures",
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "diffquant"
 ORDER = (
     "errors",
+    "registry",
     "files",
     "core",
     "host",

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import DDIMPipeline, DDIMScheduler
@@ -10,9 +11,9 @@ from torch import nn
 import diffquant as dq
 import pipelines
 from diffquant import cli
+from diffquant.checkpoint.targets.base import target
 from diffquant.core.model import quantized_layers
 from diffquant.core.spec import LayerRule
-from diffquant.engines import onnx, openvino
 from diffquant.engines.int8.engine import Int8
 from diffquant.engines.openvino import OpenVino
 from diffquant.errors import CheckpointError
@@ -50,9 +51,9 @@ def test_an_export_is_run_and_described(pipe: DDIMPipeline, tmp_path: Path, to: 
 def test_a_file_that_computes_something_else_is_not_kept(
     pipe: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
-    engine = {"openvino": openvino, "onnx": onnx}[to]
-    run = engine.run
-    monkeypatch.setattr(engine, "run", lambda *given: tuple(-output for output in run(*given)))
+    kind: Any = type(target(to))
+    run = kind.run
+    monkeypatch.setattr(kind, "run", lambda *arguments: tuple(-output for output in run(*arguments)))
     with pytest.raises(
         CheckpointError, match="differs from the simulation's by 2, where rounding explains 0.*; nothing was written"
     ):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from diffquant.core import memory
+from diffquant.core import quantizer as quantizers_module
 from diffquant.core.affine import scale_from_range
 from diffquant.core.attention import AttentionProducts, attach_products
 from diffquant.core.clock import StepClock
@@ -473,7 +473,7 @@ def test_a_frozen_weight_is_kept_until_what_it_is_made_of_changes(monkeypatch):
         after = quantizer.frozen_weight(torch.float32)
         assert after is not kept and torch.equal(after, quantizer.dequantized_codes().float())
         kept = after
-    monkeypatch.setattr(memory, "allows", lambda size, device: False)
+    monkeypatch.setattr(quantizers_module, "allows", lambda size, device: False)
     quantizer.scale.mul_(2)
     assert quantizer.frozen_weight(torch.float32) is not quantizer.frozen_weight(torch.float32)
     monkeypatch.undo()
@@ -483,5 +483,5 @@ def test_a_frozen_weight_is_kept_until_what_it_is_made_of_changes(monkeypatch):
 
 def test_memory_that_is_short_keeps_nothing():
     cpu = torch.device("cpu")
-    assert memory.allows(-(1 << 60), cpu) and not memory.allows(1 << 60, cpu)
-    assert not memory.allows(0, torch.device("meta"))
+    assert quantizers_module.allows(-(1 << 60), cpu) and not quantizers_module.allows(1 << 60, cpu)
+    assert not quantizers_module.allows(0, torch.device("meta"))

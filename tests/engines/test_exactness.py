@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffquant.engines import exactness
 from diffquant.engines.exactness import ALL, CODES, PAIR, PORTABLE, answer_of
+from diffquant.engines.exactness.kernel import Kernel, bounds, worst_case
 from diffquant.engines.graph import portable
 from diffquant.engines.int8.packed import digits
 
@@ -43,15 +44,15 @@ def halving(codes: Tensor, weights: Tensor) -> Tensor:
 )
 def test_the_worst_case_finds_the_largest_exact_weight(kernel, expected):
     for channels in (16, 504):
-        assert exactness.bounds(kernel(*exactness.worst_case(channels)), channels) == expected
+        assert bounds(kernel(*worst_case(channels)), channels) == expected
 
 
 def test_every_place_of_an_output_counts():
-    codes, weights = exactness.worst_case(16)
+    codes, weights = worst_case(16)
     pixels = exact(codes, weights)[..., None, None].expand(-1, -1, 2, 2).clone()
-    assert exactness.bounds(pixels, 16) == (ALL,) * 7
+    assert bounds(pixels, 16) == (ALL,) * 7
     pixels[0, 4 * (100 - 1), 1, 1] += 1  # the first row of weights of 100, beside codes of 255
-    assert exactness.bounds(pixels, 16) == (99, *(ALL,) * 6)
+    assert bounds(pixels, 16) == (99, *(ALL,) * 6)
 
 
 def test_an_answer_holds_for_narrower_codes():
@@ -79,10 +80,10 @@ def test_every_kernel_of_this_machine_has_an_answer(kernel):
 
 
 def test_a_kernel_that_is_not_there_is_not_usable(monkeypatch):
-    def missing(kernel):
+    def missing(codes, weights, integer):
         raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'\nand more")
 
-    monkeypatch.setitem(exactness.KERNELS, "missing", missing)
+    monkeypatch.setitem(exactness.KERNELS, "missing", Kernel(missing))
     answer = answer_of("missing")
     assert answer.reason == "'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'" and not answer.usable
 

@@ -48,7 +48,7 @@ def test_they_compute_what_the_simulation_does() -> None:
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
     dq.use_engine(model, "simulate")
     assert {type(layer) for layer in model.layers} == {QuantizedLinear}
-    assert not any(hasattr(layer, "float_product") for layer in model.layers)
+    assert not any(hasattr(layer, "product") for layer in model.layers)
 
 
 def test_which_layers() -> None:

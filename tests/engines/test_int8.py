@@ -182,7 +182,7 @@ def output_of_codes_magnitude(layer: nn.Module, codes: list[Tensor], row: int) -
 def test_padding_is_the_zero_point() -> None:
     layer = lowered(nn.Conv2d(4, 3, 3, padding=1, bias=False), specs(8, False, 4, True))
     codes = layer.product.codes(torch.zeros(1, 4, 3, 3), 0)  # type: ignore[union-attr, operator]
-    step = layer.product.steps[0][0]
+    step = layer.product.sets[0][0]
     # the integers cancel; the kernel scales them and the bias in float32, each rounded once
     rounding = 2.0**-23 * step.zero_point * step.scale * max(float(packed.sums.abs().max()) for packed in step.matrices)
     assert len(codes[0].unique()) == 1 and layer(torch.zeros(1, 4, 3, 3)).abs().max() <= rounding
@@ -298,7 +298,7 @@ def test_circular_padding_stays_simulated() -> None:
 def test_no_weight_is_laid_out_again_at_a_call(capfd: pytest.CaptureFixture[str], kernel: int, channels: int, kind: str) -> None:
     """oneDNN says what it does: a reorder at every call where a convolution has a zero point, or is pointwise with 128 channels."""
     layer = lowered(nn.Conv2d(channels, channels, kernel, padding=kernel // 2), specs(8, False, 4, True))
-    assert layer.product.steps[0][0].zero_point != 0
+    assert layer.product.sets[0][0].zero_point != 0
     x = torch.randn(2, channels, 6, 5)
     layer(x)
     capfd.readouterr()
@@ -311,7 +311,7 @@ def test_no_weight_is_laid_out_again_at_a_call(capfd: pytest.CaptureFixture[str]
 def test_convolutions_that_a_kernel_lays_out_again_are_cut(capfd: pytest.CaptureFixture[str]) -> None:
     """Of 192 outputs, for small pictures; cut in two, each is one convolution and nothing else, and the integers are the same."""
     layer = lowered(nn.Conv2d(256, 192, 3, padding=1), specs(8, False, 4, True), unit_steps=True)
-    (packed,) = layer.product.steps[0][0].matrices
+    (packed,) = layer.product.sets[0][0].matrices
     assert [(part.first, part.end) for part in packed.halves[0]] == [(0, 128), (128, 192)]
     codes = torch.randint(0, 256, (2, 256, 8, 8))
     x = (codes - layer.input_quantizer.zero_point.view(())).float()  # type: ignore[union-attr]
@@ -351,7 +351,7 @@ def test_feed_forward_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch, bit
     for name, layer in (("first", forward.net[0].proj), ("second", forward.net[2])):
         lowered(layer, specs(bits, False, 4, True, sets=2), timesteps=(900.0, 100.0))
         codes[name] = layer.weight_quantizer.codes.clone()
-    rows = int8.lower(block)
+    rows = int8.Int8().install(block)
     assert isinstance(forward, IntegerFeedForward) and not any(row.reason for row in rows)
     assert torch.equal(forward.net[0].proj.weight_quantizer.codes, codes["first"])
     x = torch.randn(3, 5, 12)
@@ -378,7 +378,7 @@ def test_feed_forward_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch, bit
     layer, forward.net[2] = forward.net[2], nn.Sequential(forward.net[2])  # as an adapter does
     assert torch.equal(forward(x), parts)
     forward.net[2] = layer
-    int8.simulate(block)
+    int8.Int8().uninstall(block)
     simulated = forward(x)
     assert type(forward) is FeedForward and (together[1] - simulated).norm() < 0.01 * simulated.norm()
     assert torch.equal(forward.net[0].proj.weight_quantizer.codes, codes["first"])
@@ -395,7 +395,7 @@ def test_upsampling_repeats_codes(
     upsample = block[0]
     assert isinstance(upsample, Upsample2D)
     lowered(upsample.conv, specs(6, False, 4, True, sets=2, **options), timesteps=(900.0, 100.0))
-    int8.lower(block)
+    int8.Int8().install(block)
     assert isinstance(upsample, IntegerUpsample)
     x = torch.randn(batch, 12, 4, 5)
     seen = []
@@ -417,7 +417,7 @@ def test_upsampling_repeats_codes(
     hook = upsample.conv.register_forward_hook(lambda module, given, output: shapes.append(given[0].shape[2:]))
     assert torch.equal(upsample(x, size), seen[1]) and shapes == [size or (8, 10)]  # who looks at the layer sees its input
     hook.remove()
-    int8.simulate(block)
+    int8.Int8().uninstall(block)
     assert type(upsample) is Upsample2D
 
 
@@ -434,7 +434,7 @@ def test_residual_blocks_write_into_their_own_tensors(embedded: str | None, opti
         lowered(conv, specs(8, False, 4, True))
     x, embedding = torch.randn(3, 8, 4, 4), None if embedded is None else torch.randn(3, 6)
     kept = x.clone(), None if embedding is None else embedding.clone()
-    int8.lower(block)
+    int8.Int8().install(block)
     assert type(resnet) is IntegerResnetBlock2D
     with torch.no_grad():
         expected = ResnetBlock2D.forward(resnet, x, embedding)
@@ -454,7 +454,7 @@ def test_residual_blocks_write_into_their_own_tensors(embedded: str | None, opti
             patch.setattr(ResnetBlock2D, "forward", lambda *_: expected)
             assert resnet(x, embedding) is expected
         resnet.conv1 = layer
-    int8.simulate(block)
+    int8.Int8().uninstall(block)
     assert type(resnet) is ResnetBlock2D
 
 
@@ -464,12 +464,12 @@ def test_norms_before_attention_keep_the_layout_of_tokens() -> None:
     x = torch.randn(2, 6, 8)
     with torch.no_grad():
         expected = norm(x.transpose(1, 2)).transpose(1, 2)
-        int8.lower(model)
+        int8.Int8().install(model)
         output = norm(x.transpose(1, 2)).transpose(1, 2)
         picture = x.view(2, 8, 3, 2)
         assert torch.equal(norm(picture), nn.GroupNorm.forward(norm, picture))
     assert not expected.is_contiguous() and output.is_contiguous() and torch.allclose(output, expected, atol=1e-6)
-    int8.simulate(model)
+    int8.Int8().uninstall(model)
     assert type(norm) is nn.GroupNorm
 
 

@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from diffquant.core.clock import StepClock
 from diffquant.core.layers import QuantizedConv2d, QuantizedLinear, make_quantizable
 from diffquant.engines.int8 import engine as int8
 from diffquant.engines.int8 import nibbles
-from diffquant.engines.int8.nibbles import Nibbles, Plain
+from diffquant.engines.int8.nibbles import Nibbles
 from layer_cases import spec
 
 pytestmark = pytest.mark.skipif(bool(int8.Int8.unsupported()) or not nibbles.available(), reason="no integer kernels")
@@ -51,8 +52,8 @@ def frozen(name: str, bits: int, seed: int = 0) -> QuantizedLinear | QuantizedCo
     return layer
 
 
-def held(layer: nn.Module) -> list[Plain | Nibbles]:
-    return [part.weight for half in layer.product.steps[0][0].matrices[0].halves for part in half]  # type: ignore[union-attr, index]
+def held(layer: nn.Module) -> list[nullcontext[Tensor] | Nibbles]:
+    return [part.weight for half in layer.product.sets[0][0].matrices[0].halves for part in half]  # type: ignore[union-attr, index]
 
 
 def both(name: str, bits: int, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -69,7 +70,7 @@ def both(name: str, bits: int, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_packed_weight_multiplies_as_the_plain_one(name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, plain = both(name, bits, monkeypatch)
-    assert all(isinstance(each, Nibbles) for each in held(packed)) and isinstance(held(plain)[0], Plain)
+    assert all(isinstance(each, Nibbles) for each in held(packed)) and isinstance(held(plain)[0], nullcontext)
     assert len(held(packed)) > 1 or name in ("linear of odd sizes", "grouped conv", "pointwise conv")
     x = torch.randn(LAYERS[name][1])
     assert torch.equal(packed(x), plain(x))
@@ -80,7 +81,7 @@ def test_a_packed_weight_multiplies_as_the_plain_one(name: str, bits: int, monke
 def test_wider_weights_are_not_packed() -> None:
     layer = frozen("linear", 5)
     int8.lower_layer(layer)
-    assert all(isinstance(each, Plain) for each in held(layer))
+    assert all(isinstance(each, nullcontext) for each in held(layer))
 
 
 def test_layers_of_one_layout_share_a_scratch_and_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,7 @@ def test_a_call_of_few_rows_unpacks_for_good(monkeypatch: pytest.MonkeyPatch) ->
     packed, plain = both("linear", 4, monkeypatch)
     x = torch.randn(3, 96)
     assert torch.equal(packed(x), plain(x))
-    assert all(isinstance(each, Plain) for each in held(packed))
+    assert all(isinstance(each, nullcontext) for each in held(packed))
     assert torch.equal(packed.weight_quantizer.codes, plain.weight_quantizer.codes)  # type: ignore[union-attr]
 
 

@@ -13,25 +13,26 @@ import torch
 from torch import Tensor, nn
 
 import pipelines
+from diffquant.checkpoint.targets import onnx as targets
 from diffquant.core.model import quantized_layers
 from diffquant.core.spec import LayerRule
 from diffquant.engines import graph as graphs
-from diffquant.engines import onnx as engine
 from diffquant.engines import onnx_graph
 from diffquant.errors import CheckpointError, SpecError
 from layer_cases import CASES, HALF_FLOAT, OF_SETS, TIMESTEPS, Layers, assert_equal_but_for_edges, make_layers, sample
 
 onnx = pytest.importorskip("onnx")  # not onnxruntime, which is to be imported without its telemetry
 
+TARGET = targets.Onnx()
 EXAMPLE = {"sample": sample(), "timestep": 0}
 
 
-def saved(graph: Any, folder: Path) -> engine.Compiled:
-    engine.save_onnx(graph, folder)
-    return engine.load_onnx(folder)
+def saved(graph: Any, folder: Path) -> targets.Compiled:
+    TARGET.save(graph, folder)
+    return TARGET.load(folder)
 
 
-def session_outputs(compiled: engine.Compiled, *given: Tensor) -> list[Tensor]:
+def session_outputs(compiled: targets.Compiled, *given: Tensor) -> list[Tensor]:
     feed = {each.name: tensor.numpy() for each, tensor in zip(compiled.session.get_inputs(), given, strict=True)}
     return [torch.from_numpy(each) for each in compiled.session.run(None, feed)]
 
@@ -64,11 +65,11 @@ def layers() -> Layers:
 
 @pytest.fixture(scope="module")
 def graph(layers: Layers) -> Any:
-    return engine.build(layers, EXAMPLE)
+    return TARGET.build(layers, EXAMPLE)
 
 
 @pytest.fixture(scope="module")
-def compiled(graph: Any, tmp_path_factory: pytest.TempPathFactory) -> engine.Compiled:
+def compiled(graph: Any, tmp_path_factory: pytest.TempPathFactory) -> targets.Compiled:
     return saved(graph, tmp_path_factory.mktemp("onnx") / "layers")
 
 
@@ -89,8 +90,8 @@ def test_a_layer_equals_the_simulation(case: str, layers: Layers, results: tuple
     assert_equal_but_for_edges(layers.layers[index], x, expected[index], found[index])
 
 
-def test_linear_layers_compute_with_integers_and_convolutions_do_not(compiled: engine.Compiled) -> None:
-    found = graphs.integer_layers(engine.products(compiled))
+def test_linear_layers_compute_with_integers_and_convolutions_do_not(compiled: targets.Compiled) -> None:
+    found = graphs.integer_layers(TARGET.products(compiled))
     for index, case in enumerate(CASES):
         assert found[f"layers.{index}"] == (case.startswith("linear") and case not in HALF_FLOAT), case
 
@@ -124,12 +125,12 @@ def layers_with_sets() -> Layers:
 @torch.no_grad()
 def test_parameter_sets_are_an_input(layers_with_sets: Layers, tmp_path: Path) -> None:
     model = layers_with_sets
-    graph = engine.build(model, EXAMPLE)
+    graph = TARGET.build(model, EXAMPLE)
     said = {each.key: each.value for each in graph.metadata_props}
-    assert said == {"diffquant/timesteps": "900.0,500.0,100.0", "diffquant/pair": str(engine.pair_of(graph))}
+    assert said == {"diffquant/timesteps": "900.0,500.0,100.0", "diffquant/pair": str(TARGET.pair(graph))}
     compiled = saved(graph, tmp_path / "sets")
     assert [each.name for each in compiled.session.get_inputs()] == ["sample", "interval"]  # no layer reads the timestep
-    assert [integer for name, integer in engine.products(compiled) if name == "layers.1"] == [True]
+    assert [integer for name, integer in TARGET.products(compiled) if name == "layers.1"] == [True]
     x, intervals = sample(3, seed=1), torch.tensor([2, 0, 1])
     for interval in (torch.tensor([1]), torch.tensor([2]), intervals):
         model.diffquant.clock.set_interval(interval)
@@ -144,7 +145,7 @@ def test_sets_that_differ_in_their_zero_points_are_refused(layers_with_sets: Lay
     model = copy.deepcopy(layers_with_sets)
     model.layers[2].input_quantizer.zero_point[1] += 1
     with pytest.raises(SpecError) as error:
-        engine.build(model, EXAMPLE)
+        TARGET.build(model, EXAMPLE)
     assert str(error.value) == (
         "layers.2.input_quantizer: its 3 parameter sets have different zero points; ONNX Runtime's integer kernels hold one for "
         "all; fit the sets with a shared zero point (or symmetric) and without shifts, or use engine 'int8' or 'simulate'"
@@ -163,7 +164,7 @@ def unet_call() -> dict[str, Any]:
 @pytest.mark.parametrize(("rules", "symmetric"), [(SYMMETRIC, True), (SYMMETRIC[:1], False)])
 def test_symmetric_quantizers_have_zero_points_of_zero(rules: Any, symmetric: bool) -> None:
     model = pipelines.freeze_by_hand(pipelines.micro().unet, rules=rules)
-    found = operands(engine.build(model, unet_call()))
+    found = operands(TARGET.build(model, unet_call()))
     products = len(list(quantized_layers(model))) + 2
     assert len(found) == products and all(len(each["zero_points"]) == 2 for each in found.values())
     zero_points = [value for each in found.values() for value in each["zero_points"]]
@@ -174,14 +175,14 @@ def test_symmetric_quantizers_have_zero_points_of_zero(rules: Any, symmetric: bo
 def test_a_unet_and_its_codes(tmp_path: Path) -> None:
     model, call = pipelines.freeze_by_hand(pipelines.micro().unet, sets=3, rules=SYMMETRIC), unet_call()
     expected = model(**call).sample
-    graph = engine.build(model, call)
+    graph = TARGET.build(model, call)
     compiled = saved(graph, tmp_path / "unet")
-    (output,) = engine.run(compiled, model, call)
+    (output,) = TARGET.run(compiled, model, call)
     assert (output - expected).norm() < 1e-5 * expected.norm()  # no code of this seed is on a rounding edge
     assert not any("forward" in vars(module) for module in model.modules())
     layers = dict(quantized_layers(model))
     codes_of = {node.rpartition("/")[0][1:].replace("/", "."): each["codes"] for node, each in operands(graph).items()}
-    counted = graphs.integer_layers(engine.products(compiled))
+    counted = graphs.integer_layers(TARGET.products(compiled))
     assert set(counted) == {*layers, "down_blocks.0.attentions.0"}
     assert {name for name, integer in counted.items() if not integer} == {
         name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)
@@ -197,7 +198,7 @@ def test_a_unet_and_its_codes(tmp_path: Path) -> None:
 def test_large_weights_are_stored_beside_the_graph(
     graph: Any, compiled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "EXTERNAL", 1 << 10)
+    monkeypatch.setattr(targets, "EXTERNAL", 1 << 10)
     again = saved(copy.deepcopy(graph), tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.onnx", "model.onnx.data"}
     x = sample(3)
@@ -208,14 +209,14 @@ def test_large_weights_are_stored_beside_the_graph(
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("no graph")
     with pytest.raises(CheckpointError, match="model.onnx: cannot be read .*; export it again"):
-        engine.load_onnx(tmp_path)
+        TARGET.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxruntime"])
 def test_the_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch, layers_with_sets: Layers) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(CheckpointError) as error:
-        engine.build(layers_with_sets, EXAMPLE)
+        TARGET.build(layers_with_sets, EXAMPLE)
     assert str(error.value) == f"ONNX: the package {name} is missing; pip install 'diffquant[onnx]'"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import diffquant as dq
 import pipelines
+from diffquant.checkpoint.targets.openvino import OpenVinoIr
 from diffquant.core.attention import AttentionProducts, attach_products
 from diffquant.core.clock import StepClock
 from diffquant.core.model import quantized_layers, quantizers
@@ -59,14 +60,17 @@ def layers() -> Layers:
     return make_layers(list(CASES.values()))
 
 
+TARGET = OpenVinoIr()
+
+
 @pytest.fixture(scope="module")
 def graph(layers: Layers) -> Any:
-    return engine.build(layers, {"sample": sample(), "timestep": 0})
+    return TARGET.build(layers, {"sample": sample(), "timestep": 0})
 
 
 @pytest.fixture(scope="module")
 def compiled(graph: Any) -> Any:
-    return engine.compile_graph(graph)
+    return openvino_graph.compile_graph(graph)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -88,7 +92,7 @@ def test_a_layer_equals_the_simulation(case: str, layers: Layers, results: tuple
 
 
 def test_every_layer_computes_with_integers(compiled: Any) -> None:
-    found = engine.integer_layers(compiled)
+    found = graphs.integer_layers(TARGET.products(compiled))
     in_float = {case for index, case in enumerate(CASES) if not found[f"layers.{index}"]}
     assert in_float == {*HALF_FLOAT}
 
@@ -110,10 +114,10 @@ def pairs_of(graph: Any) -> list[int]:
 def test_no_pair_of_products_saturates_in_an_exact_graph(layers: Layers, graph: Any) -> None:
     """Read off the graph's constants, for the cases with codes of 8 bits; beside narrower ones more fits."""
     wide = make_layers([each for case, each in CASES.items() if "a8" in case or case.endswith(("smooth", "shift", "splits"))])
-    exact, single = (engine.build(wide, {"sample": sample(), "timestep": 0}, form) for form in ("exact", "single"))
+    exact, single = (TARGET.build(wide, {"sample": sample(), "timestep": 0}, form) for form in ("exact", "single"))
     assert len(pairs_of(exact)) > len(pairs_of(single)) > 20
-    assert max(pairs_of(exact)) == engine.pair_of(exact) <= 32767 < max(pairs_of(single)) == engine.pair_of(single)
-    assert engine.pair_of(graph) <= 32767
+    assert max(pairs_of(exact)) == TARGET.pair(exact) <= 32767 < max(pairs_of(single)) == TARGET.pair(single)
+    assert TARGET.pair(graph) <= 32767
 
 
 # ---- parameter sets
@@ -127,12 +131,12 @@ def layers_with_sets() -> Layers:
 @torch.no_grad()
 def test_parameter_sets_are_an_input_and_keep_the_integers(layers_with_sets: Layers) -> None:
     model = layers_with_sets
-    graph = engine.build(model, {"sample": sample(), "timestep": 0})
+    graph = TARGET.build(model, {"sample": sample(), "timestep": 0})
     assert [each.any_name for each in graph.inputs] == ["sample", "timestep", "interval"]
     assert graph.get_rt_info(["diffquant", "timesteps"]).astype(str) == "900.0,500.0,100.0"
-    compiled = engine.compile_graph(graph)
-    count = {"integer": 7, "float": 0}  # the linear layer's 8 bits are two digits, and those of each of two parts
-    assert engine.count_integer_primitives(compiled) == count
+    compiled = openvino_graph.compile_graph(graph)
+    # the linear layer's 8 bits are two digits, and those of each of two parts
+    assert [integer for _, integer in TARGET.products(compiled)] == [True] * 7
     x, intervals = sample(3, seed=1), torch.tensor([2, 0, 1])
     for interval in (torch.tensor([1]), torch.tensor([2]), intervals):
         model.diffquant.clock.set_interval(interval)
@@ -192,7 +196,7 @@ def compare(model: Any, arguments: dict[str, Any], full_precision: Any, name: st
     assert type(output) is type(full_precision(**arguments))
     assert sqnr(expected, output.sample) > sqnr(reference, expected) + 10  # measured 18 dB and more
     assert torch.equal(model(**arguments).sample, expected)
-    return engine.integer_layers(compiled)
+    return graphs.integer_layers(TARGET.products(compiled))
 
 
 def test_unet_and_its_pipeline(unet: tuple[Any, dict[str, Any]]) -> None:
@@ -260,7 +264,7 @@ def test_a_model_that_computes_with_int8(layers_with_sets: Layers) -> None:
     dq.use_engine(model, "int8")
     x = sample()
     with pytest.raises(CheckpointError, match="computes with engine 'int8'; load it with engine='simulate' to convert it"):
-        engine.build(model, {"sample": x, "timestep": 0})
+        TARGET.build(model, {"sample": x, "timestep": 0})
     outputs = []
     for each in (model, layers_with_sets):
         install(each, engine.OpenVino())
@@ -310,21 +314,19 @@ def test_conditional_unet(tmp_path: Path) -> None:
 
 
 def test_ir_is_written_once_and_computes_the_same(graph: Any, compiled: Any, tmp_path: Path) -> None:
-    folder = engine.save_ir(graph, tmp_path / "model")
-    assert {path.name for path in tmp_path.iterdir()} == {"model"}
-    read = engine.load_ir(folder)
+    folder = tmp_path / "model"
+    TARGET.save(graph, folder)
+    read = openvino_graph.package().Core().read_model(folder / TARGET.file)
     kinds = {each.get_element_type().to_string() for each in read.get_ops() if each.get_type_name() == "Constant"}
     assert "i8" in kinds and "f16" not in kinds
     inputs = [sample(3, seed=2).numpy(), torch.zeros(3, dtype=torch.long).numpy()]
-    again = engine.compile_graph(read)
-    assert engine.count_integer_primitives(again) == engine.count_integer_primitives(compiled)
+    again = TARGET.load(folder)
+    assert sorted(integer for _, integer in TARGET.products(again)) == sorted(integer for _, integer in TARGET.products(compiled))
     ours, theirs = compiled(inputs), again(inputs)
     assert all((ours[index] == theirs[index]).all() for index in range(len(CASES)))
-    with pytest.raises(CheckpointError, match="model: exists; an export makes a new folder; choose another name"):
-        engine.save_ir(graph, folder)
     (folder / "openvino_model.xml").write_text("<net")
     with pytest.raises(CheckpointError, match="openvino_model.xml: cannot be read .*; export it again"):
-        engine.load_ir(folder)
+        TARGET.load(folder)
 
 
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, layers_with_sets: Layers) -> None:
@@ -345,7 +347,7 @@ def test_models_that_are_refused(layers_with_sets: Layers) -> None:
 def test_nothing_is_left_behind_by_a_conversion_that_fails(layers_with_sets: Layers) -> None:
     model = copy.deepcopy(layers_with_sets)
     with pytest.raises(RuntimeError):
-        engine.build(model, {"sample": torch.randn(2, CHANNELS + 1, 6, 6), "timestep": 0})
+        TARGET.build(model, {"sample": torch.randn(2, CHANNELS + 1, 6, 6), "timestep": 0})
     assert not any("forward" in vars(module) for module in model.modules())
 
 

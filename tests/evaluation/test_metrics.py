@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import diffquant as dq
-from diffquant.errors import EvaluationError
+from diffquant.errors import DiffquantError
 from diffquant.evaluation import metrics
 from diffquant.evaluation.intervals import Interval
 from diffquant.evaluation.metrics import base
@@ -36,6 +36,7 @@ class Constant(Metric[float]):
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
     """The metrics as they were, after the test."""
+    metrics.registered()
     monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
 
 
@@ -109,7 +110,6 @@ def test_a_report_is_read_where_its_metric_is_not_defined(report, tmp_path):
 def test_a_file_of_the_package_is_a_metric(tmp_path, monkeypatch):
     (tmp_path / "constant.py").write_text(IN_THE_PACKAGE)
     monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
-    metrics.register_all()
     try:
         assert list(metrics.registered())[-1] == "constant"
         report = dq.evaluate({}, pipelines.micro(), protocol=PROTOCOL)
@@ -121,7 +121,7 @@ def test_a_file_of_the_package_is_a_metric(tmp_path, monkeypatch):
 
 
 def test_a_name_is_taken_once():
-    with pytest.raises(EvaluationError, match=r'metric "psnr": diffquant.*Psnr and .*Mine have this name; one class is allowed'):
+    with pytest.raises(DiffquantError, match=r"'psnr': is the name of diffquant.*Psnr and .*Mine; one class is allowed"):
 
         class Mine(Metric[float]):
             name = "psnr"

@@ -11,7 +11,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from diffquant.core.attention import OPERANDS
+from diffquant.core.attention import ATTRIBUTE, OPERANDS
 from diffquant.core.correction import Correction
 from diffquant.core.model import is_frozen, quantized_layers, state_of
 from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec
@@ -96,10 +96,8 @@ class QuantizationConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, names grouped by equal spec."""
-        optional = {
-            "conditional_half": self.conditional_half,
-            "correction": None if self.correction is None else self.correction.model_dump(mode="json"),
-        }
+        correction = None if self.correction is None else self.correction.model_dump(mode="json")
+        optional = {"conditional_half": self.conditional_half, "correction": correction}
         return {
             "quant_method": self.quant_method.value,
             "version": VERSION,
@@ -119,23 +117,21 @@ class QuantizationConfig(QuantizationConfigMixin):
 
     def quantizer_specs(self) -> dict[str, QuantSpec]:
         """The spec of every quantizer by its module name; those of weights end in ``.weight_quantizer``."""
-        found: dict[str, QuantSpec | None] = {}
+        specs: dict[str, QuantSpec | None] = {}
         for name, layer in self.layers.items():
-            found |= {f"{name}.weight_quantizer": layer.weight, f"{name}.input_quantizer": layer.input}
+            specs |= {f"{name}.weight_quantizer": layer.weight, f"{name}.input_quantizer": layer.input}
         for name, attention in self.attentions.items():
-            found |= {f"{name}.attention_products.{operand}": getattr(attention, operand) for operand in OPERANDS}
-        return {name: spec for name, spec in found.items() if spec is not None}
+            specs |= {f"{name}.{ATTRIBUTE}.{operand}": getattr(attention, operand) for operand in OPERANDS}
+        return {name: spec for name, spec in specs.items() if spec is not None}
 
 
 def describe(model: nn.Module) -> QuantizationConfig:
     """The config of a quantizable model. Raises `CheckpointError` when `model` is not frozen."""
-    if not is_frozen(model):
-        raise CheckpointError(f"{type(model).__name__}: its weights are not integer codes; quantize first")
-    layers = {name: layer.present_spec for name, layer in quantized_layers(model)}
     state = state_of(model)
-    assert state is not None
+    if state is None or not is_frozen(model):
+        raise CheckpointError(f"{type(model).__name__}: its weights are not integer codes; quantize first")
     return QuantizationConfig(
-        layers=layers,
+        layers={name: layer.present_spec for name, layer in quantized_layers(model)},
         attentions={name: products.present_spec for name, products in attentions(model).items()},
         timesteps=state.clock.timesteps,
         conditional_half=state.clock.conditional,
@@ -148,9 +144,8 @@ def _grouped(specs: Mapping[str, LayerSpec] | Mapping[str, AttentionSpec]) -> li
     groups: dict[LayerSpec | AttentionSpec, list[str]] = {}
     for name, spec in specs.items():
         groups.setdefault(spec, []).append(name)
-    return [{"spec": _plain(spec), "names": names} for spec, names in groups.items()]
-
-
-def _plain(spec: LayerSpec | AttentionSpec) -> dict[str, Any]:
-    """JSON values of a spec; those that came later are left out where they are off, so that older versions read the file."""
-    return spec.model_dump(mode="json", exclude=None if spec.guidance_sets else {"guidance_sets"})
+    return [
+        # a field that came later is left out where it is off, so that older versions read the file
+        {"spec": spec.model_dump(mode="json", exclude=None if spec.guidance_sets else {"guidance_sets"}), "names": names}
+        for spec, names in groups.items()
+    ]

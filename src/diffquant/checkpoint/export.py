@@ -27,14 +27,14 @@ from diffquant.files import folder_when_done, write_text
 from diffquant.host.pipeline import Host, Pipeline
 
 FORMS = ("exact", "single")
-EDGE = 1e-3  # of a step: how far values are moved across rounding edges, many times what float32 moves them
+EDGE = 1e-3  # of a scale: how far values are moved across rounding edges, many times what float32 moves them
 DRAWS = 3  # of such moves
-MARGIN = 3.0  # the largest of them leaves out
+MARGIN = 3.0  # over the largest error of these
 ROUNDING = 1e-5  # of float32, where no code is on an edge
 
 
 class ExportReport(BaseModel):
-    """What an exported file was seen to do.
+    """The check of an exported file.
 
     ``error``: relative L2 distance of its output from the simulation's on one call; ``allowed``: what codes on rounding edges may
     explain of it. ``pair``: the largest sum of two products of an unsigned code and a signed weight; up to 32767 it fits 16 bits,
@@ -90,14 +90,14 @@ def export(model: Pipeline | str | Path, folder: str | Path, to: str = "openvino
 def allowed_error(denoiser: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:
     """The relative error of one call that codes on rounding edges explain, measured with the simulation itself.
 
-    Every value is moved by up to `EDGE` of its step before it is quantized, so that codes near an edge change, as they may between
+    Every value is moved by up to `EDGE` of its scale before it is quantized, so that codes near an edge change, as they may between
     two exact engines; the largest error of a few draws, with a margin, is allowed.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def move(quantizer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def move(quantizer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert isinstance(quantizer, Quantizer)
-        (x,) = given
+        (x,) = arguments
         noise = torch.rand(x.shape, generator=generator).to(x.device, x.dtype) * 2 - 1
         return (x + noise * EDGE * quantizer.operands(x)[0],)
 

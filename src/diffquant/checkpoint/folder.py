@@ -1,8 +1,8 @@
 """Packed checkpoints as folders: save, load, verify, and how large they are.
 
 A checkpoint is what diffusers writes: a pipeline's folder with ``model_index.json``, or a model's with ``config.json``; the
-quantized model's config.json carries `quantization_config` (see `quantizer`). `save` writes beside the target under a temporary
-name, reads everything back, compares it with the model in memory, and only then renames.
+quantized model's config.json carries `quantization_config` (see `config`). `save` writes beside the target under a temporary name,
+reads everything back, compares it with the model in memory, and only then renames.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from diffquant.engines.base import engine as requesting
 from diffquant.errors import CheckpointError, DiffquantError
 from diffquant.files import folder_when_done
 from diffquant.host.conditions import class_names
+from diffquant.host.pipeline import DENOISER_NAMES
 from diffquant.host.structure import first_adapter
 from diffquant.sampling.correction import attach
 
-DENOISER_FOLDERS = ("unet", "transformer")
 SMALL = (".json", ".txt", ".jinja")  # endings of files without weights
 
 
@@ -112,10 +113,10 @@ def verify(folder: str | Path) -> None:
     unknown or misshapen tensors; values that cannot be; another version of the format; and when nothing in `folder` is quantized.
     """
     folder = Path(folder).expanduser()
-    found = _quantized_folders(folder)
-    if not found:
+    components = _quantized_folders(folder)
+    if not components:
         raise CheckpointError(f"{folder}: holds no model that diffquant quantized; give the folder that save wrote")
-    for component in found:
+    for component in components:
         try:
             _read(component, _model_class(component))
         except (DiffquantError, MemoryError):
@@ -129,14 +130,14 @@ def verify(folder: str | Path) -> None:
 def file_size(folder: str | Path) -> int:
     """Bytes of the denoiser's weights files in `folder`, quantized or not."""
     folder = Path(folder).expanduser()
-    found = _quantized_folders(folder) or [path for name in DENOISER_FOLDERS if (path := folder / name).is_dir()] or [folder]
-    return sum(file.stat().st_size for component in found for file in _weights_files(component))
+    components = _quantized_folders(folder) or [path for name in DENOISER_NAMES if (path := folder / name).is_dir()] or [folder]
+    return sum(file.stat().st_size for component in components for file in _weights_files(component))
 
 
 def saved_dtype(folder: str | Path) -> torch.dtype | None:
     """The dtype of the largest part of a denoiser's weights as they are saved, None where they are packed or not found."""
     counts: dict[str, int] = {}
-    for component in (path for name in DENOISER_FOLDERS if (path := Path(folder) / name).is_dir()):
+    for component in (path for name in DENOISER_NAMES if (path := Path(folder) / name).is_dir()):
         if "quantization_config" in _json(component / "config.json"):
             return None
         for file in component.glob("*.safetensors"):
@@ -153,19 +154,17 @@ def saved_dtype(folder: str | Path) -> torch.dtype | None:
 
 def float32_size(model: nn.Module) -> int:
     """Bytes that the weights of `model` take, or took before they were frozen, in float32."""
-    values = sum(parameter.numel() for parameter in model.parameters())
-    for _, quantizer in quantizers(model):
-        values += quantizer.codes.numel() if quantizer.codes is not None else 0
-    return 4 * values
+    codes = (quantizer.codes for _, quantizer in quantizers(model))
+    return 4 * sum(tensor.numel() for tensor in chain(model.parameters(), codes) if tensor is not None)
 
 
 def _quantized_models(pipe_or_model: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
     """Frozen models by the name of their folder, "" for a bare model."""
-    found: dict[str, nn.Module] = {"": pipe_or_model} if isinstance(pipe_or_model, nn.Module) else {}
+    models: dict[str, nn.Module] = {"": pipe_or_model} if isinstance(pipe_or_model, nn.Module) else {}
     for name, model in getattr(pipe_or_model, "components", {}).items():
         if isinstance(model, nn.Module) and is_quantizable(model):
-            found[name] = model
-    for model in found.values():
+            models[name] = model
+    for model in models.values():
         if not isinstance(model, ModelMixin):
             raise CheckpointError(
                 f"{type(model).__name__}: is no model of diffusers; pass the pipeline, or its unet or transformer"
@@ -174,9 +173,9 @@ def _quantized_models(pipe_or_model: DiffusionPipeline | nn.Module) -> dict[str,
             raise CheckpointError(f"{type(model).__name__}: its weights are not integer codes; quantize first")
         if (adapted := first_adapter(model)) is not None:
             raise CheckpointError(f"layer {adapted!r}: a LoRA adapter is loaded; unload it (unload_lora_weights) to save")
-    if not found:
+    if not models:
         raise CheckpointError(f"{type(pipe_or_model).__name__}: no component of it is quantized; quantize first")
-    return found
+    return models
 
 
 def check_replaceable(folder: Path) -> None:
@@ -196,9 +195,9 @@ def check_replaceable(folder: Path) -> None:
 def _check_reproduced(model: nn.Module, folder: Path) -> None:
     """Read `folder` and compare every tensor with the model in memory, bit for bit, and every weight that comes of them."""
     read = _read(folder, type(model))
-    found = read.state_dict()
+    tensors = read.state_dict()
     for name, tensor in model.state_dict().items():
-        if name not in found or not _equal(tensor, found[name]):
+        if name not in tensors or not _equal(tensor, tensors[name]):
             raise CheckpointError(f"{folder.name}: tensor {name!r} was not reproduced by what was written; nothing was replaced")
     layers = dict(quantized_layers(read))
     for name, layer in quantized_layers(model):
@@ -251,20 +250,16 @@ def _quantized_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder of a pipeline or a model")
     candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    return [path for path in candidates if _method(path) == Method.DIFFQUANT.value]
-
-
-def _method(folder: Path) -> Any:
-    config = _json(folder / "config.json").get("quantization_config")
-    return config.get("quant_method") if isinstance(config, dict) else None
+    configs = {path: _json(path / "config.json").get("quantization_config") for path in candidates}
+    return [path for path, config in configs.items() if isinstance(config, dict) and config.get("quant_method") == Method.DIFFQUANT]
 
 
 def _model_class(folder: Path) -> type[Any]:
     name = _json(folder / "config.json").get("_class_name")
-    found = getattr(diffusers, str(name), None)
-    if not (isinstance(found, type) and issubclass(found, ModelMixin)):
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         raise CheckpointError(f"{folder}: config.json names class {name!r}; it must be a model class of diffusers")
-    return found
+    return kind
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -51,10 +51,10 @@ def pack(codes: Shaped[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " bytes"]:
         words = torch.zeros(math.ceil(part.numel() / 8) * 8, dtype=torch.int64, device=codes.device)
         words[: part.numel()] = part
         words = ((words & ((1 << bits) - 1)).view(-1, 8) << code_shifts).sum(dim=1)  # [n / 8]; the terms share no bit
-        taken = ((words[:, None] >> byte_shifts) & 0xFF).to(torch.uint8).view(-1)  # [n / 8 * bits]
+        stream = ((words[:, None] >> byte_shifts) & 0xFF).to(torch.uint8).view(-1)  # [n / 8 * bits]
         first = start * bits // 8
         size = packed_size(part.numel(), bits)
-        packed[first : first + size] = taken[:size]
+        packed[first : first + size] = stream[:size]
     return packed
 
 

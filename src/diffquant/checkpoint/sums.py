@@ -17,7 +17,7 @@ def write_sums(folder: Path) -> None:
 
 
 def altered(folder: Path, suffixes: tuple[str, ...] = ("",)) -> str | None:
-    """What is not as it was written in `folder`, in words, of files that end in one of `suffixes`; None where all is.
+    """How `folder` first differs from what was written, in words, in files that end in one of `suffixes`; None: not at all.
 
     Folders without sums, as version 0.1 wrote them and diffusers does, have nothing to compare with. A file that came later is
     named only where it holds weights, which a loader would read. Raises `CheckpointError` for sums that cannot be read.
@@ -26,10 +26,10 @@ def altered(folder: Path, suffixes: tuple[str, ...] = ("",)) -> str | None:
         return None
     try:
         lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
-        wanted = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        saved = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except ValueError as error:
         raise CheckpointError(f"{folder / NAME}: damaged; copy or save the checkpoint again") from error
-    for name, digest in wanted.items():
+    for name, digest in saved.items():
         if not name.endswith(suffixes):
             continue
         if not (folder / name).is_file():
@@ -37,7 +37,7 @@ def altered(folder: Path, suffixes: tuple[str, ...] = ("",)) -> str | None:
         if _sum(folder / name) != digest:
             return f"{name} is not the file that was saved"
     later = (file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.safetensors")))
-    return next((f"{name} was not there when it was saved" for name in later if name not in wanted), None)
+    return next((f"{name} was not there when it was saved" for name in later if name not in saved), None)
 
 
 def _sum(file: Path) -> str:

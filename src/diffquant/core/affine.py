@@ -5,7 +5,7 @@
 
 `scale` and `zero_point` broadcast against `x`; both are float32, the zero point holding an integer. Gradients: rounding passes them
 straight through, clamping stops them, which makes the gradient of the scale that of LSQ (Esser et al. 2020, arXiv 1902.08153).
-*Differs*: values within half a step of a bound round first and are clamped then, as in BRECQ, so they count as clamped or not by
+*Differs*: values within half a scale of a bound round first and are clamped then, as in BRECQ, so they count as clamped or not by
 their code; in LSQ by their value.
 What broadcasts against what is the business of ``quantizer.py``.
 """
@@ -24,28 +24,26 @@ from diffquant.errors import SpecError
 SMALLEST_SCALE = 1e-12  # a constant-zero tensor gets this scale and codes that dequantize to exact zeros
 
 
-class _RoundStraightThrough(torch.autograd.Function):
-    """Round half to even; the gradient passes unchanged. (`x + (round(x) - x).detach()` would not return exact integers.)"""
+class _StraightThrough(torch.autograd.Function):
+    """The gradient passes unchanged."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _RoundStraightThrough(_StraightThrough):
+    """Round half to even. (`x + (round(x) - x).detach()` would not return exact integers.)"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.round()
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
 
-
-class _FloorStraightThrough(torch.autograd.Function):
-    """Floor; the gradient passes unchanged."""
-
+class _FloorStraightThrough(_StraightThrough):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.floor()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -79,12 +77,12 @@ class _FakeQuantize(torch.autograd.Function):
 def where_free(x: Tensor, code: Tensor, low: float, high: float, out: Tensor | None = None) -> Tensor:
     """`x` where the integer `code` is in [low, high], else 0: in one pass, by the gradient of a clamp half a code further out."""
     bounds = low - 0.5, high + 0.5
-    kept: Tensor = (
+    masked: Tensor = (
         torch.ops.aten.hardtanh_backward(x, code, *bounds)
         if out is None
         else torch.ops.aten.hardtanh_backward.grad_input(x, code, *bounds, grad_input=out)
     )
-    return kept
+    return masked
 
 
 def _summed(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
@@ -122,7 +120,7 @@ def scale_from_range(low: Float[Tensor, "*p"], high: Float[Tensor, "*p"], spec: 
 
 
 def scale_around(low: Float[Tensor, ...], high: Float[Tensor, ...], zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """The smallest scale with which codes around a given `zero_point` cover [low, high], on sides of zero that have codes."""
+    """The smallest scale with which codes around `zero_point` cover [low, high], on sides of zero that have codes."""
     below, above = zero_point - spec.code_min, spec.code_max - zero_point
     under = torch.where(below > 0, -low.float() / below.clamp(min=1), 0.0)
     over = torch.where(above > 0, high.float() / above.clamp(min=1), 0.0)

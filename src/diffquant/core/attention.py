@@ -1,10 +1,10 @@
-"""Attention with quantized operands: the products inside an attention module, and what sends its calls to them."""
+"""Attention with quantized operands: the products of an attention module, and the subclass that sends its calls to them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,38 @@ from diffquant.errors import SpecError
 
 OPERANDS = ("query", "key", "value", "softmax")
 ATTRIBUTE = "attention_products"  # of an attention module, which holds its `AttentionProducts`
+
+
+class AttentionCall(NamedTuple):
+    """Operands ``[batch, heads, tokens, width]`` of an attention, its mask, and the factor of its scores."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    factor: float
+
+    def masked(self, scores: Tensor) -> Tensor:
+        """The scores with the mask added, or -inf where a mask of truth values is False."""
+        if self.mask is None:
+            return scores
+        return scores.masked_fill(~self.mask, -torch.inf) if self.mask.dtype == torch.bool else scores + self.mask
+
+
+def attention_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    """The call with these arguments of `scaled_dot_product_attention`. Raises `SpecError` for options that are not supported."""
+    if dropout_p or is_causal or enable_gqa:
+        raise SpecError("attention products: dropout, causal masks and grouped heads are not quantized; set them to float")
+    return AttentionCall(query, key, value, attn_mask, int(query.shape[-1]) ** -0.5 if scale is None else scale)
 
 
 class AttentionProducts(nn.Module):
@@ -44,25 +76,18 @@ class AttentionProducts(nn.Module):
         sets = [module.sets(self.spec.guidance_sets) for module in self.children() if isinstance(module, Quantizer)]
         return self.spec.model_copy(update={"sets": max(sets, default=1)})
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Attention over ``[batch, heads, tokens, width]`` with quantized operands."""
-        if dropout_p or is_causal or enable_gqa:
-            raise SpecError("attention products: dropout, causal masks and grouped heads are not quantized; set them to float")
-        query, key, value = (self._fake(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
-        scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        return self._fake("softmax", scores.softmax(dim=-1)) @ value
+    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+        """Attention with quantized operands; takes what `scaled_dot_product_attention` does."""
+        return self.compute(attention_call(*arguments, **keywords))
+
+    def compute(self, call: AttentionCall) -> Tensor:
+        """The output of a call, ``[batch, heads, tokens, width]``."""
+        query, key, value = self.quantized(call)
+        return self._fake("softmax", call.masked(query @ key.transpose(-2, -1) * call.factor).softmax(dim=-1)) @ value
+
+    def quantized(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of a call, each quantized where it has a quantizer that is on."""
+        return self._fake("query", call.query), self._fake("key", call.key), self._fake("value", call.value)
 
     def _fake(self, name: str, x: Tensor) -> Tensor:
         quantizer = getattr(self, name)
@@ -85,7 +110,7 @@ class _InterceptAttention(TorchFunctionMode):
 def attach_products(attention: nn.Module, spec: AttentionSpec, clock: StepClock) -> None:
     """Give an attention module (one that has a `processor`) quantized products; its class is changed in place."""
     device = next((parameter.device for parameter in attention.parameters()), torch.device("cpu"))
-    attention.attention_products = AttentionProducts(spec, clock).to(device)
+    setattr(attention, ATTRIBUTE, AttentionProducts(spec, clock).to(device))
     attention.__class__ = _intercepting(type(attention))  # type: ignore[arg-type]
 
 
@@ -96,7 +121,7 @@ def _intercepting(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(its_forward)
     def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        products = self.attention_products
+        products = getattr(self, ATTRIBUTE)
         assert isinstance(products, AttentionProducts)
         if not products.live:
             return its_forward(self, *arguments, **keywords)

@@ -1,4 +1,4 @@
-"""StepClock: where on the timestep axis a call of the model is, and how it follows the calls."""
+"""StepClock: the interval of the timestep axis that the present call of the model is in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Interval = int | Int[Tensor, " batch"]
 
 
 class _OfThread(threading.local):
-    """What one thread knows of the calls it is in."""
+    """The clock in one thread."""
 
     def __init__(self) -> None:
         self.interval: Interval | None = None
@@ -42,7 +42,7 @@ class StepClock:
 
     def __init__(self, timesteps: Sequence[float] = (), conditional: int | None = None) -> None:
         self.conditional = conditional
-        self.given: Int[Tensor, " batch"] | None = None  # the half of each row, while calibration says so
+        self.row_halves: Int[Tensor, " batch"] | None = None  # of the rows of a call, while calibration says so
         self._last: Interval = 0  # of whatever thread
         self._mine = _OfThread()
         self.divide(timesteps)
@@ -121,10 +121,10 @@ class StepClock:
         """
         assert self.conditional is not None
         count = len(sample)
-        if self.given is not None:
-            if len(self.given) != count:
-                raise SpecError(f"clock: a batch of {count} where {len(self.given)} rows of the recording were announced")
-            return torch.where(self.given < 0, self.conditional, self.given)
+        if self.row_halves is not None:
+            if len(self.row_halves) != count:
+                raise SpecError(f"clock: a batch of {count} where {len(self.row_halves)} rows of the recording were announced")
+            return torch.where(self.row_halves < 0, self.conditional, self.row_halves)
         if count % 2 == 0 and torch.equal(sample[: count // 2], sample[count // 2 :]):
             return torch.arange(count) // (count // 2)
         return torch.full((count,), self.conditional)
@@ -132,11 +132,11 @@ class StepClock:
     @contextmanager
     def rows_are(self, halves: Int[Tensor, " batch"]) -> Iterator[None]:
         """While the block runs, the rows of a call belong to `halves` of guided calls (0, 1; -1: of a call without guidance)."""
-        before, self.given = self.given, halves
+        before, self.row_halves = self.row_halves, halves
         try:
             yield
         finally:
-            self.given = before
+            self.row_halves = before
 
     def set_timestep(self, timestep: Tensor | float, halves: Int[Tensor, " batch"] | None = None) -> None:
         """Set the interval from a timestep (scalar, or one per sample; inside `torch.compile` the same for all samples).

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from diffquant.core.clock import StepClock
+from diffquant.core.spec import Value
 
 Rows = tuple[tuple[float, ...], ...]  # [timesteps][channels]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 @final
-class NoiseEstimate(_Value):
-    """Ask the quantized model for noise that is known, and subtract what it gets wrong on the mean.
+class NoiseEstimate(Value):
+    """Subtracts the mean error of the quantized model, which is estimated by predictions of known noise while sampling.
 
-    Every ``interval`` steps (None: five times a run), first at half of that plus 2; ``hold`` keeps the estimate until the next one.
-    ``expected`` is what a right model is found to get wrong, by timestep, on the sampler it was measured with (``scheduler``, as by
-    `sampler_name`); not counted.
+    Every ``interval`` steps (None: five times a run), first at half of that plus 2; with ``hold`` an estimate holds until the next.
+    ``expected``: bias of the estimate on the full-precision model, per timestep, on the sampler it was measured with
+    (``scheduler``, as by `sampler_name`); it is subtracted.
     """
 
     kind: Literal["noise-estimate"] = "noise-estimate"
@@ -46,7 +43,7 @@ class NoiseEstimate(_Value):
 
 
 @final
-class Proportional(_Value):
+class Proportional(Value):
     """PTQD: the prediction is ``(1 + slope) * noise + mean + residual``; by timestep and channel."""
 
     kind: Literal["proportional"] = "proportional"
@@ -57,7 +54,7 @@ class Proportional(_Value):
 
 
 @final
-class Coefficients(_Value):
+class Coefficients(Value):
     """TAC: ``factor`` times the prediction; ``bias`` is subtracted from the latent before each timestep.
 
     A bias holds for the sampler it was fitted on (``scheduler``, as by `sampler_name`); without one that is empty.
@@ -73,7 +70,7 @@ class Coefficients(_Value):
 Correction = Annotated[NoiseEstimate | Proportional | Coefficients, Field(discriminator="kind")]
 
 
-class Stored(_Value):
+class Stored(Value):
     """A correction as it stands in JSON."""
 
     correction: Correction

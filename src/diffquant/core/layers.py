@@ -13,6 +13,7 @@ kind of layer is a subclass of `QuantizedLayer` here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -21,15 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.core.clock import StepClock
-from diffquant.core.frozen import FrozenWeight
-from diffquant.core.quantizer import Quantizer, activation_quantizer
+from diffquant.core.frozen import ReadOnlyWeight
+from diffquant.core.quantizer import Quantizer, activation_quantizer, in_float32
 from diffquant.core.spec import LayerSpec
 from diffquant.errors import SpecError
 
 QUANTIZABLE: dict[type[nn.Module], type[QuantizedLayer]] = {}  # a class of torch, and the one that its layers get
 
 
-class QuantizedLayer(FrozenWeight, nn.Module):
+class QuantizedLayer(nn.Module):
     """A layer with quantizers of weight and input; made by `make_quantizable`, never constructed.
 
     A kind of layer names the class that its layers had before, ``of``. ``channel_axis``: of inputs and outputs.
@@ -44,14 +45,53 @@ class QuantizedLayer(FrozenWeight, nn.Module):
     offset: Tensor | None
     bias: Any
     layer_spec: LayerSpec
+    like: Tensor  # empty; of the dtype and device that the float weight would have now
+    weight_was_read: bool  # by other code, while the layer was frozen
 
     def __init_subclass__(cls, of: type[nn.Module] | None = None, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if of is not None:
             QUANTIZABLE[of] = cls
 
+    def _weight(self) -> Tensor:
+        """The float weight; of a frozen layer the dequantized one, a new tensor each time that cannot be written."""
+        if "weight" not in vars(self)["_parameters"]:
+            raise AttributeError("weight")  # while the layer is being made
+        weight = self.float_weight
+        quantizer = vars(self)["_modules"].get("weight_quantizer")
+        if weight is not None or quantizer is None or quantizer.codes is None:
+            return weight  # type: ignore[return-value]
+        self.weight_was_read = True
+        smooth = vars(self)["_buffers"].get("smooth")
+        dequantized = quantizer.dequantized_codes()
+        if smooth is not None:
+            dequantized = dequantized / smooth.view(1, -1, *[1] * (dequantized.dim() - 2))
+        readable: Tensor = dequantized.detach().to(vars(self)["like"].dtype).as_subclass(ReadOnlyWeight)
+        return readable
+
+    weight: Tensor = property(_weight)  # type: ignore[assignment]
+
+    @property
+    def float_weight(self) -> Tensor | None:
+        """The float weight of the layer, None where it is frozen."""
+        weight: Tensor | None = vars(self)["_parameters"]["weight"]
+        return weight
+
+    def forget_weight(self) -> None:
+        """Let the layer have no float weight any more."""
+        vars(self)["_parameters"]["weight"] = None
+
+    @property
+    def qweight(self) -> Tensor:
+        """The codes of a frozen layer: where peft looks for the device of a LoRA adapter's base layer."""
+        quantizer = vars(self)["_modules"].get("weight_quantizer")
+        if quantizer is None or quantizer.codes is None or self.float_weight is not None:
+            raise AttributeError("qweight: the layer has its float weight")
+        codes: Tensor = quantizer.codes
+        return codes
+
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the layer makes of an input and a weight."""
+        """The layer's output for an input and a weight."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -102,9 +142,9 @@ class QuantizedLayer(FrozenWeight, nn.Module):
     @property
     def present_spec(self) -> LayerSpec:
         """The layer's spec, with as many parameter sets and bits as its quantizers have now."""
-        spec, weight, given = self.layer_spec, self.weight_quantizer, self.input_quantizer
-        sets = 1 if given is None else given.sets(spec.guidance_sets)
-        return spec.model_copy(update={"sets": sets, "weight": weight and weight.spec, "input": given and given.spec})
+        spec, weight, inputs = self.layer_spec, self.weight_quantizer, self.input_quantizer
+        sets = 1 if inputs is None else inputs.sets(spec.guidance_sets)
+        return spec.model_copy(update={"sets": sets, "weight": weight and weight.spec, "input": inputs and inputs.spec})
 
     def freeze(self) -> None:
         """Replace the float weight by integer codes, decided in float32, and add `offset` to the bias; a float weight stays."""
@@ -115,6 +155,14 @@ class QuantizedLayer(FrozenWeight, nn.Module):
             return
         self.weight_quantizer.decide(self.weight_to_quantize())
         self.forget_weight()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = {name: tensor for name in ("smooth", "offset") if (tensor := vars(self)["_buffers"].get(name)) is not None}
+        applied: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            vars(self)["_buffers"][name] = in_float32(tensor, vars(self)["_buffers"][name])
+        self.like = self.like if self.like.is_meta else fn(self.like)  # a tensor without data cannot be moved
+        return applied
 
     def _offset_bias(self) -> Tensor | None:
         bias: Tensor | None = self.bias
@@ -131,26 +179,25 @@ class QuantizedLinear(QuantizedLayer, nn.Linear, of=nn.Linear):
         return functional.linear(x, weight, bias)
 
 
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d, of=nn.Conv2d):
+class _QuantizedConvolution(QuantizedLayer):
+    channel_axis = 1
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with its stride, padding, dilation and groups."""
+        output: Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
+        return output
+
+
+class QuantizedConv2d(_QuantizedConvolution, nn.Conv2d, of=nn.Conv2d):
     """A convolution, ``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``."""
 
-    channel_axis, channel_view = 1, (-1, 1, 1)
-
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution with its stride, padding, dilation and groups."""
-        output: Tensor = self._conv_forward(x, weight, bias)
-        return output
+    channel_view = (-1, 1, 1)
 
 
-class QuantizedConv3d(QuantizedLayer, nn.Conv3d, of=nn.Conv3d):
+class QuantizedConv3d(_QuantizedConvolution, nn.Conv3d, of=nn.Conv3d):
     """A convolution over frames and pixels, ``[n, in_channels, t, h, w]`` -> ``[n, out_channels, t', h', w']``."""
 
-    channel_axis, channel_view = 1, (-1, 1, 1, 1)
-
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution with its stride, padding, dilation and groups."""
-        output: Tensor = self._conv_forward(x, weight, bias)
-        return output
+    channel_view = (-1, 1, 1, 1)
 
 
 def quantizable_names() -> str:
@@ -166,10 +213,9 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
     """
     if type(layer) not in QUANTIZABLE:
         raise SpecError(f"{type(layer).__name__}: only {quantizable_names()} themselves can be quantized")
-    weight = layer.weight
+    weight, groups = layer.weight, int(getattr(layer, "groups", 1))
     assert isinstance(weight, Tensor)
-    out_channels, in_channels = weight.shape[0], weight.shape[1] * getattr(layer, "groups", 1)
-    grouped = getattr(layer, "groups", 1) > 1
+    out_channels, in_channels, grouped = weight.shape[0], weight.shape[1] * groups, groups > 1
     if spec.splits and (grouped or sum(spec.splits) != in_channels):
         raise SpecError(f"splits {list(spec.splits)}: must add up to {in_channels} input channels of an ungrouped layer")
     if spec.smooth and grouped:

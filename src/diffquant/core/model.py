@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -22,11 +22,12 @@ ATTRIBUTE = "diffquant"  # of a denoiser
 
 @dataclass
 class ModelState:
-    """All that is hung on a denoiser: ``model.diffquant``.
+    """The state of a denoiser, its attribute ``diffquant``.
 
     ``timestep``: name and position of the argument that the clock follows; None while the model is not quantizable. ``recipe``:
     name of the recipe that it was quantized by. ``attachment``: the correction at work (`sampling.correction`), which a float model
-    may have too; ``warned``: that nothing applies it was said. ``engine``: what it computes with (`engines.base`), None: simulated.
+    may have too. ``warned``: whether a warning said that nothing applies the correction. ``engine``: what it computes with
+    (`engines.base`), None: simulated.
     """
 
     clock: StepClock = field(default_factory=StepClock)
@@ -39,7 +40,7 @@ class ModelState:
 
 
 def state_of(model: nn.Module) -> ModelState | None:
-    """The state of a denoiser, None where nothing was hung on it."""
+    """The state of a denoiser, None where it has none."""
     state: ModelState | None = vars(model).get(ATTRIBUTE)
     return state
 
@@ -95,7 +96,7 @@ def activation_quantizers(module: nn.Module) -> dict[str, Quantizer]:
 
 
 def enable(module: nn.Module, on: bool = True) -> None:
-    """Turn all quantizers below `module` on or off. Raises `SpecError` when one to be turned on was never calibrated."""
+    """Turn all quantizers below `module` on or off. Raises `SpecError` to turn on a quantizer that was never calibrated."""
     every = list(quantizers(module))
     for name, quantizer in every:
         if on and not quantizer.calibrated:
@@ -104,11 +105,9 @@ def enable(module: nn.Module, on: bool = True) -> None:
         quantizer.enabled = on
 
 
-@contextmanager
-def full_precision(module: nn.Module) -> Iterator[None]:
+def full_precision(module: nn.Module) -> AbstractContextManager[None]:
     """Every quantizer below `module` off, and as it was again afterwards."""
-    with switched(module, False):
-        yield
+    return switched(module, False)
 
 
 @contextmanager
@@ -141,15 +140,15 @@ def leave_inference_mode(model: nn.Module) -> None:
 
     Those can neither be written nor learned with outside of it.
     """
-    made: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
     with torch.inference_mode(False):
         for module in model.modules():
             for place in (module._parameters, module._buffers):
                 for name, tensor in place.items():
                     if tensor is None or not tensor.is_inference():
                         continue
-                    if id(tensor) not in made:
+                    if id(tensor) not in copies:
                         copy = tensor.clone()
                         learned = isinstance(tensor, nn.Parameter)
-                        made[id(tensor)] = nn.Parameter(copy, requires_grad=tensor.requires_grad) if learned else copy
-                    place[name] = made[id(tensor)]  # type: ignore[assignment]
+                        copies[id(tensor)] = nn.Parameter(copy, requires_grad=tensor.requires_grad) if learned else copy
+                    place[name] = copies[id(tensor)]  # type: ignore[assignment]

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffquant.core import memory
 from diffquant.core.affine import dequantize, fake_quantize, quantize, quantize_rounded, scale_around, scale_from_range
 from diffquant.core.clock import StepClock
+from diffquant.core.memory import allows
 from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec
 from diffquant.errors import SpecError
 
@@ -24,11 +24,11 @@ class Quantizer(nn.Module):
     """Affine quantizer of a weight (``clock`` None) or of an activation.
 
     ``scale``, ``zero_point``: float32 ``[rows, parts]``, nan until calibrated. ``table``: uint8 or int16 ``[intervals]``, the row
-    of each interval. ``shift``: int8 ``[rows, channels]``, the exponent by which a channel's step exceeds ``scale``. ``codes``: the
+    of each interval. ``shift``: int8 ``[rows, channels]``, the power of two that multiplies ``scale`` for a channel. ``codes``: the
     integer weight once its rounding is decided. ``rounding``: logits of the rounding while it is learned (AdaRound).
     ``per_branch``: the rows are sets of the first half of a guided call, then of the second.
     ``shared_zero_point``: the parameter sets have one zero point (of each part), as some integer kernels need.
-    Off (``enabled`` False) it returns its input untouched; an ``observer``, while one is set, is shown every input.
+    Off (``enabled`` False) it returns its input untouched; an ``observer`` is called with every input.
     """
 
     scale: Tensor
@@ -52,20 +52,19 @@ class Quantizer(nn.Module):
         self.spec, self.splits, self.axis, self.clock, self.enabled = spec, tuple(splits), axis, clock, False
         self.observer: Callable[[Tensor], None] | None = None
         self.shared_zero_point = False
-        self._listed: tuple[Tensor, int, list[int]] | None = None  # the table, its version, its numbers
-        self._kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # what a weight was dequantized from, and the weight
+        self._table_list: tuple[Tensor, int, list[int]] | None = None  # the table, its version, its numbers
+        self._weight: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # what a weight was dequantized from, and the weight
         parts = max(1, len(splits))
         self.register_buffer("scale", torch.full((rows, parts), torch.nan, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(rows, parts, dtype=torch.float32))
-        index_type = torch.uint8 if rows <= 256 else torch.int16
-        has_table = clock is not None and rows > 1
-        self.register_buffer("table", clock.table(rows, per_branch).to(index_type) if has_table and clock else None)
+        table = clock.table(rows, per_branch).to(_index_type(rows)) if clock is not None and rows > 1 else None
+        self.register_buffer("table", table)
         self.register_buffer("shift", torch.zeros(rows, shift_channels, dtype=torch.int8) if shift_channels else None)
         self.register_buffer("codes", None)
         self.register_buffer("rounding", None)
 
     def set_ranges(self, low: Float[Tensor, "rows parts"], high: Float[Tensor, "rows parts"]) -> None:
-        """Set scales and zero points to cover [low, high], where the zero point is shared in steps as wide as that takes."""
+        """Set scales and zero points to cover [low, high], with larger scales where the zero point is shared."""
         if not self.shared_zero_point or self.spec.symmetric:
             scale, zero_point = scale_from_range(low, high, self.spec)
         else:
@@ -90,8 +89,13 @@ class Quantizer(nn.Module):
         return bool(torch.isfinite(self.scale).all())
 
     @property
+    def unobserved(self) -> bool:
+        """Whether it is on and has no observer: an engine may then compute in its place."""
+        return self.enabled and self.observer is None
+
+    @property
     def live(self) -> bool:
-        """Whether a forward call does anything: quantizes, or shows its input to an observer."""
+        """Whether a forward call does anything: quantizes, or calls an observer."""
         return self.enabled or self.observer is not None
 
     def present_rows(self, device: torch.device) -> Int[Tensor, " batch"] | int:
@@ -105,28 +109,24 @@ class Quantizer(nn.Module):
         if torch.compiler.is_compiling():
             return table.to(device)[clock.position.to(device)].long()
         interval = clock.interval
-        if isinstance(interval, int):
-            return self._row(table, interval)
-        return table.to(device)[interval.to(device)].long()
-
-    def _row(self, table: Integer[Tensor, " intervals"], interval: int) -> int:
-        """``table[interval]``, of a list: reading a number off an accelerator waits for all that it has to do."""
-        version = _version(table)
-        if self._listed is None or self._listed[0] is not table or self._listed[1] != version:
-            self._listed = table, version, table.tolist()
-        return self._listed[2][interval]
+        if not isinstance(interval, int):
+            return table.to(device)[interval.to(device)].long()
+        version = _version(table)  # the list of the table is cached: reading off an accelerator waits for all that it has to do
+        if self._table_list is None or self._table_list[0] is not table or self._table_list[1] != version:
+            self._table_list = table, version, table.tolist()
+        return self._table_list[2][interval]
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, shaped to broadcast against `x`."""
         if self.clock is None:
             return self._shape(self.scale, x), self._shape(self.zero_point, x)
         rows = self.present_rows(x.device)
-        picked = slice(rows, rows + 1) if isinstance(rows, int) else rows
+        index = slice(rows, rows + 1) if isinstance(rows, int) else rows
         if not isinstance(rows, int) and len(rows) not in (1, x.shape[0]):
             raise SpecError(f"quantizer: {len(rows)} timesteps for a batch of {x.shape[0]}; give one timestep per sample")
-        scale, zero_point = self._shape(self.scale[picked], x), self._shape(self.zero_point[picked], x)
+        scale, zero_point = self._shape(self.scale[index], x), self._shape(self.zero_point[index], x)
         if self.shift is not None:
-            scale = scale * torch.exp2(self.shift[picked].float()).view(self._view(x, self.shift.shape[1]))
+            scale = scale * torch.exp2(self.shift[index].float()).view(self._view(x, self.shift.shape[1]))
         return scale, zero_point
 
     def set_bits(self, bits: int) -> None:
@@ -149,10 +149,10 @@ class Quantizer(nn.Module):
         if self.shift is not None:
             self.shift = self.shift.repeat(rows, 1)
         if rows > 1:
-            self.table = table.to(self.scale.device, torch.uint8 if rows <= 256 else torch.int16)
+            self.table = table.to(self.scale.device, _index_type(rows))
 
     def quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Codes of `x`: the decided ones of a weight if there are any, else by rounding (learned where it is being learned)."""
+        """Codes of `x`: those of a frozen weight if there are any, else by rounding (learned where it is being learned)."""
         if self.codes is not None:
             return self.codes.float()
         scale, zero_point = self.operands(x)
@@ -161,7 +161,7 @@ class Quantizer(nn.Module):
         return quantize(x.float(), scale, zero_point, self.spec)
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """`x` as the integer engine would see it: quantized and dequantized in float32, in the dtype of `x`."""
+        """`x` quantized and dequantized in float32, in the dtype of `x`."""
         if self.observer is not None:
             self.observer(x)
         return self.simulated(x) if self.enabled else x
@@ -180,27 +180,27 @@ class Quantizer(nn.Module):
         return dequantize(self.codes.float(), scale, zero_point)
 
     def frozen_weight(self, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-        """The weight of a frozen layer in `dtype`, kept from call to call where memory allows; not to be written."""
+        """The weight of a frozen layer in `dtype`, cached between calls where memory allows; not to be written."""
         if torch.compiler.is_compiling():
             return self.dequantized_codes().to(dtype)
         assert self.codes is not None
         sources = [(tensor, _version(tensor)) for tensor in (self.codes, self.scale, self.zero_point)]
-        if self._kept is not None and self._kept[1].dtype == dtype:
-            pairs = zip(sources, self._kept[0], strict=True)
+        if self._weight is not None and self._weight[1].dtype == dtype:
+            pairs = zip(sources, self._weight[0], strict=True)
             if all(tensor is before and version == then for (tensor, version), (before, then) in pairs):
-                return self._kept[1]
-        self._kept = None
+                return self._weight[1]
+        self._weight = None
         weight = self.dequantized_codes().to(dtype)
-        if memory.allows(weight.numel() * weight.element_size(), weight.device):
-            self._kept = sources, weight
+        if allows(weight.numel() * weight.element_size(), weight.device):
+            self._weight = sources, weight
         return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Another device, but no other dtype: a scale in 16 or 8 bits would be another scale."""
-        self._kept = None
-        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None and tensor.is_floating_point()}
+        self._weight = None
+        before = {name: tensor for name, tensor in self._buffers.items() if tensor is not None and tensor.is_floating_point()}
         applied: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in kept.items():
+        for name, tensor in before.items():
             self._buffers[name] = in_float32(tensor, self._buffers[name])
         return applied
 
@@ -260,6 +260,10 @@ def in_float32(before: Tensor, after: Tensor | None) -> Tensor:
     if after.dtype == before.dtype:
         return after
     return after.to(before.dtype) if before.is_meta else before.to(after.device)
+
+
+def _index_type(rows: int) -> torch.dtype:
+    return torch.uint8 if rows <= 256 else torch.int16
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""What is asked of a layer: bits, symmetry, granularity, and the rules that decide which layer gets what.
+"""How layers are quantized: bits, symmetry, granularity, and the rules that choose them layer by layer.
 
 No tensors here: a spec is a value that can be written in a recipe and read back from a checkpoint.
 """
@@ -13,11 +13,13 @@ MIN_BITS, MAX_BITS = 2, 8
 RuleBits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | Literal["float"]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Value(BaseModel):
+    """What is written in a recipe or checkpoint and read back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class QuantSpec(_Value):
+class QuantSpec(Value):
     """How one tensor is quantized.
 
     ``granularity`` ``channel`` gives every output channel of a weight its own scale; activations are always per tensor (and per
@@ -42,7 +44,7 @@ class QuantSpec(_Value):
         return f"{'int' if self.symmetric else 'uint'}{self.bits}/{self.granularity}"
 
 
-class LayerSpec(_Value):
+class LayerSpec(Value):
     """How one layer is quantized: None leaves that operand in floating point.
 
     ``splits`` are the sizes of consecutive parts of the input channels with quantizers of their own (concatenated skips); their sum
@@ -61,7 +63,7 @@ class LayerSpec(_Value):
     shift: bool = False
 
 
-class AttentionSpec(_Value):
+class AttentionSpec(Value):
     """How the operands of an attention's two products are quantized; None leaves an operand in floating point."""
 
     query: QuantSpec | None = None
@@ -73,7 +75,7 @@ class AttentionSpec(_Value):
     guidance_sets: bool = False
 
 
-class LayerRule(_Value):
+class LayerRule(Value):
     """One line of the plan: what happens to the layers that `match` names. Later rules override earlier ones, field by field.
 
     ``match`` is a shell pattern on module names (it has to match a layer), or a structural selector that may match none:

@@ -1,4 +1,4 @@
-"""Looking on while a model is called: hooks and observers that are gone when their `with` block ends, however it ends."""
+"""Hooks and observers for the length of a `with` block; they are removed when it ends, also by an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffquant.core.quantizer import Quantizer
 
 
 class Enough(Exception):
-    """Raised by a hook to end a forward pass: everything that was to be seen has been. The caller suppresses it."""
+    """Raised by a hook to end a forward pass early. The caller suppresses it."""
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def watching(hooks: Mapping[Any, Callable[..., Any]], *, before: bool = False, k
 
 @contextmanager
 def observing(observers: Mapping[Quantizer, Callable[[Tensor], None]]) -> Iterator[None]:
-    """While the block runs, each quantizer shows its input to its observer, whether it is on or off."""
+    """While the block runs, each quantizer calls its observer with its input, whether it is on or off."""
     try:
         for quantizer, observer in observers.items():
             quantizer.observer = observer

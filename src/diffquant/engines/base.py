@@ -6,10 +6,8 @@ names it.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from diffquant.core.attention import AttentionProducts
 from diffquant.core.layers import QuantizedLayer
 from diffquant.core.model import is_frozen, quantized_layers, state_of
 from diffquant.errors import CheckpointError
+from diffquant.registry import load, register
 
 VARIABLE = "DIFFQUANT_ENGINE"  # of the environment: the engine of models for which none is asked
 FLOAT = "float"  # what a model without quantized layers computes with
@@ -34,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class Lowered(NamedTuple):
-    """What became of one layer or attention: `reason` is empty where it computes with integers."""
+    """One layer or attention: `reason` says why it does not compute with integers; empty where it does."""
 
     name: str
     reason: str
@@ -53,7 +52,7 @@ class Engine(ABC):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if "name" in vars(cls):
-            _engines[cls.name] = cls
+            register(_engines, cls.name, cls)
 
     @classmethod
     @abstractmethod
@@ -83,8 +82,8 @@ class Engine(ABC):
 
 
 def engine_names() -> list[str]:
-    """The engines there are."""
-    _load_engines()
+    """The engines there are; modules of this package register theirs when they are imported."""
+    load(__package__)
     return [name for name, _ in sorted(_engines.items(), key=lambda item: (item[1].rank, item[0]))]
 
 
@@ -93,13 +92,6 @@ def engine_class(name: str) -> type[Engine]:
     if name not in engine_names():
         raise CheckpointError(f"engine: {name!r}; allowed are {', '.join(engine_names())}")
     return _engines[name]
-
-
-def _load_engines() -> None:
-    """Import the modules of this package, where engines register themselves."""
-    package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__, f"{__package__}."):
-        importlib.import_module(module.name)
 
 
 def check_engine(name: str | None) -> None:
@@ -189,10 +181,10 @@ def use_engine(pipe_or_model: Any, name: str | None = None) -> list[Lowered]:
     return [row for model in models for row in install(model, _engines[name]())]
 
 
-def layer_rows(model: nn.Module, reason: str = "") -> list[Lowered]:
-    """A row for each layer, with the reason where it has float operands, else `reason`; and one for each attention without any."""
-    rows = [Lowered(name, float_operand(layer) or reason) for name, layer in quantized_layers(model)]
-    return rows if reason else [*rows, *(Lowered(name, "") for name in attentions(model))]
+def layer_rows(model: nn.Module) -> list[Lowered]:
+    """A row for each layer, with the reason where it has float operands, and for each attention."""
+    rows = [Lowered(name, float_operand(layer)) for name, layer in quantized_layers(model)]
+    return [*rows, *(Lowered(name, "") for name in attentions(model))]
 
 
 def attentions(model: nn.Module) -> dict[str, AttentionProducts]:

@@ -1,4 +1,4 @@
-"""What a graph was converted from: a picture of a model's state, so that a change of the model is noticed before the next call.
+"""What a graph was converted from: a picture of a model's state, by which a change of the model is noticed before the next call.
 
 A graph is made once, but a model can change at any time: an adapter is loaded or its weight set, an attention gets another
 processor, FreeU sets numbers on blocks, a layer is replaced, a tensor is written. A `Picture` compares what modules and processors
@@ -24,17 +24,17 @@ OURS = ("torch.", "diffquant.")  # objects of these packages are not looked into
 
 def hooked(model: nn.Module) -> str:
     """The name of a module below `model` whose call is more than its class's forward; empty where there is none."""
-    named = (name for name, module in model.named_modules() if name and _more_than_its_class(module))
-    return next(named, "")
+    return next((name for name, module in model.named_modules() if name and is_hooked(module)), "")
 
 
-def _more_than_its_class(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of `module` is more than its class's forward: hooks, or a forward of its own, as offloading gives it."""
     return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
 
 
 @final
 class Picture:
-    """The state of a model at one moment."""
+    """The state of a model when it was taken."""
 
     def __init__(self, model: nn.Module) -> None:
         self._held: list[tuple[Any, Any]] = []  # a container of the model, and what was in it
@@ -42,13 +42,11 @@ class Picture:
         tensors: dict[int, Tensor] = {}
         for module in model.modules():
             self._classes.append((module, type(module)))
-            seen = (
-                {key: value for key, value in vars(module).items() if key in ("_buffers", "spec")}
-                if isinstance(module, Quantizer)
-                else vars(module)
-            )
-            for live, copy in _containers(seen, DEPTH):
-                if live is not seen or not isinstance(module, Quantizer):
+            attributes, of_quantizer = vars(module), isinstance(module, Quantizer)
+            if of_quantizer:  # of which the other attributes change from call to call
+                attributes = {key: value for key, value in attributes.items() if key in ("_buffers", "spec")}
+            for live, copy in _containers(attributes, DEPTH):
+                if live is not attributes or not of_quantizer:
                     self._held.append((live, copy))
                 values = copy.values() if isinstance(copy, dict) else copy
                 tensors.update((id(value), value) for value in values if isinstance(value, Tensor))

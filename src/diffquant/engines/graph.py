@@ -7,14 +7,14 @@
 bits are clamped before they are quantized. Integer weights larger than the form allows (`Form.largest`; on any machine shifted
 ones, or asymmetric ones of 8 bits) are written as two digits. Two activations whose products may saturate are multiplied in
 floating point, on the quantized values. An input quantizer with several parameter sets divides by its present scale (``factor``),
-quantizes with a step of one and multiplies the product; the graph then has one more input, ``interval``. The zero point is part of
+quantizes with a scale of one and multiplies the product; the graph then has one more input, ``interval``. The zero point is part of
 the kernel, so all sets must share it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, final
 
@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from diffquant.core.attention import AttentionProducts
+from diffquant.core.attention import AttentionProducts, attention_call
 from diffquant.core.layers import QUANTIZABLE, QuantizedLayer
-from diffquant.core.model import clock_of, is_frozen, quantized_layers, quantizers
+from diffquant.core.model import activation_quantizers, clock_of, is_frozen, quantized_layers, quantizers
 from diffquant.engines.base import engine_of
 from diffquant.engines.exactness import ALL, CODES, PAIR
 from diffquant.engines.graph_call import Call
-from diffquant.engines.graph_operands import Largest, Part, Step, operands_of, parts_of, steps_of
+from diffquant.engines.graph_operands import Grid, Largest, Part, grids_of, operands_of, parts_of
 from diffquant.errors import CheckpointError, SpecError
 
 MakeOutput = Callable[[tuple[Tensor, ...]], Any]
@@ -70,16 +70,15 @@ def whole(last: int) -> int:
 
 def signed(model: nn.Module) -> bool:
     """Whether every activation that is quantized is written as int8 with a zero point of 0; weights always are."""
-    given = [quantizer for _, quantizer in quantizers(model) if quantizer.clock is not None]
-    return all(step.signed for quantizer in given for step in steps_of(quantizer))
+    return all(grid.signed for quantizer in activation_quantizers(model).values() for grid in grids_of(quantizer))
 
 
 def integer_layers(products: Iterable[tuple[str, bool]]) -> dict[str, bool]:
     """Each layer and attention of a list of products, and whether every product of it is one of 8-bit integers."""
-    found: dict[str, bool] = {}
+    layers: dict[str, bool] = {}
     for name, integer in products:
-        found[name] = integer and found.get(name, True)
-    return found
+        layers[name] = integer and layers.get(name, True)
+    return layers
 
 
 def check(model: nn.Module, runtime: str) -> None:
@@ -144,7 +143,6 @@ class Trace(nn.Module):
             self.eval()
             for name, layer in quantized_layers(self.denoiser):
                 parts = [self._stored(part) for part in parts_of(layer, self.form.largest)]
-                self._note(parts)
                 for index, (integers, _) in enumerate(digit for part in parts for digit in part.digits):
                     self.register_buffer(f"{name}.{index}".replace(".", "/"), integers)  # a constant would be part of the code
                 layer.forward = functools.partial(_layer, self, layer, parts)  # type: ignore[method-assign]
@@ -162,54 +160,51 @@ class Trace(nn.Module):
             self.denoiser.train(training)
 
     def _stored(self, part: Part) -> Part:
-        """`part` with its integers as the file holds them."""
-        if part.step is None:
+        """`part` with its integers as the file holds them; the largest pair of products is noted, unsigned integers have none."""
+        if part.grid is None:
             return part
-        return part._replace(digits=[(self.form.stored(integers), scale) for integers, scale in part.digits])
+        digits = [(self.form.stored(integers), scale) for integers, scale in part.digits]
+        for integers, scale in digits:
+            if scale is not None and integers.dtype == torch.int8:
+                self.pair = max(self.pair, 2 * part.grid.last * int(integers.int().abs().max()))
+        return part._replace(digits=digits)
 
-    def _note(self, parts: Sequence[Part]) -> None:
-        """Keep the largest pair of products in `parts`; of two unsigned operands none is added in 16 bits."""
-        for part in parts:
-            for integers, scale in part.digits:
-                if part.step is not None and scale is not None and integers.dtype == torch.int8:
-                    self.pair = max(self.pair, 2 * part.step.last * int(integers.int().abs().max()))
-
-    def rounded(self, step: Step, x: Tensor) -> tuple[Tensor, float | Tensor]:
+    def rounded(self, grid: Grid, x: Tensor) -> tuple[Tensor, float | Tensor]:
         """As `quantized`, in plain operations that no runtime takes for a quantizer: the product stays in floating point."""
-        x, factor = self._scaled(step, x)
-        return torch.round(x / step.scale).clamp(step.low, step.high) * step.scale, factor
+        x, factor = self._scaled(grid, x)
+        return torch.round(x / grid.scale).clamp(grid.low, grid.high) * grid.scale, factor
 
-    def quantized(self, step: Step | None, x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
+    def quantized(self, grid: Grid | None, x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
         """`x` times `inverse` quantized, and the factor that its product has to be multiplied by.
 
         The order matters: OpenVINO 2026.4 computes wrongly where a division by channel, or a multiplication and then a clamp,
         precede a FakeQuantize, but not where a clamp and then a multiplication do.
         """
-        if step is None:
+        if grid is None:
             return x if inverse is None else x * inverse, 1.0
-        x, factor = self._scaled(step, x)
-        low, high = step.low * step.scale, step.high * step.scale
-        if step.clamps and inverse is None:
+        x, factor = self._scaled(grid, x)
+        low, high = grid.low * grid.scale, grid.high * grid.scale
+        if grid.clamps and inverse is None:
             x = x.clamp(low, high)
-        elif step.clamps and inverse is not None:
+        elif grid.clamps and inverse is not None:
             x = torch.minimum(torch.maximum(x, low / inverse), high / inverse)
         x = x if inverse is None else x * inverse
-        return self.form.quantize(x, step.scale, 0 if step.signed else step.zero_point, step.signed), factor
+        return self.form.quantize(x, grid.scale, 0 if grid.signed else grid.zero_point, grid.signed), factor
 
-    def centred(self, step: Step | None, x: Tensor) -> tuple[Tensor, float | Tensor, float]:
+    def centred(self, grid: Grid | None, x: Tensor) -> tuple[Tensor, float | Tensor, float]:
         """As `quantized`, of codes around 128 where the form asks for it: `x` is the first plus the last, times the factor."""
-        if step is None or step.signed or not self.form.centres:
-            return *self.quantized(step, x), 0.0
-        x, factor = self._scaled(step, x)
-        offset = (CENTRE + step.low) * step.scale
-        return self.form.quantize(x - offset, step.scale, 0, True), factor, offset
+        if grid is None or grid.signed or not self.form.centres:
+            return *self.quantized(grid, x), 0.0
+        x, factor = self._scaled(grid, x)
+        offset = (CENTRE + grid.low) * grid.scale
+        return self.form.quantize(x - offset, grid.scale, 0, True), factor, offset
 
-    def _scaled(self, step: Step, x: Tensor) -> tuple[Tensor, float | Tensor]:
+    def _scaled(self, grid: Grid, x: Tensor) -> tuple[Tensor, float | Tensor]:
         """`x` by its present scale where there are parameter sets, and that scale."""
-        if step.scales is None:
+        if grid.scales is None:
             return x, 1.0
         assert self.interval is not None
-        factor = step.scales[self.interval].view(-1, *[1] * (x.dim() - 1))
+        factor = grid.scales[self.interval].view(-1, *[1] * (x.dim() - 1))
         return x / factor, factor
 
 
@@ -220,10 +215,10 @@ def _layer(trace: Trace, layer: QuantizedLayer, parts: list[Part], input: Tensor
     for part, values in zip(parts, input.split(splits, dim=axis) if splits else (input,), strict=True):
         for integers, scale in part.digits:
             # quantized for each: ONNX Runtime 1.31 leaves two products of one int8 operand in floating point
-            codes, factor = trace.quantized(part.step, values, part.inverse)
+            codes, factor = trace.quantized(part.grid, values, part.inverse)
             if scale is None:
                 weight = integers
-            elif part.step is None:  # ONNX Runtime would round the input of a DequantizeLinear's product to 8 bits
+            elif part.grid is None:  # ONNX Runtime would round the input of a DequantizeLinear's product to 8 bits
                 weight = integers.float() * scale.view(-1, *[1] * (integers.dim() - 1))
             else:
                 weight = trace.form.dequantize(integers, scale)
@@ -236,58 +231,44 @@ def _layer(trace: Trace, layer: QuantizedLayer, parts: list[Part], input: Tensor
     return trace.form.add(output, layer.bias) if axis == -1 else output + layer.bias.view(layer.channel_view)
 
 
-def _attention(
-    trace: Trace,
-    steps: dict[str, Step | None],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def _attention(trace: Trace, grids: dict[str, Grid | None], *arguments: Any, **keywords: Any) -> Tensor:
     """The forward of attention products."""
-    if dropout_p or is_causal or enable_gqa:
-        raise SpecError("attention products: dropout, causal masks and grouped heads are not quantized; set them to float")
-    query, query_factor, query_offset = trace.centred(steps["query"], query)
-    key, key_factor, _ = _second(trace, _last(trace, steps["query"]), steps["key"], key)  # softmax drops what its offset would add
-    factor = query_factor * key_factor * (int(query.shape[-1]) ** -0.5 if scale is None else scale)
+    call = attention_call(*arguments, **keywords)
+    query, query_factor, query_offset = trace.centred(grids["query"], call.query)
+    # softmax drops what the offset of the keys would add
+    key, key_factor, _ = _second(trace, _last(trace, grids["query"]), grids["key"], call.key)
     scores = query @ key.transpose(-2, -1)
     if query_offset:
         scores = scores + query_offset * key.sum(dim=-1).unsqueeze(-2)
-    scores = scores * factor
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    softmax, softmax_factor = trace.quantized(steps["softmax"], scores.softmax(dim=-1))
-    weighted, last = steps["value"], None if steps["softmax"] is None else steps["softmax"].last
+    scores = call.masked(scores * (query_factor * key_factor * call.factor))
+    softmax, softmax_factor = trace.quantized(grids["softmax"], scores.softmax(dim=-1))
+    weighted, last = grids["value"], None if grids["softmax"] is None else grids["softmax"].last
     if weighted is None or weighted.signed or int(key.shape[-2]) <= SUMMED_KEYS:
-        value, value_factor, value_offset = _second(trace, last, weighted, value)
+        value, value_factor, value_offset = _second(trace, last, weighted, call.value)
     else:
-        (value, value_factor), value_offset = trace.quantized(weighted, value), 0.0
+        (value, value_factor), value_offset = trace.quantized(weighted, call.value), 0.0
     product = softmax @ value
     if value_offset:
         product = product + value_offset * softmax.sum(dim=-1, keepdim=True)
     return product * (softmax_factor * value_factor)
 
 
-def _last(trace: Trace, step: Step | None) -> int | None:
+def _last(trace: Trace, grid: Grid | None) -> int | None:
     """The largest unsigned code that a kernel sees of an operand that `Trace.centred` quantizes; None in floating point."""
-    return None if step is None else CODES[0] if trace.form.centres and not step.signed else step.last
+    return None if grid is None else CODES[0] if trace.form.centres and not grid.signed else grid.last
 
 
-def _second(trace: Trace, last: int | None, step: Step | None, x: Tensor) -> tuple[Tensor, float | Tensor, float]:
+def _second(trace: Trace, last: int | None, grid: Grid | None, x: Tensor) -> tuple[Tensor, float | Tensor, float]:
     """The second operand of a product of two activations as `Trace.centred` gives it; rounded where products may saturate.
 
     ``last``: the largest code of the first one.
     """
-    if last is None or step is None:
-        return trace.centred(step, x)
-    if trace.form.attention(last) >= step.magnitude:
-        trace.pair = max(trace.pair, 2 * last * step.magnitude if trace.form.centres else 0)
-        return trace.centred(step, x)
-    return *trace.rounded(step, x), 0.0
+    if last is None or grid is None:
+        return trace.centred(grid, x)
+    if trace.form.attention(last) >= grid.magnitude:
+        trace.pair = max(trace.pair, 2 * last * grid.magnitude if trace.form.centres else 0)
+        return trace.centred(grid, x)
+    return *trace.rounded(grid, x), 0.0
 
 
 @contextmanager

@@ -20,13 +20,13 @@ class Call:
     """The arguments of one call of a denoiser, its tensors apart from the rest; the timestep is a tensor, one for each sample."""
 
     def __init__(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        given = inspect.signature(model.forward).bind(*arguments, **keywords).arguments
-        self.return_dict = bool(given.pop("return_dict", True))
+        call_arguments = inspect.signature(model.forward).bind(*arguments, **keywords).arguments
+        self.return_dict = bool(call_arguments.pop("return_dict", True))
         name, _ = timestep_argument(model)
-        sample = next(leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
+        sample = next(leaf for leaf in pytree.tree_leaves(call_arguments) if isinstance(leaf, Tensor))
         batch = len(sample)
-        given[name] = torch.as_tensor(given[name]).reshape(-1).expand(batch)
-        paths, self._structure = pytree.tree_flatten_with_path(given)
+        call_arguments[name] = torch.as_tensor(call_arguments[name]).reshape(-1).expand(batch)
+        paths, self._structure = pytree.tree_flatten_with_path(call_arguments)
         self._leaves = [leaf for _, leaf in paths]
         self._at = [index for index, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [self._leaves[index] for index in self._at]

@@ -18,8 +18,8 @@ Digit = tuple[Tensor, Tensor | None]  # int8 [out, in, ...] and its scale for ea
 Largest = Callable[[int], int]  # the largest integer that a kernel multiplies exactly with codes from 0 to a last one
 
 
-class Step(NamedTuple):
-    """What quantizes one part of an operand, as numbers; ``scales``: of the intervals, where there are parameter sets."""
+class Grid(NamedTuple):
+    """The quantization grid of one part of an operand; ``scales``: of the intervals, where there are parameter sets."""
 
     scale: float
     zero_point: int
@@ -47,45 +47,44 @@ class Step(NamedTuple):
 class Part(NamedTuple):
     """One part of the input channels of a layer."""
 
-    step: Step | None
+    grid: Grid | None
     inverse: Tensor | None
     digits: list[Digit]
 
 
-def steps_of(quantizer: Quantizer | None) -> list[Step]:
-    """By part of the channels, what a quantizer does."""
+def grids_of(quantizer: Quantizer | None) -> list[Grid]:
+    """The grids of a quantizer, by part of the channels."""
     if quantizer is None:
         return []
-    spec, row, table, steps = quantizer.spec, _row(quantizer), quantizer.table, []
+    spec, row, table, grids = quantizer.spec, _row(quantizer), quantizer.table, []
     for part in range(quantizer.scale.shape[1]):
         zero_point = int(quantizer.zero_point[row, part])
         low, high = spec.code_min - zero_point, spec.code_max - zero_point
         scales = None if table is None else quantizer.scale[table.long(), part]
         scale = float(quantizer.scale[row, part]) if scales is None else 1.0
-        steps.append(Step(scale, zero_point, low, high, spec.bits < 8, scales))
-    return steps
+        grids.append(Grid(scale, zero_point, low, high, spec.bits < 8, scales))
+    return grids
 
 
 def parts_of(layer: QuantizedLayer, largest: Largest) -> list[Part]:
     """The parts of the input channels of a layer, which quantize and multiply apart; no digit of a weight exceeds `largest`."""
-    given = steps_of(layer.input_quantizer)
-    weights = _weights(layer, [largest(step.last) for step in given])
-    steps: Sequence[Step | None] = given or [None] * len(weights)
-    inverses: Sequence[Tensor | None] = _inverses(layer) or [None] * len(weights)
-    return [Part(*given) for given in zip(steps, inverses, weights, strict=True)]
+    grids = grids_of(layer.input_quantizer)
+    weights = _weights(layer, [largest(grid.last) for grid in grids])
+    nothing = [None] * len(weights)
+    return [Part(*part) for part in zip(grids or nothing, _inverses(layer) or nothing, weights, strict=True)]
 
 
-def operands_of(products: AttentionProducts) -> dict[str, Step | None]:
-    """What quantizes each operand of an attention, by its name; None where it stays in floating point."""
-    return {name: next(iter(steps_of(getattr(products, name))), None) for name in OPERANDS}
+def operands_of(products: AttentionProducts) -> dict[str, Grid | None]:
+    """The grid of each operand of an attention, by its name; None where it stays in floating point."""
+    return {name: next(iter(grids_of(getattr(products, name))), None) for name in OPERANDS}
 
 
 def _inverses(layer: QuantizedLayer) -> list[Tensor] | None:
     """By part of the input channels, what they are multiplied by before they are quantized: 1 / (smooth * 2^shift)."""
-    smooth, given = layer.smooth, layer.input_quantizer
+    smooth, inputs = layer.smooth, layer.input_quantizer
     inverse = None if smooth is None else 1 / smooth
-    if given is not None and given.shift is not None:
-        powers = torch.exp2(-given.shift[_row(given)].float())
+    if inputs is not None and inputs.shift is not None:
+        powers = torch.exp2(-inputs.shift[_row(inputs)].float())
         inverse = powers if inverse is None else powers * inverse
     return (
         None if inverse is None else [each.view(layer.channel_view) for each in inverse.split(list(layer.splits) or [len(inverse)])]
@@ -98,32 +97,25 @@ def _weights(layer: QuantizedLayer, largest: Sequence[int]) -> list[list[Digit]]
     A weight that is not quantized is one digit without scale. ``largest``: of the digits of each part; none where the input is not
     quantized, so that no integers are multiplied.
     """
-    quantizer, given = layer.weight_quantizer, layer.input_quantizer
+    quantizer, inputs = layer.weight_quantizer, layer.input_quantizer
     whole = layer.weight_to_quantize() if quantizer is None else quantizer.codes
     assert whole is not None
     outputs, channels = whole.shape[:2]
+    sizes = list(layer.splits) or [channels]
     shift = torch.zeros(outputs, channels, dtype=torch.int32)
-    if given is not None and given.shift is not None:
-        shift = (
-            given.shift[_row(given)]
-            .int()
-            .view(-1, channels)
-            .repeat_interleave(outputs // (given.shift.shape[1] // channels), dim=0)
-        )
-    sizes, beside = list(layer.splits) or [channels], [1] * (whole.dim() - 2)
-    found: list[list[Digit]] = []
-    for part, (values, shifts) in enumerate(zip(whole.split(sizes, 1), shift.split(sizes, 1), strict=True)):
-        shifts = shifts.reshape(*shifts.shape, *beside)
-        if quantizer is None:
-            found.append([(values * torch.exp2(shifts.float()), None)])
-            continue
-        scale, zero_point = (
-            each[:, part].expand(outputs).reshape(-1, 1, *beside) for each in (quantizer.scale, quantizer.zero_point)
-        )
-        integers = (values.int() - zero_point.int()) << shifts
+    if inputs is not None and inputs.shift is not None:
+        groups = inputs.shift[_row(inputs)].int().view(-1, channels)
+        shift = groups.repeat_interleave(outputs // len(groups), dim=0)
+    shift = shift.view(outputs, channels, *[1] * (whole.dim() - 2))
+    if quantizer is None:
+        return [[(values, None)] for values in (whole * torch.exp2(shift.float())).split(sizes, 1)]
+    integers = (whole.int() - quantizer.operands(whole)[1].int()) << shift
+    weights: list[list[Digit]] = []
+    for part, values in enumerate(integers.split(sizes, 1)):
+        scale = quantizer.scale[:, part].expand(outputs)
         bound = largest[part] if largest else 128
-        found.append([(digit, scale.flatten() * float(factor)) for digit, factor in digits(integers, bound)])
-    return found
+        weights.append([(digit, scale * float(factor)) for digit, factor in digits(values, bound)])
+    return weights
 
 
 def _row(quantizer: Quantizer) -> int:

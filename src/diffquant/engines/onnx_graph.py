@@ -4,8 +4,8 @@ The layers write themselves in the form of `graph`; activations as uint8 with a 
 the zero point fit; weights as constants of int8 (4-bit ones too) and a DequantizeLinear with a scale for each output.
 
 ONNX Runtime makes unsigned codes of signed ones on x86, and its product of unsigned codes and signed weights adds in 16 bits on
-some processors. That of two unsigned operands does not. Form `EXACT` therefore writes weights beyond what 16 bits hold as uint8
-with a zero point of 128; `SINGLE` all as int8, as TensorRT reads them.
+some processors. That of two unsigned operands does not. The form ``exact`` therefore writes weights beyond what 16 bits hold as
+uint8 with a zero point of 128; ``single`` all as int8, as TensorRT reads them.
 
 Made by PyTorch's TorchScript exporter: `torch.export` took 40 s of CPU time for a UNet of 14 convolutions where this takes 1.3 s.
 Opset 17, because from opset 21 on ONNX Runtime 1.31 moves int8 quantizers past a Transpose with zero points of the wrong type, and
@@ -44,9 +44,9 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def symbolic(graph: Any, x: Any, scale: float, zero_point: int, signed: bool) -> Any:
-        step = graph.op("Constant", value_t=torch.tensor(scale))
+        scales = graph.op("Constant", value_t=torch.tensor(scale))
         zero = graph.op("Constant", value_t=torch.tensor(zero_point, dtype=torch.int8 if signed else torch.uint8))
-        return graph.op("DequantizeLinear", graph.op("QuantizeLinear", x, step, zero), step, zero).setType(x.type())
+        return graph.op("DequantizeLinear", graph.op("QuantizeLinear", x, scales, zero), scales, zero).setType(x.type())
 
 
 class _Dequantize(torch.autograd.Function):
@@ -89,7 +89,7 @@ def _add(product: Tensor, bias: Tensor) -> Tensor:
 
 
 SINGLE = Form("ONNX Runtime", _quantize, _dequantize, whole, whole, add=_add)
-EXACT = SINGLE._replace(stored=_stored)
+FORMS = {"exact": SINGLE._replace(stored=_stored), "single": SINGLE}
 
 
 def convert(model: nn.Module, call: Call, form: Form) -> Any:

@@ -3,8 +3,8 @@
 OpenVINO turns a product of quantized operands into an integer kernel where it finds the forms it knows: the input as a FakeQuantize
 of 256 levels, the weight as a constant of int8 times a scale for each output. `convert` lets PyTorch trace the model while its
 layers write themselves in these forms (`graph`). OpenVINO's kernels may add products in 16 bits: form `EXACT` holds no two products
-that saturate there, so the file is right on every machine, that of `here` none that saturate on this one, and `SINGLE` writes every
-8-bit weight as one digit.
+that saturate there, so the file is right on every machine, that of `here` none that saturate on this one, and the form ``single``
+writes every 8-bit weight as one digit.
 
 Two activations (the products of an attention) are multiplied as integers only where their codes minus the zero point fit int8.
 Codes of 8 bits with a zero point are therefore written as codes minus 128 plus a constant: for the keys softmax drops what it adds,
@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffquant.engines.exactness import answer_of
 from diffquant.engines.graph import Form, MakeOutput, Trace, check, portable, status, whole
-from diffquant.engines.graph_call import Call, inputs, timesteps
+from diffquant.engines.graph_call import Call, feed, inputs, timesteps
 from diffquant.errors import CheckpointError
+
+Precision = Literal["f32", "bf16"]  # with "f16" OpenVINO 2026.4 computes another picture, slowly, on a CPU
 
 
 def convert(model: nn.Module, call: Call, form: Form, original: type[nn.Module] | None = None) -> tuple[Any, MakeOutput]:
@@ -68,13 +70,29 @@ def _dequantize(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 EXACT = Form("OpenVINO", _quantize, _dequantize, portable, portable, centres=True)
-SINGLE = EXACT._replace(largest=whole, attention=whole)
+FORMS = {"exact": EXACT, "single": EXACT._replace(largest=whole, attention=whole)}
 
 
 def here() -> Form:
     """What this machine multiplies exactly; it is asked now, because nothing may compute while a model is traced."""
     linear, convolution, attention = (answer_of(f"openvino {kernel}") for kernel in ("linear", "convolution", "attention"))
     return EXACT._replace(largest=lambda last: min(linear.largest(last), convolution.largest(last)), attention=attention.largest)
+
+
+def compile_graph(graph: Any, precision: Precision = "f32") -> Any:
+    """`graph` compiled for the CPU, with as many threads as PyTorch has.
+
+    What is not quantized computes in `precision`; OpenVINO's own choice is bfloat16 where the CPU has it.
+    """
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    return package().Core().compile_model(graph, "CPU", settings)
+
+
+def infer(request: Any, call: Call, model: nn.Module, takes_interval: bool) -> tuple[Tensor, ...]:
+    """The outputs of a compiled graph's request for a call."""
+    tensors = feed(call, model, takes_interval)
+    results = request.infer([tensor.detach().cpu().contiguous().numpy() for tensor in tensors], share_inputs=True)
+    return tuple(torch.from_numpy(result).to(call.tensors[0].device) for result in results.to_tuple())
 
 
 def package() -> Any:

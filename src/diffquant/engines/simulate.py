@@ -18,17 +18,14 @@ class Simulation(Engine):
 
     @classmethod
     def unsupported(cls) -> str:
-        """Empty: it runs everywhere."""
         return ""
 
     @classmethod
     def explained(cls) -> str:
-        """That it is no faster than the original."""
         return "floating point; the specification of the others, no faster than the original"
 
     def install(self, model: nn.Module) -> list[Lowered]:
-        """Nothing is to be done: so frozen layers compute."""
         return [Lowered(name, "the engine is simulate") for name, _ in quantized_layers(model)]
 
     def uninstall(self, model: nn.Module) -> None:
-        """Nothing is to be done."""
+        pass

@@ -1,4 +1,4 @@
-"""What a pipeline is asked to draw: how many samples, from which seed, under which prompts or class labels."""
+"""What a pipeline samples: how many samples, from which seed, under which prompts or class labels."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A denoiser of diffusers made quantizable: its timestep argument, the hooks that set its clock, and the state it is given."""
+"""A denoiser of diffusers made quantizable: its timestep argument, the hooks that set its clock, and its state."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,8 @@ def prepare(
 
     Quantizers start off and uncalibrated: the model still computes exactly what it did. A layer gets at most one parameter set per
     timestep; without `timesteps`, one; with `guidance_sets` as many for each half of a guided call, of which `conditional` (0 or 1)
-    is the conditional one. Raises `SpecError` when it already is quantizable, when rows name layers that it does not have, or want
-    sets for halves that are not known.
+    is the conditional half. Raises `SpecError` when it already is quantizable, when rows name layers that it does not have, or ask
+    for sets of halves that are not known.
     """
     if is_quantizable(model):
         raise SpecError(f"{type(model).__name__}: already quantizable; load the full-precision model again to start over")
@@ -57,10 +57,17 @@ def prepare(
     clock = StepClock(timesteps, conditional)
     if conditional is None and (wanting := first_with_guidance_sets(rows)) is not None:
         raise SpecError(f"layer {wanting!r}: guidance_sets, but no half of a call is known as the conditional one")
-    _check_places(model, rows, modules)
-    for row in rows:
-        if row.spec is None:
-            continue
+    planned = [row for row in rows if row.spec is not None]
+    for row in planned:  # all are checked before any is changed
+        if row.name not in modules:
+            raise SpecError(f"layer {row.name!r}: not in this {type(model).__name__}")
+        if not release_forward(modules[row.name]):
+            raise SpecError(
+                f"layer {row.name!r}: its forward is replaced on the instance, as offloading with accelerate does; call the "
+                f"pipeline's remove_all_hooks (a model's: accelerate.hooks.remove_hook_from_submodules), quantize, then offload"
+            )
+    for row in planned:
+        assert row.spec is not None
         sets = {"sets": min(row.spec.sets, clock.times)}  # more would never be used, and stay uncalibrated
         if isinstance(row.spec, AttentionSpec):
             attach_products(modules[row.name], row.spec.model_copy(update=sets), clock)
@@ -70,19 +77,6 @@ def prepare(
     state.clock, state.timestep = clock, argument
     model.register_forward_pre_hook(tick, with_kwargs=True)
     model.register_forward_hook(tock, always_call=True)
-
-
-def _check_places(model: nn.Module, rows: Sequence[PlannedLayer], modules: Mapping[str, nn.Module]) -> None:
-    for row in rows:
-        if row.spec is None:
-            continue
-        if row.name not in modules:
-            raise SpecError(f"layer {row.name!r}: not in this {type(model).__name__}")
-        if not release_forward(modules[row.name]):
-            raise SpecError(
-                f"layer {row.name!r}: its forward is replaced on the instance, as offloading with accelerate does; call the "
-                f"pipeline's remove_all_hooks (a model's: accelerate.hooks.remove_hook_from_submodules), quantize, then offload"
-            )
 
 
 # ---- the clock follows the calls
@@ -132,7 +126,7 @@ def warn_unless_attached(model: nn.Module, arguments: Any) -> None:
 
 
 class _Bound:
-    """A function of diffusers that checkpoints a block: what it computes again is in the interval of its call."""
+    """A function of diffusers that checkpoints a block; recomputation takes place in the interval of the first call."""
 
     def __init__(self, checkpoint: Callable[..., Any], clock: StepClock) -> None:
         self.checkpoint, self.clock = checkpoint, clock

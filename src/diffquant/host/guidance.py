@@ -1,4 +1,4 @@
-"""How the halves of a guided call make the prediction that reaches the scheduler, read off tensors.
+"""Guidance: how the halves of a guided call are combined into the prediction that reaches the scheduler.
 
 A guided pipeline calls its denoiser with a doubled batch and hands first + w (second - first) to its scheduler.
 """
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from diffquant.errors import SpecError
 
-LARGEST_MISS = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative, of a guided prediction put together again; else 5e-2
+LARGEST_MISS = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-8,
+}  # relative, of a prediction from its halves; else 5e-2
 
 
 def leading_channels(output: Tensor, like: Tensor) -> Tensor:

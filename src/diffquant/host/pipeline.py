@@ -1,4 +1,4 @@
-"""Host: a diffusers pipeline, wrapped once. Its denoiser, one run of it, its first call, and what happens while it runs.
+"""Host: a diffusers pipeline with its denoiser, one run of it, its first call, and observers of its calls and steps.
 
 Nothing of a pipeline is copied or subclassed. It is watched at two seams, its denoiser's forward and its scheduler's step, and run
 on its own terms: what its ``__call__`` accepts is read, and a seeded generator, a number of steps and conditions are passed.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -59,11 +59,11 @@ class Host:
         return dict(inspect.signature(self.pipe.__call__).parameters)
 
     def conditions(self, calibration: Calibration, trajectories: range) -> dict[str, Any]:
-        """Prompts, class labels or number of the trajectories, under the names of its arguments."""
+        """Prompts, class labels or number of the trajectories, by the names of its arguments."""
         return conditions(self.pipe, self.denoiser, calibration, trajectories)
 
     def run(self, calibration: Calibration, generator: torch.Generator, trajectories: range) -> Any:
-        """Run the pipeline once on a batch of trajectories and return what it returned.
+        """Run the pipeline once on a batch of trajectories and return its output.
 
         The trajectories' numbers choose their prompts or class labels. Decoding is skipped where the pipeline can.
 
@@ -97,11 +97,11 @@ class Host:
         """Arguments and output of the first denoiser call that `sample` makes, which is ended there; None where it makes none."""
         calls: list[Call] = []
 
-        def keep(arguments: dict[str, Any], output: Tensor) -> None:
+        def end(arguments: dict[str, Any], output: Tensor) -> None:
             calls.append((arguments, output))
             raise Enough
 
-        with suppress(Enough), self.observed(on_call=keep):
+        with suppress(Enough), self.observed(on_call=end):
             sample()
         return calls[0] if calls else None
 
@@ -129,7 +129,13 @@ class Host:
         Raises CalibrationError for a scheduler whose `step` is not (model_output, timestep, sample, ...).
         """
         hooks = {} if on_call is None else {self.denoiser: _reporting(self.denoiser, on_call)}
-        with watching(hooks, keywords=True), _observed_steps(self.pipe, on_step), _observed_timetable(self.pipe, on_timetable):
+        scheduler = getattr(self.pipe, "scheduler", None)
+        with ExitStack() as stack:
+            stack.enter_context(watching(hooks, keywords=True))
+            if on_step is not None:
+                stack.enter_context(_reported(scheduler, "step", _step_report(scheduler, on_step)))
+            if on_timetable is not None and hasattr(scheduler, "set_timesteps"):
+                stack.enter_context(_reported(scheduler, "set_timesteps", lambda arguments, result: on_timetable(arguments)))
             yield
 
     @contextmanager
@@ -224,12 +230,8 @@ def _reporting(denoiser: nn.Module, on_call: OnCall) -> Callable[..., None]:
     return hook
 
 
-@contextmanager
-def _observed_steps(pipe: Pipeline, on_step: OnStep | None) -> Iterator[None]:
-    if on_step is None:
-        yield
-        return
-    scheduler = pipe.scheduler
+def _step_report(scheduler: Any, on_step: OnStep) -> Callable[[dict[str, Any], Any], None]:
+    """What reports the calls of the scheduler's `step` to `on_step`."""
     names = tuple(inspect.signature(scheduler.step).parameters)
     if names[:3] != STEP_ARGUMENTS:
         raise CalibrationError(
@@ -242,17 +244,7 @@ def _observed_steps(pipe: Pipeline, on_step: OnStep | None) -> Iterator[None]:
         options = {name: value for name, value in arguments.items() if name not in STEP_ARGUMENTS}
         on_step(arguments["model_output"], arguments["timestep"], arguments["sample"], prev_sample, options)
 
-    with _reported(scheduler, "step", report):
-        yield
-
-
-@contextmanager
-def _observed_timetable(pipe: Pipeline, on_timetable: OnTimetable | None) -> Iterator[None]:
-    if on_timetable is None or not hasattr(pipe.scheduler, "set_timesteps"):
-        yield
-        return
-    with _reported(pipe.scheduler, "set_timesteps", lambda arguments, result: on_timetable(arguments)):
-        yield
+    return report
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers: built, put aside and back, their steps, the noise that they draw, what a prediction means as noise.
+"""Schedulers of diffusers: built, saved and restored, the noise that they draw, predictions converted to noise and back.
 
 A multistep solver's state holds a history of latents or predictions; of everything else in a state nothing is assumed.
 """
@@ -57,12 +57,17 @@ def is_flow_matching(scheduler: Any) -> bool:
 
 def clipping(scheduler: Any, clip_sample: bool) -> Any:
     """The scheduler, or one like it that clips the sample it predicts, or does not. `CalibrationError` where it cannot."""
-    can = "clip_sample" in inspect.signature(type(scheduler).__init__).parameters  # a configuration keeps what other classes had
+    can = _can_clip(scheduler)
     if not can and clip_sample:
         raise CalibrationError(f"clip_sample: is true; {type(scheduler).__name__} has no such option")
     if not can or scheduler.config.clip_sample == clip_sample:
         return scheduler
     return type(scheduler).from_config(scheduler.config, clip_sample=clip_sample)
+
+
+def _can_clip(scheduler: Any) -> bool:
+    """Whether its class has the option; a configuration also holds the options of classes that it was converted from."""
+    return "clip_sample" in inspect.signature(type(scheduler).__init__).parameters
 
 
 def scale_model_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
@@ -74,11 +79,15 @@ def scale_model_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tenso
 
 def snapshot(scheduler: Any) -> State:
     """The scheduler's state: its attributes, lists copied."""
-    return {name: list(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()}
+    return _lists_copied(vars(scheduler))
+
+
+def _lists_copied(state: State) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
 
 
 def restore(scheduler: Any, state: State) -> None:
-    """Put back a `snapshot`; the scheduler may go on changing its lists, and the latents in it (PNDM adds to one in place)."""
+    """Restore a `snapshot`; the scheduler may go on changing its lists, and the latents in it (PNDM adds to one in place)."""
     vars(scheduler).clear()
     vars(scheduler).update({name: _own(value) for name, value in state.items()})
 
@@ -102,7 +111,7 @@ def history(state: State, shape: torch.Size) -> dict[Key, Tensor]:
 
 def with_history(state: State, tensors: Mapping[Key, Tensor]) -> State:
     """The state with some of its `history` replaced."""
-    changed = {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
+    changed = _lists_copied(state)
     for (name, place), tensor in tensors.items():
         if place is None:
             changed[name] = tensor
@@ -126,7 +135,7 @@ def noise_is(scheduler: Any, noise: Tensor | float) -> Iterator[list[tuple[int, 
 
 @contextmanager
 def noise_scaled(scheduler: Any, factor: Tensor | None) -> Iterator[None]:
-    """While the block runs, noise that the scheduler draws is multiplied by `factor`; its mean step stays what it is."""
+    """While the block runs, noise that the scheduler draws is multiplied by `factor`; the mean of its step does not change."""
     if factor is None:
         yield
         return
@@ -168,8 +177,7 @@ def sampler_name(scheduler: Any, eta: float) -> str:
     parts = [type(scheduler).__name__, f"{scheduler.num_inference_steps} steps"]
     if eta:
         parts.append(f"eta {eta:g}")
-    takes = inspect.signature(type(scheduler).__init__).parameters  # a configuration keeps what other classes had
-    if "clip_sample" in takes and scheduler.config.clip_sample:
+    if _can_clip(scheduler) and scheduler.config.clip_sample:
         parts.append("clipped")
     return ", ".join(parts)
 

@@ -85,7 +85,7 @@ def first_ip_adapter(model: nn.Module) -> str | None:
 
 
 def first_with_guidance_sets(rows: Sequence[PlannedLayer]) -> str | None:
-    """The first layer of a plan that wants parameter sets for each half of a guided call."""
+    """The first layer of a plan with parameter sets for each half of a guided call."""
     return next((row.name for row in rows if row.spec is not None and row.spec.guidance_sets), None)
 
 
@@ -112,7 +112,7 @@ def _float_parameters(name: str, module: nn.Module) -> list[PlannedLayer]:
 
 
 class _Structure:
-    """Where each layer stands in the model: what the structural selectors ask."""
+    """Where each layer stands in the model, for the structural selectors."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.modules = dict(model.named_modules())
@@ -178,69 +178,61 @@ def _check_patterns(model: nn.Module, rules: Sequence[LayerRule], names: list[st
             raise SpecError(f'layers[{index}].match "{rule.match}": matches no layer of {type(model).__name__}{hint}')
 
 
-def _merged(name: str, structure: _Structure, rules: Sequence[LayerRule]) -> tuple[dict[str, object], str]:
+def _merged(name: str, structure: _Structure, rules: Sequence[LayerRule]) -> tuple[dict[str, Any], str]:
     """The fields that the matching rules set, later ones winning, and the text of the last rule that set any."""
-    fields: dict[str, object] = {}
+    fields: dict[str, Any] = {}
     reason = "no rule"
     for rule in rules:
-        named = structure.selects(rule.match, name) if rule.match.startswith("@") else fnmatch.fnmatchcase(name, rule.match)
-        if named:
-            given = rule.model_dump(exclude_none=True, exclude={"match", "reason"})
-            fields |= given
+        if structure.selects(rule.match, name) if rule.match.startswith("@") else fnmatch.fnmatchcase(name, rule.match):
+            fields |= rule.model_dump(exclude_none=True, exclude={"match", "reason"})
             reason = f"{rule.match}: {rule.reason}" if rule.reason else rule.match
     return fields, reason
 
 
-def _spec(bits: object, symmetric: object, granularity: str) -> QuantSpec | None:
+def _spec(fields: dict[str, Any], operand: str, symmetric: bool = False, granularity: str = "tensor") -> QuantSpec | None:
+    bits = fields.get(f"{operand}_bits")
     if bits is None or bits == "float":
         return None
-    return QuantSpec.model_validate({"bits": bits, "symmetric": bool(symmetric), "granularity": granularity})
+    symmetric = fields.get(f"{operand}_symmetric", symmetric)
+    return QuantSpec(bits=bits, symmetric=symmetric, granularity=fields.get(f"{operand}_granularity", granularity))
 
 
 def _plan_layer(name: str, module: nn.Module, structure: _Structure, rules: Sequence[LayerRule]) -> PlannedLayer:
     fields, reason = _merged(name, structure, rules)
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    kind = type(module).__name__
-    input_spec = _spec(fields.get("input_bits"), fields.get("input_symmetric", False), "tensor")
+    assert isinstance(module.weight, torch.Tensor)
     spec = LayerSpec(
-        weight=_spec(
-            fields.get("weight_bits"), fields.get("weight_symmetric", True), str(fields.get("weight_granularity", "channel"))
-        ),
-        input=input_spec,
+        weight=_spec(fields, "weight", symmetric=True, granularity="channel"),
+        input=(input_spec := _spec(fields, "input")),
         splits=structure.skips.get(name, ()) if fields.get("split_skips") else (),
-        sets=int(str(fields.get("sets", 1))),
-        shared_zero_point=bool(fields.get("shared_zero_point", False)),
-        guidance_sets=bool(fields.get("guidance_sets", False)) and input_spec is not None,
-        smooth=bool(fields.get("smooth", False)) and getattr(module, "groups", 1) == 1,
-        shift=bool(fields.get("shift", False)),
+        sets=fields.get("sets", 1),
+        shared_zero_point=fields.get("shared_zero_point", False),
+        guidance_sets=fields.get("guidance_sets", False) and input_spec is not None,
+        smooth=fields.get("smooth", False) and getattr(module, "groups", 1) == 1,
+        shift=fields.get("shift", False),
     )
-    if spec.weight is None and spec.input is None:
-        return PlannedLayer(name, kind, tuple(weight.shape), None, f"{reason} (floating point)")
-    return PlannedLayer(name, kind, tuple(weight.shape), spec, reason)
+    quantized = spec.weight is not None or spec.input is not None
+    return PlannedLayer(
+        name,
+        type(module).__name__,
+        tuple(module.weight.shape),
+        spec if quantized else None,
+        reason if quantized else f"{reason} (floating point)",
+    )
 
 
 def _plan_attention(name: str, module: nn.Module, structure: _Structure, rules: Sequence[LayerRule]) -> PlannedLayer:
     fields, reason = _merged(name, structure, rules)
-    operand = _spec(fields.get("input_bits"), fields.get("input_symmetric", False), "tensor")
-    softmax = _spec(fields.get("softmax_bits", fields.get("input_bits")), False, "tensor")
-    sets = int(str(fields.get("sets", 1)))
-    shared = bool(fields.get("shared_zero_point", False))
-    spec = AttentionSpec(
-        query=operand,
-        key=operand,
-        value=operand,
-        softmax=softmax,
-        sets=sets,
-        shared_zero_point=shared,
-        guidance_sets=bool(fields.get("guidance_sets", False)),
-    )
+    operand = _spec(fields, "input")
+    softmax = _spec({"softmax_bits": fields.get("input_bits"), **fields}, "softmax")
+    spec = None
     if operand is None and softmax is None:
-        return PlannedLayer(name, "attention products", (), None, f"{reason} (floating point)")
-    if not _calls_attention(module.processor):
+        reason = f"{reason} (floating point)"
+    elif not _calls_attention(module.processor):
         processor = type(module.processor).__name__
         reason = f"{processor} computes without scaled_dot_product_attention, which would be quantized (floating point)"
-        return PlannedLayer(name, "attention products", (), None, reason)
+    else:
+        sets = {field: fields[field] for field in ("sets", "shared_zero_point", "guidance_sets") if field in fields}
+        spec = AttentionSpec(query=operand, key=operand, value=operand, softmax=softmax, **sets)
     return PlannedLayer(name, "attention products", (), spec, reason)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from diffquant.core.model import device_of, quantized_layers, quantizers
 from diffquant.core.spec import LayerSpec
 from diffquant.errors import SpecError
 from diffquant.host.structure import PlannedLayer
+from diffquant.registry import load, register
 
 Figures = dict[str, Any]
 EFFORT = {
@@ -61,7 +60,7 @@ class Pass(BaseModel, ABC):
     def __pydantic_init_subclass__(cls, **keywords: Any) -> None:
         super().__pydantic_init_subclass__(**keywords)
         if not inspect.isabstract(cls):
-            _passes[cls.__name__] = cls
+            register(_passes, cls.__name__, cls)
 
     def check(self, model: nn.Module, rows: Sequence[PlannedLayer], data: Trajectory) -> None:
         """Raise what `apply` would, of what can be known before anything is learned.
@@ -85,9 +84,7 @@ class Pass(BaseModel, ABC):
 
 def registered() -> dict[str, type[Pass]]:
     """Every pass by the name of its class: those of this package, and those that others have defined."""
-    package = importlib.import_module(__package__)
-    for module in pkgutil.walk_packages(package.__path__, f"{__package__}."):
-        importlib.import_module(module.name)
+    load(__package__)
     return dict(sorted(_passes.items()))
 
 

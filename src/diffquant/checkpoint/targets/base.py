@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from diffquant.errors import CheckpointError
+from diffquant.registry import load, register
 
 _targets: dict[str, type[Target]] = {}
 
@@ -25,22 +24,25 @@ class Target(ABC):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if "name" in vars(cls):
-            _targets[cls.name] = cls
+            register(_targets, cls.name, cls)
 
     @abstractmethod
     def require(self) -> None:
         """Raise `CheckpointError` where a package that it needs is missing."""
 
     @abstractmethod
-    def build(self, model: nn.Module, example: Mapping[str, Any], form: str) -> Any:
-        """The graph of a frozen `model` for calls like `example`, arguments of its forward by name; `form` as of `export`.
+    def build(self, model: nn.Module, example: Mapping[str, Any], form: str = "exact") -> Any:
+        """The graph of a frozen `model`; `example` holds arguments of its forward by name, `form` is as of `export`.
 
-        Raises `SpecError` where the model cannot be put so.
+        The batch is left open, other sizes are those of the example. Inputs have the names of the arguments, of nested ones joined
+        by dots, in the order of the forward's signature; the timestep is one per sample; `interval` comes last where the model has
+        parameter sets (one per sample, or one for all). Raises `SpecError` where the model cannot be put so, `CheckpointError`
+        where a package is missing.
         """
 
     @abstractmethod
     def pair(self, graph: Any) -> int:
-        """The largest sum of two products of an unsigned code and a signed integer in a graph."""
+        """The largest sum of two products of an unsigned code and a signed integer in a graph of `build`."""
 
     @abstractmethod
     def signed_weights(self, graph: Any) -> bool:
@@ -52,7 +54,7 @@ class Target(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> Any:
-        """What `save` wrote, compiled by the runtime for the CPU."""
+        """What `save` wrote, compiled by the runtime for the CPU with as many threads as PyTorch has."""
 
     @abstractmethod
     def run(self, compiled: Any, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -69,9 +71,7 @@ class Target(ABC):
 
 def target_names() -> list[str]:
     """The targets there are."""
-    package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__, f"{__package__}."):
-        importlib.import_module(module.name)
+    load(__package__)
     return sorted(_targets)
 
 

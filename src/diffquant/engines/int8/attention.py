@@ -1,6 +1,6 @@
 """Attention with quantized operands on a CPU, a block of scores at a time: of integers in floating point, or of int8 codes.
 
-`lower` of the int8 engine makes an `AttentionProducts` a `BlockedProducts`. Inside `torch.compile` the whole of it is one opaque
+`Int8.install` makes an `AttentionProducts` a `BlockedProducts`. Inside `torch.compile` the whole of it is one opaque
 operator, ``diffquant::attention``.
 """
 
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from diffquant.core.attention import AttentionProducts
+from diffquant.core.attention import OPERANDS, AttentionCall, AttentionProducts
 from diffquant.core.quantizer import Quantizer
 from diffquant.engines.exactness import ALL, answer_of
 from diffquant.engines.int8.kernels import quantized
@@ -26,36 +26,22 @@ INTEGER_SCORES = 1 << 15  # with fewer scores to a head, one batch of products i
 
 
 class BlockedProducts(AttentionProducts):
-    """Attention with quantized operands, a block of scores at a time; made by `lower`, never constructed.
+    """Attention with quantized operands, a block of scores at a time; made by `Int8.install`, never constructed.
 
     The scores are never all in memory.
     """
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Attention over ``[batch, heads, tokens, width]`` with quantized operands."""
+    def compute(self, call: AttentionCall) -> Tensor:
+        """The output of a call, ``[batch, heads, tokens, width]``."""
+        query, key, value, attn_mask, factor = call
+        unusual = query.dtype != torch.float32 or torch.is_grad_enabled() or query.device.type != "cpu"
         present = [quantizer for quantizer in self._modules.values() if isinstance(quantizer, Quantizer)]
-        softmax = self._modules.get("softmax")
-        compiling = torch.compiler.is_compiling()
-        unusual = dropout_p or is_causal or enable_gqa or query.dtype != torch.float32 or torch.is_grad_enabled()
-        switched = any(not quantizer.enabled or quantizer.observer is not None for quantizer in present)
-        if unusual or switched or query.device.type != "cpu":
-            return super().forward(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if softmax is None:
-            query, key, value = (self._fake(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
-            return functional.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale)
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        if unusual or not all(quantizer.unobserved for quantizer in present):
+            return super().compute(call)
+        if self._modules.get("softmax") is None:
+            return functional.scaled_dot_product_attention(*self.quantized(call), attn_mask, scale=factor)
         operands, limits = self._operands(query)
-        if compiling:
+        if torch.compiler.is_compiling():
             output: Tensor = compiled_attention(query, key, value, attn_mask, operands, limits, factor)
             return output
         if all(len(each) <= 1 for each in operands):
@@ -71,7 +57,7 @@ class BlockedProducts(AttentionProducts):
         """Scale and zero point, first and last code, of query, key, value and softmax; empty tensors for floating point."""
         operands: list[Tensor] = []
         limits: list[int] = []
-        for name in ("query", "key", "value", "softmax"):
+        for name in OPERANDS:
             quantizer: Quantizer | None = self._modules.get(name)  # type: ignore[assignment]
             operands += [x.new_empty(0)] * 2 if quantizer is None else quantizer.operands(x)
             limits += [0, 0] if quantizer is None else [quantizer.spec.code_min, quantizer.spec.code_max]
@@ -80,11 +66,15 @@ class BlockedProducts(AttentionProducts):
 
 def _codes(operands: list[Tensor], limits: list[int], sample: int) -> list[Codes | None]:
     """The codes of each operand of a sample's attention; None for floating point."""
-    pairs = zip(operands[::2], operands[1::2], limits[::2], limits[1::2], strict=True)
-    return [
-        codes_of(scale[sample % len(scale)], zero_point[sample % len(zero_point)], first, last) if scale.numel() else None
-        for scale, zero_point, first, last in pairs
-    ]
+    codes: list[Codes | None] = []
+    for scale, zero_point, first, last in zip(operands[::2], operands[1::2], limits[::2], limits[1::2], strict=True):
+        if scale.numel():
+            centre = 128 if first >= 0 else 0  # unsigned codes are moved to int8
+            code = int(zero_point[sample % len(zero_point)]) - centre
+            codes.append(Codes(float(scale[sample % len(scale)]), code, first - centre, last - centre))
+        else:
+            codes.append(None)
+    return codes
 
 
 def _alike(operands: list[Tensor], batch: int) -> list[Tensor]:
@@ -207,15 +197,7 @@ def compiled_attention(
 
     `operands`: scale and zero point of each, both empty for one in floating point; `limits`: first and last code of each.
     """
-    pairs = zip(operands[::2], operands[1::2], limits[::2], limits[1::2], strict=True)
-    found = [codes_of(scale, zero_point, first, last) if scale.numel() else None for scale, zero_point, first, last in pairs]
-    return attention(query, key, value, mask, found, factor)
-
-
-def codes_of(scale: Tensor, zero_point: Tensor, first: int, last: int) -> Codes:
-    """Operands of a quantizer with one parameter set, codes moved to int8."""
-    moved = 128 if first >= 0 else 0
-    return Codes(float(scale), int(zero_point) - moved, first - moved, last - moved)
+    return attention(query, key, value, mask, _codes(operands, limits, 0), factor)
 
 
 @compiled_attention.register_fake

@@ -15,7 +15,7 @@ from torch.nn import functional
 from diffquant.core.layers import QuantizedLayer, QuantizedLinear
 from diffquant.engines.exactness import ALL
 from diffquant.engines.int8.integer_layers import LaidOut, differentiated
-from diffquant.engines.int8.kernels import Step
+from diffquant.engines.int8.kernels import ParameterSet
 
 
 def faster_in_float(layer: QuantizedLayer, products: int, largest: int) -> bool:
@@ -33,8 +33,8 @@ def faster_in_float(layer: QuantizedLayer, products: int, largest: int) -> bool:
 class FloatProduct:
     """A linear layer's dequantized weight, and the parameter sets of its input. Never written; copies share it."""
 
-    def __init__(self, weight: Tensor, steps: list[list[Step]], splits: tuple[int, ...], reason: str) -> None:
-        self.steps, self.splits, self.reason, self.weight = steps, list(splits), reason, weight.contiguous()
+    def __init__(self, weight: Tensor, sets: list[list[ParameterSet]], splits: tuple[int, ...], reason: str) -> None:
+        self.sets, self.splits, self.reason, self.weight = sets, list(splits), reason, weight.contiguous()
         self.laid_out = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         if self.laid_out:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
@@ -45,7 +45,7 @@ class FloatProduct:
     def multiply(self, x: Tensor, row: int, bias: Tensor | None) -> Tensor:
         """The output for an input in parameter set `row`."""
         parts = x.split(self.splits, dim=-1) if self.splits else (x,)
-        values = torch.cat([step.values(part) for step, part in zip(self.steps[row], parts, strict=True)], dim=-1)
+        values = torch.cat([parameters.values(part) for parameters, part in zip(self.sets[row], parts, strict=True)], dim=-1)
         if not self.laid_out:
             return functional.linear(values, self.weight, bias)
         output: Tensor = torch.ops.mkldnn._linear_pointwise(values, self.weight, bias, "none", [], "")
@@ -53,22 +53,21 @@ class FloatProduct:
 
 
 class FloatLinear(LaidOut, QuantizedLinear):
-    """A linear layer of the engine in floating point; made by `lower`, never constructed."""
+    """A linear layer of the engine in floating point; made by `Int8.install`, never constructed."""
 
-    float_product: FloatProduct
+    product: FloatProduct
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
         row = self._row(input)
-        return super().forward(input) if row is None else self.float_product.multiply(input, row, self.bias)
+        return super().forward(input) if row is None else self.product.multiply(input, row, self.bias)
 
     def _row(self, x: Tensor) -> int | None:
         """The parameter set of a call, or None where it is to be simulated."""
-        weight, given = self.weight_quantizer, self.input_quantizer
-        assert weight is not None and given is not None
-        switched = any(not each.enabled or each.observer is not None for each in (weight, given))
+        weight, inputs = self.weight_quantizer, self.input_quantizer
+        assert weight is not None and inputs is not None
         unusual = torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu"
-        if switched or unusual or differentiated(x):
+        if unusual or differentiated(x) or not (weight.unobserved and inputs.unobserved):
             return None
-        rows = given.present_rows(x.device)
+        rows = inputs.present_rows(x.device)
         return rows if isinstance(rows, int) else None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.core.layers import QuantizedConv2d
+from diffquant.engines.changes import is_hooked
 from diffquant.engines.int8.integer_layers import (
     INTEGER,
     IntegerLinear,
@@ -32,7 +33,7 @@ LARGEST = 1 << 31  # values that torch upsamples in the memory format of convolu
 
 
 class IntegerFeedForward(FeedForward):
-    """A feed-forward with GELU or GEGLU between its two layers, some tokens at a time; made by `lower`, never constructed.
+    """A feed-forward with GELU or GEGLU between its two layers, some tokens at a time; made by `Int8.install`, never constructed.
 
     GELU is computed inside the first layer's kernel, which puts out the codes of the second where that takes all 256 of them.
     """
@@ -68,7 +69,7 @@ class IntegerFeedForward(FeedForward):
 
 
 class IntegerUpsample(Upsample2D):
-    """Upsampling before a convolution, of its codes: quantized first, then repeated; made by `lower`, never constructed.
+    """Upsampling before a convolution, of its codes: quantized first, then repeated; made by `Int8.install`, never constructed.
 
     diffusers copies batches of 64 and more out of the memory format of convolutions and back.
     """
@@ -82,13 +83,13 @@ class IntegerUpsample(Upsample2D):
         if row is None or large or unusual:
             output: Tensor = super().forward(hidden_states, output_size, *args, **kwargs)
             return output
-        wanted: dict[str, Any] = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
+        size: dict[str, Any] = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
         codes = layer.product.codes(hidden_states.contiguous(memory_format=torch.channels_last), row)
-        return multiply(layer, [functional.interpolate(each, **wanted) for each in codes], row, bias_of(layer), torch.float32)
+        return multiply(layer, [functional.interpolate(each, **size) for each in codes], row, bias_of(layer), torch.float32)
 
 
 class IntegerResnetBlock2D(ResnetBlock2D):
-    """A residual block that writes into what its own layers have just put out; made by `lower`, never constructed.
+    """A residual block that writes into what its own layers have just put out; made by `Int8.install`, never constructed.
 
     Its values are those of diffusers' block, bit for bit, without a pass over memory for a factor of one.
     """
@@ -124,12 +125,12 @@ class IntegerResnetBlock2D(ResnetBlock2D):
             or self.downsample is not None
             or type(self.nonlinearity) is not nn.SiLU
             or (temb is not None) != embedded
-            or any(given.dtype != torch.float32 for given in (x, temb) if given is not None)
+            or any(tensor is not None and tensor.dtype != torch.float32 for tensor in (x, temb))
         )
 
 
 class TokenNorm(nn.GroupNorm):
-    """The normalization before an attention over a picture's tokens; made by `lower`, never constructed.
+    """The normalization before an attention over a picture's tokens; made by `Int8.install`, never constructed.
 
     It is given [n, channels, tokens] as the transpose of [n, tokens, channels], and keeps that layout; without this, it and all
     that reads it make copies.
@@ -141,8 +142,7 @@ class TokenNorm(nn.GroupNorm):
 
 
 def _watched(*modules: nn.Module) -> bool:
-    """Whether a call of one of them is more than its class's forward: hooks, or a forward of its own, as offloading gives it."""
-    return any(each._forward_pre_hooks or each._forward_hooks or "forward" in vars(each) for each in modules)
+    return any(is_hooked(module) for module in modules)
 
 
 def _row_of_one(layer: nn.Module | None) -> int | Tensor | None:

@@ -1,11 +1,11 @@
 """Layers that compute with integers: a frozen layer's class while it is lowered, and the packed codes of its weight.
 
-    q[c] = clamp(round(x[c] / (step * smooth[c] * 2^shift[c])) + zero_point)
-    y[o] = step * weight_step[o] * sum_c (q[c] - zero_point) * ((code[o, c] - weight_zero_point[o]) * 2^shift[c]) + bias[o]
+    q[c] = clamp(round(x[c] / (scale * smooth[c] * 2^shift[c])) + zero_point)
+    y[o] = scale * weight_scale[o] * sum_c (q[c] - zero_point) * ((code[o, c] - weight_zero_point[o]) * 2^shift[c]) + bias[o]
 
 A weight is laid out once for each distinct row of `shift`. Integer weights that the kernels do not multiply exactly beside the
 input's codes (`exactness`: on any machine shifted ones and asymmetric ones of 8 bits, on some all beyond 64) are written as two
-digits and cost two products. Half a step, which the simulation rounds to even, may go to either side, and division by the step is
+digits and cost two products. Half a scale, which the simulation rounds to even, may go to either side, and division by the scale is
 multiplication: codes on an edge may differ by one.
 """
 
@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from diffquant.core.quantizer import Quantizer
 from diffquant.engines.exactness import answer_of
-from diffquant.engines.int8.kernels import OUTPUTS, Product, Step, compiled_product
+from diffquant.engines.int8.kernels import OUTPUTS, ParameterSet, Product, compiled_product
 from diffquant.engines.int8.packed import Packed, digits, kernel_of
 
 
 class LaidOut:
-    """How a lowered module is copied, sharing what was laid out, and pickled: as a plain one that is lowered again."""
-
-    laid_out = ("product", "float_product")  # attributes that are not pickled
+    """A lowered module: its copies share what was laid out; pickled, it is a plain one that is lowered again."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = type(self).__new__(type(self))
@@ -38,9 +36,13 @@ class LaidOut:
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: value for name, value in vars(self).items() if name not in self.laid_out}
-        plain = QuantizedConv2d if isinstance(self, QuantizedConv2d) else QuantizedLinear
-        return _plain, (plain,), state, None, None, _lower_again
+        state = {name: value for name, value in vars(self).items() if name != "product"}
+        return _plain, (simulated_class(self),), state, None, None, _lower_again
+
+
+def simulated_class(layer: object) -> type[QuantizedLayer]:
+    """The class that a layer of the engine had before."""
+    return QuantizedConv2d if isinstance(layer, QuantizedConv2d) else QuantizedLinear
 
 
 def _plain(kind: type[nn.Module]) -> nn.Module:
@@ -66,39 +68,36 @@ class PackedCodes(LaidOut, Quantizer):
     rows_of_shift: Int[Tensor, "rows channels"] | None
     groups: int
 
-    def pack(self, layer: QuantizedLayer, given: Quantizer) -> None:
-        """Lay the codes out for the kernel of `layer` and the codes of its input quantizer `given`.
+    def pack(self, layer: QuantizedLayer, inputs: Quantizer) -> None:
+        """Lay the codes out for the kernel of `layer` and the codes of its input quantizer.
 
         One matrix for each distinct row of the input's shift, split and digit.
         """
-        codes, shift = self._buffers.pop("codes"), given.shift
-        largest = answer_of(kernel_of(layer)).largest(given.spec.code_max - given.spec.code_min)
+        codes, shift = self._buffers.pop("codes"), inputs.shift
+        largest = answer_of(kernel_of(layer)).largest(inputs.spec.code_max - inputs.spec.code_min)
         assert codes is not None
         self.rows_of_shift, self.groups = None if shift is None else shift.unique(dim=0), getattr(layer, "groups", 1)
-        zero_point, scale = self.zero_point.expand(len(codes), -1), self.scale.expand(len(codes), -1)  # [out, splits]
+        scale = self.scale.expand(len(codes), -1)  # [out, splits]
         self.packed = []
         for row in [None] if self.rows_of_shift is None else self.rows_of_shift:
-            beside = zip(self._split(codes), self._split_shift(row, codes), strict=True)
-            weights = [_integers(values, zero_point[:, part], shifts) for part, (values, shifts) in enumerate(beside)]
+            integers = integer_weight(self, codes) if row is None else integer_weight(self, codes) << self._beside(row, codes)
+            parts = integers.split(list(self.splits) or integers.shape[1], dim=1)
             self.packed.append(
                 [
-                    [Packed(digit, factor, scale[:, part], layer) for digit, factor in digits(weight, largest)]
-                    for part, weight in enumerate(weights)
+                    [Packed(digit, factor, scale[:, part], layer) for digit, factor in digits(values, largest)]
+                    for part, values in enumerate(parts)
                 ]
             )
 
     @property
     def codes(self) -> Tensor | None:  # type: ignore[override]
         """The codes, unpacked: a new tensor each time."""
-        weights = [torch.stack([packed.integers() for packed in part]).sum(0, dtype=torch.int32) for part in self.packed[0]]
-        row = None if self.rows_of_shift is None else self.rows_of_shift[0]
-        shifts = self._split_shift(row, torch.cat(weights, dim=1))
-        zero_point = self.zero_point.expand(len(weights[0]), -1).int()
-        parts = [
-            (weight if shift is None else weight >> shift) + _beside(zero_point[:, part], weight)
-            for part, (weight, shift) in enumerate(zip(weights, shifts, strict=True))
-        ]
-        return torch.cat(parts, dim=1).contiguous().to(torch.int8 if self.spec.symmetric else torch.uint8)
+        parts = [torch.stack([packed.integers() for packed in part]).sum(0, dtype=torch.int32) for part in self.packed[0]]
+        weight = torch.cat(parts, dim=1)
+        if self.rows_of_shift is not None:
+            weight = weight >> self._beside(self.rows_of_shift[0], weight)
+        _, zero_point = self.operands(weight)
+        return (weight + zero_point.int()).contiguous().to(torch.int8 if self.spec.symmetric else torch.uint8)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As a plain quantizer that holds its codes."""
@@ -127,73 +126,50 @@ class PackedCodes(LaidOut, Quantizer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}codes"] = self.codes
 
-    def _split(self, codes: Tensor) -> tuple[Tensor, ...]:
-        return codes.split(list(self.splits), dim=1) if self.splits else (codes,)
-
-    def _split_shift(self, row: Int[Tensor, " channels"] | None, codes: Tensor) -> tuple[Tensor | None, ...]:
-        """A row of shift as it lies beside codes [out, in / groups, ...], for each split."""
-        if row is None:
-            return (None,) * max(1, len(self.splits))
+    def _beside(self, row: Int[Tensor, " channels"], codes: Tensor) -> Tensor:
+        """A row of shift as it lies beside codes [out, in / groups, ...]."""
         outputs, channels = codes.shape[:2]
         beside = row.int().view(self.groups, channels).repeat_interleave(outputs // self.groups, dim=0)
-        return self._split(beside.view(outputs, channels, *[1] * (codes.dim() - 2)))
+        return beside.view(outputs, channels, *[1] * (codes.dim() - 2))
 
 
-def _integers(codes: Tensor, zero_point: Tensor, shift: Tensor | None) -> Tensor:
-    """The integer weight that is multiplied: codes minus zero point, shifted; int8 where it is the codes themselves."""
-    if shift is None and codes.dtype == torch.int8 and not zero_point.any():
-        return codes
-    integers = codes.int() - _beside(zero_point.int(), codes)
-    return integers if shift is None else integers << shift
-
-
-def _beside(values: Tensor, weight: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (weight.dim() - 1))
+def integer_weight(weight: Quantizer, codes: Tensor) -> Tensor:
+    """Codes minus zero point: int8 where that is the codes themselves, else int32."""
+    _, zero_point = weight.operands(codes)
+    return codes if codes.dtype == torch.int8 and not zero_point.any() else codes.int() - zero_point.int()
 
 
 def products_of(weight: Quantizer, largest: int) -> int:
     """How many products the widest part of a frozen weight takes, no digit of it larger than `largest`; without a shift."""
-    codes = weight.codes
-    assert codes is not None
-    integers = _integers(codes, weight.zero_point[:, :1].expand(len(codes), 1), None)
-    if weight.zero_point.shape[1] > 1:
-        zero_point = torch.cat(
-            [part.expand(-1, size) for part, size in zip(weight.zero_point.split(1, 1), weight.splits, strict=True)], 1
-        )
-        integers = codes.int() - zero_point.int().view(*zero_point.shape, *[1] * (codes.dim() - 2))
-    return sum(1 for _ in digits(integers, largest))
+    assert weight.codes is not None
+    return sum(1 for _ in digits(integer_weight(weight, weight.codes), largest))
 
 
-def steps_of(layer: QuantizedLayer, given: Quantizer, weight: Quantizer) -> list[list[Step]]:
+def sets_of(layer: QuantizedLayer, inputs: Quantizer, weight: Quantizer) -> list[list[ParameterSet]]:
     """The parameter sets of a layer's input, [sets][splits]; their matrices where the weight is packed."""
-    raised = -given.spec.code_min  # signed codes become unsigned ones
+    raised = -inputs.spec.code_min  # signed codes become unsigned ones
     rows = []
-    for row in range(given.rows):
+    for row in range(inputs.rows):
         factor = torch.ones(1) if layer.smooth is None else layer.smooth.detach().float()
-        if given.shift is not None:
-            factor = factor * torch.exp2(given.shift[row].float())
-        matrices: Sequence[Sequence[Packed]] = [()] * max(1, len(given.splits))
+        if inputs.shift is not None:
+            factor = factor * torch.exp2(inputs.shift[row].float())
+        matrices: Sequence[Sequence[Packed]] = [()] * max(1, len(inputs.splits))
         if isinstance(weight, PackedCodes):
-            matrices = weight.packed[_row_of(weight.rows_of_shift, given.shift, row)]
-        factors = factor.split(list(given.splits)) if given.splits and len(factor) > 1 else [factor] * len(matrices)
+            matrices = weight.packed[0]
+            if inputs.shift is not None and weight.rows_of_shift is not None:
+                matrices = weight.packed[int((weight.rows_of_shift == inputs.shift[row]).all(dim=1).nonzero()[0])]
+        factors = factor.split(list(inputs.splits)) if inputs.splits and len(factor) > 1 else [factor] * len(matrices)
         parts = []
         for part, channels in enumerate(factors):
-            scale, zero_point = float(given.scale[row, part]), int(given.zero_point[row, part]) + raised
-            shape = (-1, 1, 1) if isinstance(layer, QuantizedConv2d) else (-1,)
-            inverse = 1.0 / scale if len(factor) == 1 else (1.0 / (scale * channels)).view(shape)
-            parts.append(Step(scale, inverse, zero_point, given.spec.code_max + raised, matrices[part]))
+            scale, zero_point = float(inputs.scale[row, part]), int(inputs.zero_point[row, part]) + raised
+            inverse = 1.0 / scale if len(factor) == 1 else (1.0 / (scale * channels)).view(layer.channel_view)
+            parts.append(ParameterSet(scale, inverse, zero_point, inputs.spec.code_max + raised, matrices[part]))
         rows.append(parts)
     return rows
 
 
-def _row_of(distinct: Tensor | None, shift: Tensor | None, row: int) -> int:
-    if distinct is None or shift is None:
-        return 0
-    return int((distinct == shift[row]).all(dim=1).nonzero()[0])
-
-
 class IntegerLinear(LaidOut, QuantizedLinear):
-    """A lowered linear layer; made by `lower`, never constructed."""
+    """A lowered linear layer; made by `Int8.install`, never constructed."""
 
     product: Product
 
@@ -203,7 +179,7 @@ class IntegerLinear(LaidOut, QuantizedLinear):
 
 
 class IntegerConv2d(LaidOut, QuantizedConv2d):
-    """A lowered convolution; made by `lower`, never constructed."""
+    """A lowered convolution; made by `Int8.install`, never constructed."""
 
     product: Product
 
@@ -229,11 +205,11 @@ INTEGER = (IntegerLinear, IntegerConv2d)  # for isinstance
 
 
 def computes_integers(layer: IntegerLayer) -> bool:
-    """Whether the quantizers are on and unobserved, and the codes where `lower` put them."""
-    weight, given = layer.weight_quantizer, layer.input_quantizer
-    if weight is None or given is None or not isinstance(weight, PackedCodes):
+    """Whether the quantizers are on and unobserved, and the codes packed."""
+    weight, inputs = layer.weight_quantizer, layer.input_quantizer
+    if weight is None or inputs is None or not isinstance(weight, PackedCodes):
         return False
-    return weight.enabled and given.enabled and weight.observer is None and given.observer is None
+    return weight.unobserved and inputs.unobserved
 
 
 def differentiated(x: Tensor) -> bool:
@@ -252,11 +228,11 @@ def _forward(layer: IntegerLayer, x: Tensor) -> Tensor:
 
 
 def _computed(layer: IntegerLayer, x: Tensor) -> Tensor:
-    given = layer.input_quantizer
-    assert given is not None
+    inputs = layer.input_quantizer
+    assert inputs is not None
     dtype = x.dtype if x.dtype in OUTPUTS else torch.float32
     bias = bias_of(layer)
-    rows = given.present_rows(x.device)
+    rows = inputs.present_rows(x.device)
     if isinstance(rows, int) or torch.compiler.is_compiling():
         return multiply(layer, layer.product.codes(x.float(), rows), rows, bias, dtype).to(x.dtype)
     chosen = [(row, (rows == row).nonzero().flatten()) for row in rows.unique().tolist()]  # samples at different timesteps

@@ -57,10 +57,10 @@ def quantized(x: Float[Tensor, "*shape"], scale: float, zero_point: int, dtype: 
 
 
 @final
-class Step:
+class ParameterSet:
     """One parameter set of one split of a layer's input, for unsigned codes.
 
-    ``last``: the largest code; the first is 0. ``inverse``: 1 / step; where the input is smoothed or shifted, for each channel,
+    ``last``: the largest code; the first is 0. ``inverse``: 1 / scale; where the input is smoothed or shifted, for each channel,
     shaped to broadcast against the input.
     ``matrices``: the digits of the weight that the codes are multiplied with.
     """
@@ -87,22 +87,22 @@ class Step:
 class Product:
     """A layer's weight and the parameter sets of its input, laid out for the kernels. Never written; copies share it.
 
-    ``steps`` [sets][splits].
+    ``sets`` [sets][splits].
     """
 
-    def __init__(self, layer: QuantizedLayer, steps: Sequence[Sequence[Step]], splits: Sequence[int]) -> None:
-        self.steps, self.splits = [list(row) for row in steps], list(splits)
-        self.outputs = len(steps[0][0].matrices[0].scale)
+    def __init__(self, layer: QuantizedLayer, sets: Sequence[Sequence[ParameterSet]], splits: Sequence[int]) -> None:
+        self.sets, self.splits = [list(row) for row in sets], list(splits)
+        self.outputs = len(sets[0][0].matrices[0].scale)
         self.conv = isinstance(layer, QuantizedConv2d)
         self.pointwise = isinstance(layer, QuantizedConv2d) and pointwise(layer)
         if isinstance(layer, QuantizedConv2d):
             self.kernel, self.stride, self.dilation = list(layer.kernel_size), list(layer.stride), list(layer.dilation)
             self.padding, self.groups = [int(padding) for padding in layer.padding], layer.groups
-        if len(steps) > 1:  # the sets as tensors, for a set that is known at run time only
-            self.inverses = [torch.stack([torch.as_tensor(row[part].inverse) for row in steps]) for part in range(len(steps[0]))]
-            self.offsets = [torch.stack([row[part].offset for row in steps]) for part in range(len(steps[0]))]
-        row = self.steps[0]
-        plain = len(self.steps) == len(row) == len(row[0].matrices) == 1
+        if len(sets) > 1:  # the sets as tensors, for a set that is known at run time only
+            self.inverses = [torch.stack([torch.as_tensor(row[part].inverse) for row in sets]) for part in range(len(sets[0]))]
+            self.offsets = [torch.stack([row[part].offset for row in sets]) for part in range(len(sets[0]))]
+        row = self.sets[0]
+        plain = len(self.sets) == len(row) == len(row[0].matrices) == 1
         self.alone = (row[0], row[0].matrices[0]) if plain else None  # of a layer with one set, part and digit, as most are
         self.number = next(_numbers)
         _products[self.number] = self
@@ -113,27 +113,27 @@ class Product:
     def codes(self, x: Float[Tensor, "*shape"], row: int | Int[Tensor, " one"]) -> list[UInt8[Tensor, ...]]:
         """Codes of `x` for each split in parameter set `row`; inside `torch.compile` in plain operations, which it fuses."""
         parts = x.split(self.splits, dim=1 if self.conv else -1) if self.splits else (x,)
-        found = []
+        codes = []
         for index, part in enumerate(parts):
-            step = self.steps[row if isinstance(row, int) else 0][index]
+            parameters = self.sets[row if isinstance(row, int) else 0][index]
             if not torch.compiler.is_compiling():
-                found.append(step.codes(part))
+                codes.append(parameters.codes(part))
                 continue
             if isinstance(row, Tensor):
                 scaled = torch.addcmul(self.offsets[index][row], part, self.inverses[index][row])
-            elif isinstance(step.inverse, float):
-                scaled = torch.add(step.offset, part, alpha=step.inverse)
+            elif isinstance(parameters.inverse, float):
+                scaled = torch.add(parameters.offset, part, alpha=parameters.inverse)
             else:
-                scaled = torch.addcmul(step.offset, part, step.inverse)
-            found.append(scaled.clamp_(0.0, step.last + 0.5).to(torch.uint8))
-        return found
+                scaled = torch.addcmul(parameters.offset, part, parameters.inverse)
+            codes.append(scaled.clamp_(0.0, parameters.last + 0.5).to(torch.uint8))
+        return codes
 
     def multiply(self, codes: Sequence[Tensor], row: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Sum of the products of all splits and digits, plus `bias` (float32), in `dtype` (one of `OUTPUTS`)."""
         output: Tensor | None = None
-        for part, step in zip(codes, self.steps[row], strict=True):
-            for packed in step.matrices:
-                product = self._one(part, step, packed, bias if output is None else None, dtype)
+        for part, parameters in zip(codes, self.sets[row], strict=True):
+            for packed in parameters.matrices:
+                product = self._product(part, parameters, packed, bias if output is None else None, dtype)
                 output = product if output is None else output.add_(product)
         assert output is not None
         return output
@@ -141,22 +141,22 @@ class Product:
     def single(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The output for a float32 input, of a layer that has one set, part and digit (`alone`)."""
         assert self.alone is not None
-        step, packed = self.alone
-        return self._one(step.codes(x), step, packed, bias, torch.float32)
+        parameters, packed = self.alone
+        return self._product(parameters.codes(x), parameters, packed, bias, torch.float32)
 
     @property
     def one_matrix(self) -> bool:
         """Whether the output is one product: a linear layer without splits whose weight fits 8 bits."""
-        return not self.conv and all(len(row) == 1 and len(row[0].matrices) == 1 for row in self.steps)
+        return not self.conv and all(len(row) == 1 and len(row[0].matrices) == 1 for row in self.sets)
 
     @property
     def takes_codes(self) -> bool:
-        """Whether the codes of its input are all 256, with one step for all channels: what a kernel can put out."""
-        return all(len(row) == 1 and isinstance(row[0].inverse, float) and row[0].last == MAX_CODE for row in self.steps)
+        """Whether the codes of its input are all 256, with one scale for all channels: what a kernel can put out."""
+        return all(len(row) == 1 and isinstance(row[0].inverse, float) and row[0].last == MAX_CODE for row in self.sets)
 
     def halve(self) -> None:
         """Lay out the weight in two halves of the outputs; needs `one_matrix`."""
-        for row in self.steps:
+        for row in self.sets:
             row[0].matrices[0].halve()
 
     def given_to(self, receiver: Product, rows: tuple[int, int], codes: Tensor, bias: Tensor | None, gelu: str) -> list[Tensor]:
@@ -164,28 +164,29 @@ class Product:
 
         ``gelu``: "none" or "tanh", torch's names of the exact and the approximate one. Needs `one_matrix`.
         """
-        step = self.steps[rows[0]][0]
-        packed = step.matrices[0]
+        parameters = self.sets[rows[0]][0]
+        packed = parameters.matrices[0]
         halved = len(packed.halves) > 1
-        taken = receiver.steps[rows[1]][0]
         if not halved and receiver.takes_codes:
-            return [_linear(codes, step, packed, None, bias, (taken.scale, taken.zero_point, torch.uint8), ("gelu", [], gelu))]
-        activated = _linear(codes, step, packed, 1 if halved else None, bias, post=("gelu", [], gelu))
+            receiving = receiver.sets[rows[1]][0]
+            put_out = receiving.scale, receiving.zero_point, torch.uint8
+            return [_linear(codes, parameters, packed, None, bias, put_out, ("gelu", [], gelu))]
+        activated = _linear(codes, parameters, packed, 1 if halved else None, bias, post=("gelu", [], gelu))
         if halved:
-            activated.mul_(_linear(codes, step, packed, 0, bias))
+            activated.mul_(_linear(codes, parameters, packed, 0, bias))
         return receiver.codes(activated, rows[1])
 
-    def _one(self, codes: Tensor, step: Step, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _product(self, codes: Tensor, parameters: ParameterSet, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if not self.conv:
-            return _linear(codes.contiguous(), step, packed, None, bias, (1.0, 0, dtype))
+            return _linear(codes.contiguous(), parameters, packed, None, bias, (1.0, 0, dtype))
         codes = codes.contiguous(memory_format=torch.channels_last)
         if self.pointwise:
-            return _linear(codes.permute(0, 2, 3, 1), step, packed, None, bias, (1.0, 0, dtype)).permute(0, 3, 1, 2)
-        zero_point, padding = step.zero_point, self.padding
+            return _linear(codes.permute(0, 2, 3, 1), parameters, packed, None, bias, (1.0, 0, dtype)).permute(0, 3, 1, 2)
+        zero_point, padding = parameters.zero_point, self.padding
         if zero_point and (not any(padding) or codes.numel() < PADDED * packed.count):
             # with a zero point the kernel lays the weight out again at every call; here it goes into edges and bias
             codes = functional.pad(codes, [padding[1]] * 2 + [padding[0]] * 2, value=zero_point) if any(padding) else codes
-            moved = (packed.sums * (-zero_point * step.scale)).float()
+            moved = (packed.sums * (-zero_point * parameters.scale)).float()
             bias, zero_point, padding = moved if bias is None else bias + moved, 0, [0, 0]
         geometry = (self.stride, padding, self.dilation, self.groups)
         products = []
@@ -193,7 +194,7 @@ class Product:
             here = slice(first, end)
             with held as weight:
                 product: Tensor = torch.ops.onednn.qconv2d_pointwise(
-                    codes, step.scale, zero_point, weight, packed.scale[here], packed.zero_point[here],
+                    codes, parameters.scale, zero_point, weight, packed.scale[here], packed.zero_point[here],
                     None if bias is None else bias[here], *geometry, 1.0, 0, dtype, "none", [], None,
                 )  # fmt: skip
             products.append(product)
@@ -213,7 +214,7 @@ class Product:
 
 def _linear(
     codes: Tensor,
-    step: Step,
+    parameters: ParameterSet,
     packed: Packed,
     half: int | None,
     bias: Tensor | None,
@@ -226,13 +227,13 @@ def _linear(
     """
     products = []
     for first, end, held in packed.parts(half, codes.numel() // codes.shape[-1]):
-        given: tuple[Tensor | None, ...] = packed.scale, packed.zero_point, bias
+        operands: tuple[Tensor | None, ...] = packed.scale, packed.zero_point, bias
         if end - first < len(packed.scale):
             here = slice(first, end)
-            given = packed.scale[here], packed.zero_point[here], None if bias is None else bias[here]
+            operands = packed.scale[here], packed.zero_point[here], None if bias is None else bias[here]
         with held as weight:
             product: Tensor = torch.ops.onednn.qlinear_pointwise(
-                codes, step.scale, step.zero_point, weight, *given, *put_out, *post
+                codes, parameters.scale, parameters.zero_point, weight, *operands, *put_out, *post
             )
         products.append(product)
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
@@ -250,8 +251,8 @@ def feed_forward(
     tokens = codes.flatten(0, -2).contiguous()
     output = torch.empty(len(tokens), second.outputs)
     for some, place in zip(tokens.split(TOKENS), output.split(TOKENS), strict=True):
-        given = first.given_to(second, rows, some, biases[0], gelu)
-        place.copy_(second.multiply(given, rows[1], biases[1], torch.float32))
+        activated = first.given_to(second, rows, some, biases[0], gelu)
+        place.copy_(second.multiply(activated, rows[1], biases[1], torch.float32))
     return output.view(*codes.shape[:-1], second.outputs)
 
 

@@ -40,20 +40,6 @@ def available() -> bool:
 
 
 @final
-class Plain:
-    """A weight that is held as its kernel reads it."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def __enter__(self) -> Tensor:
-        return self.weight
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-@final
 class Scratch:
     """The tensor that all weights of one layout are unpacked into, by one thread at a time."""
 

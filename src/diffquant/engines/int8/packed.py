@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple, final
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer
 from diffquant.engines.int8 import nibbles
 
+Held = nullcontext[Tensor] | nibbles.Nibbles  # entered, it is the weight as its kernel reads it
 Geometry = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation and groups of a convolution
 
 
@@ -20,7 +22,7 @@ class Part(NamedTuple):
 
     first: int
     end: int
-    weight: nibbles.Plain | nibbles.Nibbles
+    weight: Held
 
 
 @final
@@ -67,13 +69,13 @@ class Packed:
             return outputs
         return block << max(0, (most // block).bit_length() - 1)
 
-    def _laid_out(self, digits: Int[Tensor, "out ..."]) -> nibbles.Plain | nibbles.Nibbles:
+    def _laid_out(self, digits: Int[Tensor, "out ..."]) -> Held:
         ops = torch.ops.onednn
         if self._geometry is not None:
             weight: Tensor = ops.qconv_prepack(digits, torch.ones(len(digits)), 1.0, 0, *self._geometry, None)
         else:
             weight = ops.qlinear_prepack(digits.flatten(1), None)
-        return nibbles.Nibbles(weight) if self._narrow else nibbles.Plain(weight)
+        return nibbles.Nibbles(weight) if self._narrow else nullcontext(weight)
 
     def parts(self, half: int | None, rows: int) -> list[Part]:
         """The parts of one half, or of all outputs, for a product of so many `rows`."""
@@ -100,7 +102,7 @@ class Packed:
         return self
 
 
-def _dense(held: nibbles.Plain | nibbles.Nibbles) -> Int[Tensor, "out ..."]:
+def _dense(held: Held) -> Int[Tensor, "out ..."]:
     """A weight out of its kernel's layout, int8; that of linear layers holds [in, out]."""
     with held as weight:
         dense = weight.to_dense()

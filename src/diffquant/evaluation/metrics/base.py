@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from PIL import Image
 
-from diffquant.errors import EvaluationError
 from diffquant.evaluation import text
 from diffquant.evaluation.intervals import Interval
 from diffquant.evaluation.provenance import Protocol
 from diffquant.evaluation.runs import Reference, Run, Samples
+from diffquant.registry import load, register
 
 F = TypeVar("F")
 REGISTRY: dict[str, type[Metric[Any]]] = {}  # by name, in the order of definition
@@ -44,15 +44,8 @@ class Metric(ABC, Generic[F]):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        if (name := cls.__dict__.get("name")) is None:
-            return
-        other = REGISTRY.get(name)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise EvaluationError(
-                f'metric "{name}": {other.__module__}.{other.__qualname__} and {cls.__module__}.{cls.__qualname__} have this name; '
-                "one class is allowed; choose another name"
-            )
-        REGISTRY[name] = cls
+        if "name" in vars(cls):
+            register(REGISTRY, cls.name, cls)
 
     def prepare(self, reference: Reference, other: Samples | None) -> Any:
         """Compute once from full precision what every `compute` gets as `prepared`.
@@ -92,4 +85,5 @@ class Metric(ABC, Generic[F]):
 
 def registered() -> dict[str, Metric[Any]]:
     """All metrics by name, in the order of their columns."""
+    load(__package__)
     return {kind.name: kind() for kind in sorted(REGISTRY.values(), key=lambda kind: kind.place)}

@@ -44,6 +44,7 @@ from diffquant.evaluation.intervals import bootstrap_mean, bootstrap_median
 from diffquant.evaluation.pairs import relative_l2
 from diffquant.host.denoiser import prepare
 from diffquant.host.structure import plan
+from diffquant.methods.base import registered
 from diffquant.quantization import pass_names, restore_passes
 from diffquant.sampling.sample import Sampled, StepResult, sample
 
@@ -77,7 +78,7 @@ def fitted(options: dict[str, Any], model: nn.Module, data: dq.Trajectory) -> An
     """The correction that a pass fits to a quantized model."""
     kind, settings = options["pass"], {name: value for name, value in options.items() if name != "pass"}
     with fit.run() as run:
-        PASSES[kind](**settings).apply(model, data, torch.Generator().manual_seed(0), run)
+        registered()[kind](**settings).apply(model, data, torch.Generator().manual_seed(0), run)
     correction = model.diffquant.correction
     del model.diffquant.correction
     return correction

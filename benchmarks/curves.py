@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 
-from diffquant.evaluation.drawing import GREY, LINES, dress, rendered
+from diffquant.evaluation.drawing import LINES, dress, rendered
+from diffquant.evaluation.grids import GREY
 
 LENGTH = "AccuQuant.iterations="
 STEPS = "AccuQuant.steps_per_segment="

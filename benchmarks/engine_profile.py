@@ -9,6 +9,7 @@ does to its scores is not in the floor: they need not be in memory.
 
 import argparse
 import copy
+import functools
 import math
 import statistics
 import time
@@ -97,7 +98,9 @@ def one_model(name: str, calls: int, rates: tuple[float, float]) -> dict[str, An
     with FlopCounterMode(display=False) as counted:
         full(**given)
     passes = sum(
-        event.count * math.prod(event.input_shapes[0]) for event in operators(lambda: full(**given), 1) if event.key in PASSES
+        event.count * math.prod(event.input_shapes[0])
+        for event in operators(functools.partial(full, **given), 1)
+        if event.key in PASSES
     )
     quantized: nn.Module = quantize(copy.deepcopy(full), denoise(batch), 8)
     del full

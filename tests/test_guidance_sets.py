@@ -13,8 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import diffquant as dq
-from diffquant.calibration.replay import call_recorded
-from diffquant.calibration.rollout import conditional_half
+from diffquant.calibration.replay import call_recorded, conditional_half
 from diffquant.core.affine import scale_from_range
 from diffquant.core.clock import StepClock
 from diffquant.core.layers import QuantizedConv2d, QuantizedLinear

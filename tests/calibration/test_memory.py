@@ -17,7 +17,8 @@ from chains import gradient_into_leaves
 from diffquant.calibration import fit, memory, replay
 from diffquant.calibration.record import record
 from diffquant.calibration.recording import Trajectory
-from diffquant.calibration.rollout import Rollout, conditional_half
+from diffquant.calibration.replay import conditional_half
+from diffquant.calibration.rollout import Rollout
 from diffquant.core.model import enable, quantizers
 from diffquant.core.spec import LayerRule
 from diffquant.errors import CalibrationError

@@ -10,8 +10,8 @@ from torch import nn
 
 import diffquant as dq
 import pipelines
-from diffquant import cli
 from diffquant.checkpoint.targets.base import target
+from diffquant.cli import quantizing
 from diffquant.core.model import quantized_layers
 from diffquant.core.spec import LayerRule
 from diffquant.engines.int8.engine import Int8
@@ -82,7 +82,7 @@ def test_the_command_says_what_tensorrt_asks_for(symmetric: bool, tmp_path: Path
     rules = [LayerRule(match="@all", input_symmetric=True), LayerRule(match="@attention", input_symmetric=True, softmax_bits=7)]
     pipe = DDIMPipeline(pipelines.freeze_by_hand(pipelines.micro().unet, rules=rules if symmetric else ()), DDIMScheduler())
     dq.save(pipe, tmp_path / "packed")
-    cli.export(str(tmp_path / "packed"), tmp_path / "onnx", "onnx", "single" if symmetric else "exact")
+    quantizing.export(str(tmp_path / "packed"), tmp_path / "onnx", "onnx", "single" if symmetric else "exact")
     assert json.loads((tmp_path / "onnx" / "export.json").read_text())["symmetric"] is symmetric
     assert ("--set layers.N.input_symmetric=true" in capsys.readouterr().out) is not symmetric
 

@@ -16,6 +16,7 @@ from diffquant.core.affine import scale_from_range
 from diffquant.core.attention import AttentionProducts, attach_products
 from diffquant.core.clock import StepClock
 from diffquant.core.layers import QuantizedLayer, QuantizedLinear, make_quantizable
+from diffquant.core.memory import allows
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec
 from diffquant.errors import SpecError
@@ -483,5 +484,5 @@ def test_a_frozen_weight_is_kept_until_what_it_is_made_of_changes(monkeypatch):
 
 def test_memory_that_is_short_keeps_nothing():
     cpu = torch.device("cpu")
-    assert quantizers_module.allows(-(1 << 60), cpu) and not quantizers_module.allows(1 << 60, cpu)
-    assert not quantizers_module.allows(0, torch.device("meta"))
+    assert allows(-(1 << 60), cpu) and not allows(1 << 60, cpu)
+    assert not allows(0, torch.device("meta"))

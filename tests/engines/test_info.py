@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import diffquant as dq
-from diffquant import cli, engines
+from diffquant import engines
+from diffquant.cli import measuring
 from diffquant.engines import base, exactness, openvino
 from diffquant.engines import info as infos
 from diffquant.engines.exactness import CODES, KERNELS, Answer
@@ -53,13 +54,13 @@ def test_an_engine_that_is_not_exact_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_everything_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv(base.VARIABLE, raising=False)
-    cli.info(as_json=True)
+    measuring.info(as_json=True)
     said = json.loads(capsys.readouterr().out)
     assert said["versions"]["torch"] == torch.__version__ and said["threads"] == torch.get_num_threads()
     assert [kernel["name"] for kernel in said["kernels"]] == list(KERNELS)
     assert all(set(kernel["largest_weight"]) == {str(last.bit_length()) for last in CODES} for kernel in said["kernels"])
     assert [engine["name"] for engine in said["engines"]] == engines.engine_names()
-    cli.info(as_json=False)
+    measuring.info(as_json=False)
     text = capsys.readouterr().out
     assert f"default engine: {said['default']}" in text
     assert all(name in text for name in (*KERNELS, *engines.engine_names()))
@@ -77,6 +78,6 @@ def test_a_machine_of_another_kind(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(infos.platform, "machine", lambda: "arm64")
     monkeypatch.setattr(infos.platform, "processor", lambda: "")
-    cli.info(as_json=False)
+    measuring.info(as_json=False)
     text = capsys.readouterr().out
     assert "arm64" in text and "default engine: simulate (no such operator)" in text

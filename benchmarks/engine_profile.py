@@ -97,11 +97,8 @@ def one_model(name: str, calls: int, rates: tuple[float, float]) -> dict[str, An
     given = inputs(full, batch)
     with FlopCounterMode(display=False) as counted:
         full(**given)
-    passes = sum(
-        event.count * math.prod(event.input_shapes[0])
-        for event in operators(functools.partial(full, **given), 1)
-        if event.key in PASSES
-    )
+    events = operators(functools.partial(full, **given), 1)
+    passes = sum(event.count * math.prod(event.input_shapes[0]) for event in events if event.key in PASSES)
     quantized: nn.Module = quantize(copy.deepcopy(full), denoise(batch), 8)
     del full
     dq.use_engine(quantized, "int8")

@@ -231,7 +231,7 @@ def test_a_parameter_set_per_segment(recorded, tmp_path):
 
 def test_biases_are_learned_and_kept(recorded, tmp_path):
     """They are in the frozen model's biases, in what a finished pass keeps, and in the checkpoint."""
-    options = ["passes.2.biases=true", "passes.2.rate=0.01", "passes.0.activations=minmax", "passes.2.iterations=8"]
+    options = ["passes.2.biases=true", "passes.2.rate=0.01", "passes.0.activations=minmax", "passes.2.iterations=20"]
     model, report = quantized(recorded, *options, folder=tmp_path / "work")
     assert report.passes[-1]["figures"]["kept"]
     resumed, _ = quantized(recorded, *options, folder=tmp_path / "work")  # from the kept pass

@@ -36,6 +36,7 @@ from diffquant.host.pipeline import Host
 MODELS = ("glyph-sd", "glyph-dit", "glyph-ddim")
 SAMPLES, STEPS, GUIDANCE = 64, 20, 3.0
 KEY = ("model", "tool", "setting", "samples")
+NARROW = "linear layers whose width is no multiple of 32"
 CONSOLE = Console(stderr=True)
 
 

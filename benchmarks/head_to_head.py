@@ -1,0 +1,500 @@
+"""Other tools on the reference models, by their public interfaces and recommended settings, beside ours: same noise, same prompts.
+
+    python benchmarks/head_to_head.py --models glyph-sd --arms torchao-int8-dynamic quanto-w8a8 ours-mse-w4a8
+    python benchmarks/head_to_head.py                     # every arm on every model, those that are finished left out
+
+Each tool is used in an environment of its own, which has this package's environment below it (benchmarks/README.md); what is not
+installed in the present one is left for another run. A tool that cannot take a model is a row with its reason. Rows are in
+results/compared.csv.
+"""
+
+import argparse
+import copy
+import gc
+import inspect
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import measure
+import rows
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import diffquant as dq
+from diffquant import zoo
+from diffquant.calibration.rollout import Rollout
+from diffquant.host.conditions import Calibration
+from diffquant.host.pipeline import Host
+
+MODELS = ("glyph-sd", "glyph-dit", "glyph-ddim")
+SAMPLES, STEPS, GUIDANCE = 64, 20, 3.0
+KEY = ("model", "tool", "setting", "samples")
+NARROW = "linear layers whose width is no multiple of 32"
+CONSOLE = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an arm may use: calibration data, one call of the denoiser, where to keep files."""
+
+    model: str
+    data: dq.Trajectory
+    call: dict[str, Any]
+    work: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an arm made of a pipeline: how it computes, in words, the bytes of its weights, and what it left alone."""
+
+    runs: str
+    bytes: int
+    left: str = ""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of one tool. `lines` are those that a user writes, imports included, from the pipeline to the quantized one."""
+
+    tool: str
+    package: str
+    setting: str
+    apply: Callable[[Any, Context], Outcome]
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        return f"{self.tool}-{self.setting}".replace(" ", "-")
+
+    @property
+    def lines(self) -> int:
+        """Lines that end with ``# user`` in the function, and in the helper that it calls."""
+        own = inspect.getsource(self.apply)
+        helpers = (quanto, sdnq, nncf_quantized, nncf_compressed, modelopt, ours)
+        sources = [own, *(inspect.getsource(each) for each in helpers if f"{each.__name__}(" in own)]
+        return sum(line.rstrip().endswith("# user") or "# user:" in line for text in sources for line in text.splitlines())
+
+
+ARMS: list[Arm] = []
+
+
+def arm(tool: str, package: str, setting: str) -> Callable[[Callable[[Any, Context], Outcome]], Callable[[Any, Context], Outcome]]:
+    """Register a function as an arm; its lines that a user would write end with ``# user``."""
+
+    def register(apply: Callable[[Any, Context], Outcome]) -> Callable[[Any, Context], Outcome]:
+        ARMS.append(Arm(tool, package, setting, apply))
+        return apply
+
+    return register
+
+
+# ---- torchao
+
+
+@arm("torchao", "torchao", "int8 weights")
+def torchao_weights(pipe: Any, context: Context) -> Outcome:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # user
+
+    denoiser = Host(pipe).denoiser
+    quantize_(denoiser, Int8WeightOnlyConfig())  # user
+    return Outcome("float32 on dequantized weights", stored(denoiser), convolutions_left(denoiser))
+
+
+@arm("torchao", "torchao", "int8 dynamic")
+def torchao_dynamic(pipe: Any, context: Context) -> Outcome:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # user
+
+    denoiser = Host(pipe).denoiser
+    quantize_(denoiser, Int8DynamicActivationInt8WeightConfig())  # user
+    return Outcome("integers in linear layers, a scale for each row", stored(denoiser), convolutions_left(denoiser))
+
+
+@arm("torchao", "torchao", "int4 weights by groups of 32")
+def torchao_int4(pipe: Any, context: Context) -> Outcome:
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_  # user
+    from torchao.quantization.granularity import PerGroup  # user
+
+    denoiser, left = Host(pipe).denoiser, []
+
+    def fits(module: nn.Module, name: str) -> bool:
+        if isinstance(module, nn.Linear) and module.in_features % 32:
+            left.append(name)
+        return isinstance(module, nn.Linear) and not module.in_features % 32
+
+    quantize_(denoiser, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)), filter_fn=fits)  # user
+    return Outcome(
+        "float32 on dequantized weights",
+        stored(denoiser),
+        f"convolutions; {len(left)} linear layers whose width is no multiple of 32",
+    )
+
+
+# ---- optimum-quanto
+
+
+def quanto(pipe: Any, context: Context, weights: str, activations: str | None) -> Outcome:
+    from optimum import quanto as tool  # user
+
+    denoiser = Host(pipe).denoiser
+    kinds = {"weights": getattr(tool, weights), **({} if activations is None else {"activations": getattr(tool, activations)})}
+    tool.quantize(denoiser, **kinds)  # user
+    if activations is not None:
+        with tool.Calibration(), torch.no_grad():  # user
+            for _ in range(4):
+                Host(pipe).run(
+                    Calibration(samples=8, steps=STEPS, batch_size=8), torch.Generator().manual_seed(0), range(8)
+                )  # user
+    tool.freeze(denoiser)  # user
+    return Outcome("float32 on dequantized weights" if activations is None else "float32 on quantized values", stored(denoiser))
+
+
+@arm("quanto", "optimum-quanto", "int8 weights")
+def quanto_w8(pipe: Any, context: Context) -> Outcome:
+    return quanto(pipe, context, "qint8", None)
+
+
+@arm("quanto", "optimum-quanto", "int8 weights and activations")
+def quanto_w8a8(pipe: Any, context: Context) -> Outcome:
+    return quanto(pipe, context, "qint8", "qint8")
+
+
+@arm("quanto", "optimum-quanto", "int4 weights")
+def quanto_w4(pipe: Any, context: Context) -> Outcome:
+    return quanto(pipe, context, "qint4", None)
+
+
+# ---- SDNQ
+
+
+def sdnq(pipe: Any, weights: str, **options: Any) -> Outcome:
+    from sdnq import sdnq_post_load_quant  # user
+
+    host = Host(pipe)
+    setattr(pipe, host.name, sdnq_post_load_quant(host.denoiser, weights_dtype=weights, **options))  # user
+    multiplied = options.get("use_quantized_matmul")
+    return Outcome(
+        "integers, a scale for each row" if multiplied else "float32 on dequantized weights", stored(Host(pipe).denoiser)
+    )
+
+
+@arm("sdnq", "sdnq", "int8 weights")
+def sdnq_int8(pipe: Any, context: Context) -> Outcome:
+    return sdnq(pipe, "int8", quant_conv=True)
+
+
+@arm("sdnq", "sdnq", "int8 linear layers")
+def sdnq_int8_matmul(pipe: Any, context: Context) -> Outcome:
+    return sdnq(pipe, "int8", use_quantized_matmul=True)
+
+
+@arm("sdnq", "sdnq", "int8 with convolutions")
+def sdnq_int8_conv(pipe: Any, context: Context) -> Outcome:
+    return sdnq(pipe, "int8", use_quantized_matmul=True, quant_conv=True, use_quantized_matmul_conv=True)
+
+
+@arm("sdnq", "sdnq", "4-bit weights by groups")
+def sdnq_int4(pipe: Any, context: Context) -> Outcome:
+    return sdnq(pipe, "uint4", quant_conv=True)
+
+
+# ---- NNCF, on OpenVINO's graph
+
+
+def in_graph(pipe: Any, context: Context, change: Callable[[Any, list[tuple[Any, ...]]], Any], samples: int) -> int:
+    """Let the denoiser compute with an OpenVINO graph that `change` made of its own; the bytes of the constants."""
+    import openvino
+
+    host, names = Host(pipe), list(context.call)
+    tensors = tuple(torch.as_tensor(context.call[name]) for name in names)
+    graph = openvino.convert_model(_Positional(host.denoiser, names), example_input=tensors)
+    graph.reshape({index: [-1 if size == len(tensors[0]) else size for size in t.shape] for index, t in enumerate(tensors)})
+    calls = [] if samples == 0 else _recorded(context, names, samples)
+    graph = change(graph, calls)
+    place = context.work / "graph.xml"
+    openvino.save_model(graph, place, compress_to_fp16=False)
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    kind = inspect.signature(host.denoiser.forward)
+
+    def forward(*arguments: Any, return_dict: bool = True, **keywords: Any) -> Any:
+        given = kind.bind(*arguments, **keywords).arguments
+        count = len(given[names[0]])
+        inputs = [torch.as_tensor(given[name]).reshape(-1).expand(count) if name == "timestep" else given[name] for name in names]
+        prediction = torch.from_numpy(compiled([tensor.detach().contiguous().numpy() for tensor in inputs])[0])
+        return (prediction,) if not return_dict else _Output(prediction)
+
+    host.denoiser.forward = forward  # type: ignore[method-assign]
+    return place.with_suffix(".bin").stat().st_size
+
+
+class _Output(tuple[Tensor]):
+    def __new__(cls, sample: Tensor) -> Any:
+        return super().__new__(cls, (sample,))
+
+    @property
+    def sample(self) -> Tensor:
+        return self[0]
+
+
+class _Positional(nn.Module):
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        prediction: Tensor = self.model(**dict(zip(self.names, tensors, strict=True)), return_dict=False)[0]
+        return prediction
+
+
+def _recorded(context: Context, names: list[str], samples: int) -> list[tuple[Any, ...]]:
+    """Calls of the recording, one sample each."""
+    picked = context.data.subset(min(samples, len(context.data)), torch.Generator().manual_seed(0))
+    calls = []
+    for index in picked.split(1):
+        arguments, _ = context.data.batch(index)
+        calls.append(tuple(torch.as_tensor(arguments[name]).contiguous().numpy() for name in names))
+    return calls
+
+
+def nncf_quantized(pipe: Any, context: Context, samples: int) -> Outcome:
+    import nncf  # user
+
+    kind = nncf.ModelType.TRANSFORMER if context.model == "glyph-dit" else None
+
+    def change(graph: Any, calls: list[tuple[Any, ...]]) -> Any:
+        return nncf.quantize(graph, nncf.Dataset(calls), model_type=kind, subset_size=len(calls))  # user
+
+    size = in_graph(pipe, context, change, samples)  # user: convert_model, compile_model and a forward that calls it: 6 lines
+    return Outcome("integers (OpenVINO)", size)
+
+
+@arm("nncf", "nncf", "quantize, defaults")
+def nncf_default(pipe: Any, context: Context) -> Outcome:
+    return nncf_quantized(pipe, context, 300)
+
+
+def nncf_compressed(pipe: Any, context: Context, mode: str, **options: Any) -> Outcome:
+    import nncf  # user
+
+    def change(graph: Any, calls: list[tuple[Any, ...]]) -> Any:
+        return nncf.compress_weights(graph, mode=getattr(nncf.CompressWeightsMode, mode), **options)  # user
+
+    return Outcome("float32 on dequantized weights (OpenVINO)", in_graph(pipe, context, change, 0))
+
+
+@arm("nncf", "nncf", "int8 weights")
+def nncf_int8(pipe: Any, context: Context) -> Outcome:
+    return nncf_compressed(pipe, context, "INT8_SYM")
+
+
+@arm("nncf", "nncf", "int4 weights by groups of 16")
+def nncf_int4(pipe: Any, context: Context) -> Outcome:
+    return nncf_compressed(pipe, context, "INT4_SYM", group_size=16)
+
+
+# ---- GGUF
+
+
+def gguf(pipe: Any, kind: str) -> Outcome:
+    """Weights as the gguf package rounds them, dequantized: diffusers reads such files for model families that these are not of."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    denoiser, left, size = Host(pipe).denoiser, 0, 0
+    kept = {id(parameter) for module in denoiser.modules() if isinstance(module, nn.Linear) for parameter in [module.weight]}
+    for parameter in denoiser.parameters():
+        if id(parameter) in kept and not parameter.shape[1] % 32:
+            blocks = quantize(parameter.detach().numpy(), GGMLQuantizationType[kind])
+            parameter.data = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind])).reshape(parameter.shape)
+            size += blocks.nbytes
+        else:
+            left, size = left + (id(parameter) in kept), size + parameter.nbytes
+    return Outcome(
+        "float32 on dequantized weights (simulated)", size, f"convolutions; {left} linear layers whose width is no multiple of 32"
+    )
+
+
+@arm("gguf", "gguf", "Q8_0")
+def gguf_q8(pipe: Any, context: Context) -> Outcome:
+    return gguf(pipe, "Q8_0")
+
+
+@arm("gguf", "gguf", "Q4_0")
+def gguf_q4(pipe: Any, context: Context) -> Outcome:
+    return gguf(pipe, "Q4_0")
+
+
+# ---- ModelOpt, simulated
+
+
+def modelopt(pipe: Any, context: Context, name: str) -> Outcome:
+    import modelopt.torch.quantization as mtq  # user
+
+    host = Host(pipe)
+
+    def forward(model: nn.Module) -> None:  # user
+        with torch.no_grad():
+            host.run(Calibration(samples=16, steps=STEPS, batch_size=16), torch.Generator().manual_seed(0), range(16))  # user
+
+    setattr(pipe, host.name, mtq.quantize(host.denoiser, getattr(mtq, name), forward))  # user
+    size = sum(p.numel() for p in Host(pipe).denoiser.parameters())
+    return Outcome("float32 on quantized values (simulated)", size)
+
+
+@arm("modelopt", "nvidia-modelopt", "INT8")
+def modelopt_int8(pipe: Any, context: Context) -> Outcome:
+    return modelopt(pipe, context, "INT8_DEFAULT_CFG")
+
+
+@arm("modelopt", "nvidia-modelopt", "INT8 SmoothQuant")
+def modelopt_smooth(pipe: Any, context: Context) -> Outcome:
+    return modelopt(pipe, context, "INT8_SMOOTHQUANT_CFG")
+
+
+# ---- ours
+
+
+def ours(pipe: Any, context: Context, recipe: str) -> Outcome:
+    folder = context.work / recipe
+    if not (folder / "model_index.json").exists():
+        dq.quantize(pipe, recipe, context.data, folder=context.work / "passes")  # user
+        dq.save(pipe, folder)  # user
+    loaded = dq.load(folder)  # user
+    host = Host(pipe)
+    setattr(pipe, host.name, Host(loaded).denoiser)
+    return Outcome("integers", measure.file_size(folder))
+
+
+for _recipe in ("mse-w8a8", "brecq-w8a8", "mse-w4a8", "brecq-w4a8", "accuquant-w4a8"):
+    ARMS.append(Arm("diffquant", "diffquant", _recipe, lambda pipe, context, recipe=_recipe: ours(pipe, context, recipe)))  # type: ignore[misc]
+
+
+# ---- measuring
+
+
+def stored(model: nn.Module) -> int:
+    """Bytes of all tensors of a model, those inside of tensor subclasses included."""
+
+    def size(tensor: Any) -> int:
+        if hasattr(tensor, "__tensor_flatten__"):
+            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return int(tensor.nbytes)
+
+    return sum(size(tensor) for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+
+
+def convolutions_left(model: nn.Module) -> str:
+    """How many convolutions a tool that takes linear layers left alone."""
+    count = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    return f"{count} convolutions" if count else ""
+
+
+def seconds_ratio(pipe: Any, full: Any, context: Context) -> float:
+    """Time of a call of the denoiser over that of float32, medians of turns in this process."""
+    models = [Host(each).denoiser for each in (pipe, full)]
+    times: list[list[float]] = [[], []]
+    with torch.no_grad():
+        for turn in range(6):
+            for model, taken in zip(models, times, strict=True):
+                begun = time.perf_counter()
+                model(**context.call)
+                if turn:
+                    taken.append(time.perf_counter() - begun)
+    ours_, theirs = (sorted(taken)[len(taken) // 2] for taken in times)
+    return ours_ / theirs
+
+
+def single_step(pipe: Any, full: Any, context: Context) -> float:
+    """Squared error of single steps from full-precision latents."""
+    rollout = Rollout(Host(full).denoiser, context.data)
+    return measure.squared_error(rollout, Host(pipe).denoiser, 1, 16)[0]
+
+
+def measured(each: Arm, full: Any, reference: Any, context: Context, classifier: Any) -> rows.Row:
+    """The row of an arm."""
+    pipe = copy.deepcopy(full)
+    begun = time.monotonic()
+    outcome = each.apply(pipe, context)
+    minutes = (time.monotonic() - begun) / 60
+    comparison = measure.compare_to(reference, pipe, name=each.name)
+    figures = measure.figures_of(comparison.measurement, reference.protocol.sampling.samples)
+    columns = ("final_error", "final_error_low", "final_error_high", "fid", "fid_floor", "accuracy", "seconds_a_picture")
+    row = {name: figures[name] for name in columns if name in figures}
+    row |= {"single_step_error": single_step(pipe, full, context), "seconds_ratio": seconds_ratio(pipe, full, context)}
+    return row | {"runs": outcome.runs, "bytes": outcome.bytes, "minutes": minutes, "left_in_float": outcome.left}
+
+
+def run(models: list[str], names: list[str], file: Path, work: Path, samples: int) -> None:
+    """Measure what `file` does not hold yet and the present environment has."""
+    chosen = [each for each in ARMS if not names or each.name in names]
+    for model in models:
+        full = zoo.load(model)
+        if model == "glyph-ddim":
+            full.scheduler = type(full.scheduler).from_config(full.scheduler.config, clip_sample=False)
+        guidance = None if model == "glyph-ddim" else GUIDANCE
+        protocol = dq.SamplingProtocol(samples=samples, steps=STEPS, seed=1000, guidance_scale=guidance, accumulation_samples=0)
+        data = dq.record(full, Calibration(samples=64, steps=STEPS, guidance_scale=guidance), folder=work / model / "recording")
+        call = {name: value for name, value in Host(full).example_call(STEPS)[0].items() if isinstance(value, Tensor)}
+        call["timestep"] = torch.as_tensor(call["timestep"]).reshape(-1).expand(len(next(iter(call.values()))))
+        context = Context(model, data, call, work / model)
+        reference = measure.full_precision(full, protocol, work / model / "full-precision")
+        size = stored(Host(full).denoiser)
+        for each in chosen:
+            key = {"model": model, "tool": each.tool, "setting": each.setting, "samples": samples}
+            if any(all(str(row.get(name)) == str(key[name]) for name in KEY) for row in rows.read(file)):
+                continue
+            if not _installed(each.package):
+                CONSOLE.print(f"{each.name}: {each.package} is not installed here")
+                continue
+            about = {
+                "version": _version(each.package),
+                "lines": each.lines,
+                "float32_bytes": size,
+                "threads": torch.get_num_threads(),
+            }
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    row = measured(each, full, reference, context, None)
+            except Exception as error:  # whatever a tool raises, the reader learns that it does not take the model
+                row = {"reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]}
+            rows.put(file, [key | about | row | rows.provenance()], KEY)
+            CONSOLE.print(f"{model} {each.name}: {row.get('final_error', row.get('reason'))}")
+            gc.collect()
+
+
+def _installed(package: str) -> bool:
+    modules = {"optimum-quanto": "optimum.quanto", "nvidia-modelopt": "modelopt"}
+    try:
+        return find_spec(modules.get(package, package)) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--arms", nargs="*", default=[], choices=[each.name for each in ARMS])
+    parser.add_argument("--out", type=Path, default=rows.RESULTS / "compared.csv")
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/compared"))
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    arguments = parser.parse_args()
+    run(arguments.models, arguments.arms, arguments.out, arguments.work, arguments.samples)
+
+
+if __name__ == "__main__":
+    main()

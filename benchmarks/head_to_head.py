@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.rollout import Rollout
+from diffquant.engines.base import engine_of
 from diffquant.host.conditions import Calibration
 from diffquant.host.pipeline import Host
 
@@ -428,7 +429,8 @@ def measured(each: Arm, full: Any, reference: Any, context: Context, classifier:
     columns = ("final_error", "final_error_low", "final_error_high", "fid", "fid_floor", "accuracy", "seconds_a_picture")
     row = {name: figures[name] for name in columns if name in figures}
     row |= {"single_step_error": single_step(pipe, full, context), "seconds_ratio": seconds_ratio(pipe, full, context)}
-    return row | {"runs": outcome.runs, "bytes": outcome.bytes, "minutes": minutes, "left_in_float": outcome.left}
+    engine = engine_of(Host(pipe).denoiser) if each.tool == "diffquant" else each.tool
+    return row | {"runs": outcome.runs, "engine": engine, "bytes": outcome.bytes, "minutes": minutes, "left_in_float": outcome.left}
 
 
 def run(models: list[str], names: list[str], file: Path, work: Path, samples: int) -> None:
@@ -464,7 +466,10 @@ def run(models: list[str], names: list[str], file: Path, work: Path, samples: in
                     warnings.simplefilter("ignore")
                     row = measured(each, full, reference, context, None)
             except Exception as error:  # whatever a tool raises, the reader learns that it does not take the model
-                row = {"reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]}
+                row = {
+                    "engine": each.tool,
+                    "reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200],
+                }
             rows.put(file, [key | about | row | rows.provenance()], KEY)
             CONSOLE.print(f"{model} {each.name}: {row.get('final_error', row.get('reason'))}")
             gc.collect()

@@ -36,15 +36,6 @@ PIPELINES = ("ddim", "ddpm", "ldm", "dit", "stable_diffusion")
 GUIDED = ("dit", "stable_diffusion")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Waking a second thread takes longer than a convolution of eight channels, a hundred times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """Every pipeline with its recording."""

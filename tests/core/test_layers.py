@@ -15,7 +15,7 @@ from diffquant.core import quantizer as quantizers_module
 from diffquant.core.affine import scale_from_range
 from diffquant.core.attention import AttentionProducts, attach_products
 from diffquant.core.clock import StepClock
-from diffquant.core.layers import QuantizedLayer, QuantizedLinear, make_quantizable
+from diffquant.core.layers import QUANTIZABLE, QuantizedLayer, QuantizedLinear, make_quantizable
 from diffquant.core.memory import allows
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec
@@ -486,3 +486,9 @@ def test_memory_that_is_short_keeps_nothing():
     cpu = torch.device("cpu")
     assert allows(-(1 << 60), cpu) and not allows(1 << 60, cpu)
     assert not allows(0, torch.device("meta"))
+
+
+def test_a_kind_of_layer_says_what_it_computes():
+    with pytest.raises(SpecError, match="Silent: has no compute; define what a layer computes"):
+        type("Silent", (QuantizedLayer, torch.nn.Conv1d), {}, of=torch.nn.Conv1d)
+    assert torch.nn.Conv1d not in QUANTIZABLE

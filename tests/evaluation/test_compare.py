@@ -59,14 +59,6 @@ def compare(full, other, protocol, *, features=None, **options) -> Comparison:
     return compare_to(run_reference(full, protocol, features=features, progress=options.get("progress")), other, **options)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pipe():
     return pipelines.ddim()

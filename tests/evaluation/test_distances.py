@@ -13,14 +13,6 @@ from diffquant.errors import EvaluationError
 from diffquant.evaluation import distances
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def gaussian(n: int, d: int, generator: torch.Generator, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
     return shift + scale * torch.randn(n, d, generator=generator, dtype=torch.float64)
 

@@ -14,18 +14,6 @@ from diffquant.evaluation.intervals import Interval
 from diffquant.sampling.pictures import to_uint8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def gaussian(n: int, d: int, generator: torch.Generator, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
-    return shift + scale * torch.randn(n, d, generator=generator, dtype=torch.float64)
-
-
 def pictures(n: int, channels: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, 256, (n, channels, 8, 8), generator=generator, dtype=torch.uint8)
 
@@ -107,17 +95,17 @@ def test_confidence_is_the_largest_probability():
 def test_bootstrap_covers_the_mean_at_its_rate_and_repeats(generator):
     hits = 0
     for _ in range(200):
-        interval = intervals.bootstrap_mean(gaussian(40, 1, generator, shift=2.0)[:, 0].exp(), generator)
+        interval = intervals.bootstrap_mean((2 + torch.randn(40, generator=generator, dtype=torch.float64)).exp(), generator)
         assert interval.low <= interval.value <= interval.high
         hits += interval.low <= math.exp(2.5) <= interval.high
     assert 160 <= hits <= 200  # measured 176: the lognormal's tail costs some of the 95 %
-    values = gaussian(50, 1, generator)[:, 0]
+    values = torch.randn(50, generator=generator, dtype=torch.float64)
     runs = [intervals.bootstrap_median(values, torch.Generator().manual_seed(3)) for _ in range(2)]
     assert runs[0] == runs[1] and runs[0].value == float(np.median(values.numpy()))
 
 
 def test_ratio_of_means_is_paired(generator):
-    noise = gaussian(200, 1, generator)[:, 0].exp()
+    noise = torch.randn(200, generator=generator, dtype=torch.float64).exp()
     paired = intervals.bootstrap_ratio_of_means(0.8 * noise, noise, generator)
     assert paired.low == pytest.approx(0.8) and paired.high == pytest.approx(0.8)
     unpaired = intervals.bootstrap_ratio_of_means(0.8 * noise.flip(0), noise, generator)

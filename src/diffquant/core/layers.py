@@ -13,6 +13,7 @@ kind of layer is a subclass of `QuantizedLayer` here.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -51,6 +52,8 @@ class QuantizedLayer(nn.Module):
     def __init_subclass__(cls, of: type[nn.Module] | None = None, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if of is not None:
+            if cls.compute is QuantizedLayer.compute:
+                raise SpecError(f"{cls.__name__}: has no compute; define what a layer computes of an input, a weight and a bias")
             QUANTIZABLE[of] = cls
 
     def _weight(self) -> Tensor:
@@ -90,9 +93,9 @@ class QuantizedLayer(nn.Module):
         codes: Tensor = quantizer.codes
         return codes
 
+    @abstractmethod
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output for an input and a weight."""
-        raise NotImplementedError
+        """The layer's output for an input and a weight; a kind without it is refused when it is defined."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As of the class that the layer had, of quantized operands."""

@@ -250,7 +250,7 @@ def pass_names(recipe: Recipe, rows: Sequence[PlannedLayer], seed: int, data: Tr
     If a pass changes weights alone, its result depends on what was done to weights before; `rows` say how those are quantized.
     """
     recorded = {key: data.manifest[key] for key in ("model_hash", "scheduler", "calibration", "run")}
-    added = {"guidance_sets"}  # in a later version: left out if not set, so that earlier passes keep their names
+    added = {"guidance_sets", "input_scale"}  # in a later version: left out if not set, so that earlier passes keep their names
     rules = [
         {key: value for key, value in rule.model_dump(mode="json").items() if value is not None or key not in added}
         for rule in recipe.layers

@@ -15,6 +15,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, DiTPipelin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import diffquant as dq
 import pipelines
 from diffquant.checkpoint import folder as checkpoint
 from diffquant.checkpoint.folder import file_size, float32_size, load, save, verify
@@ -23,7 +24,7 @@ from diffquant.core.affine import scale_from_range
 from diffquant.core.layers import QuantizedLinear
 from diffquant.core.model import freeze, quantized_layers, quantizers
 from diffquant.core.spec import LayerRule
-from diffquant.errors import CheckpointError
+from diffquant.errors import CheckpointError, SpecError
 from diffquant.host.conditions import Calibration
 from diffquant.host.denoiser import prepare
 from diffquant.host.pipeline import Host
@@ -370,3 +371,19 @@ def test_broken_json(folder: Path) -> None:
     (folder / "unet" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config.json: not JSON \("):
         load(folder)
+
+
+def test_inputs_with_scales_of_each_call_are_loaded_again(tmp_path: Path) -> None:
+    pipe = pipelines.micro()
+    rules = ["layers.0.input_scale=dynamic-row", *pipelines.small_budget("mse-w4a8")]
+    dq.quantize(pipe, dq.load_recipe("mse-w4a8", rules), Calibration(samples=2, steps=2))
+    save(pipe, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["quantization_config"]
+    assert {group["spec"].get("input_scale") for group in config["layers"]} == {"dynamic-row", "dynamic-sample"}
+    assert not any("input_quantizer" in name for name in load_file(tmp_path / "out" / "unet" / WEIGHTS))
+    arguments, expected = Host(pipe).example_call(steps=1)
+    loaded = load(tmp_path / "out", engine="simulate")
+    with torch.no_grad():
+        assert torch.equal(Host(loaded).denoiser(**arguments)[0], expected)
+    with pytest.raises(SpecError, match=r"input_quantizer: has scales of each call, which .* graphs do not"):
+        dq.export(loaded, tmp_path / "exported", to="onnx")

@@ -112,7 +112,7 @@ def _file_bytes(model: nn.Module, rows: Sequence[PlannedLayer]) -> int:
             count = math.prod(row.shape)
             scales = (row.shape[0] if row.spec.weight.granularity == "channel" else 1) * parts
             total += packed_size(count, row.spec.weight.bits) - 4 * count + scales * (4 if row.spec.weight.symmetric else 5)
-        if row.spec.input is not None:
+        if row.spec.input is not None and row.spec.input_scale == "static":
             total += _sets_bytes(row.spec, parts, branches)
             shifts = min(row.spec.sets, INTERVALS) * (branches if row.spec.guidance_sets else 1) * row.shape[1]
             total += packed_size(shifts, SHIFT_BITS) if row.spec.shift else 0
@@ -131,4 +131,5 @@ def _described(spec: LayerSpec | AttentionSpec | None) -> tuple[str, str]:
     if isinstance(spec, AttentionSpec):
         return f"softmax {spec.softmax or 'float'}{halves}", f"q, k, v {spec.query or 'float'}{halves}"
     splits = f" split {'+'.join(map(str, spec.splits))}" if spec.splits else ""
-    return str(spec.weight or "float"), f"{spec.input or 'float'}{splits}{halves}"
+    dynamic = "" if spec.input is None or spec.input_scale == "static" else f" {spec.input_scale}"
+    return str(spec.weight or "float"), f"{spec.input or 'float'}{dynamic}{splits}{halves}"

@@ -116,10 +116,11 @@ class QuantizationConfig(QuantizationConfigMixin):
         return iter(self.to_dict().items())
 
     def quantizer_specs(self) -> dict[str, QuantSpec]:
-        """The spec of every quantizer by its module name; those of weights end in ``.weight_quantizer``."""
+        """The spec of every quantizer that has tensors by its module name; those of weights end in ``.weight_quantizer``."""
         specs: dict[str, QuantSpec | None] = {}
         for name, layer in self.layers.items():
-            specs |= {f"{name}.weight_quantizer": layer.weight, f"{name}.input_quantizer": layer.input}
+            stored = layer.input if layer.input_scale == "static" else None
+            specs |= {f"{name}.weight_quantizer": layer.weight, f"{name}.input_quantizer": stored}
         for name, attention in self.attentions.items():
             specs |= {f"{name}.{ATTRIBUTE}.{operand}": getattr(attention, operand) for operand in OPERANDS}
         return {name: spec for name, spec in specs.items() if spec is not None}
@@ -144,8 +145,10 @@ def _grouped(specs: Mapping[str, LayerSpec] | Mapping[str, AttentionSpec]) -> li
     groups: dict[LayerSpec | AttentionSpec, list[str]] = {}
     for name, spec in specs.items():
         groups.setdefault(spec, []).append(name)
-    return [
-        # a field that came later is left out where it is off, so that older versions read the file
-        {"spec": spec.model_dump(mode="json", exclude=None if spec.guidance_sets else {"guidance_sets"}), "names": names}
-        for spec, names in groups.items()
-    ]
+    return [{"spec": _json_of(spec), "names": names} for spec, names in groups.items()]
+
+
+def _json_of(spec: LayerSpec | AttentionSpec) -> dict[str, Any]:
+    """A spec as JSON. A field that came later is left out where it is off, so that older versions read the file."""
+    later = {"guidance_sets": False, "input_scale": "static"}
+    return spec.model_dump(mode="json", exclude={name for name, off in later.items() if getattr(spec, name, off) == off})

@@ -110,6 +110,11 @@ def scale_from_range(low: Float[Tensor, "*p"], high: Float[Tensor, "*p"], spec: 
         raise SpecError("range: not finite; the tensor holds inf or nan")
     if (low > high).any():
         raise SpecError("range: low is above high")
+    return covering(low, high, spec)
+
+
+def covering(low: Float[Tensor, "*p"], high: Float[Tensor, "*p"], spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """`scale_from_range` of ranges that nobody looks at: not finite where the range is not."""
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     if spec.symmetric:
         scale = torch.maximum(-low, high) / spec.code_max

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.core.clock import StepClock
+from diffquant.core.dynamic import DynamicQuantizer
 from diffquant.core.frozen import ReadOnlyWeight
 from diffquant.core.quantizer import Quantizer, activation_quantizer, in_float32
-from diffquant.core.spec import LayerSpec
+from diffquant.core.spec import LayerSpec, QuantSpec
 from diffquant.errors import SpecError
 
 QUANTIZABLE: dict[type[nn.Module], type[QuantizedLayer]] = {}  # a class of torch, and the one that its layers get
@@ -41,7 +42,7 @@ class QuantizedLayer(nn.Module):
     channel_view: ClassVar[tuple[int, ...]]  # the shape in which a value for each channel broadcasts against inputs and outputs
 
     weight_quantizer: Quantizer | None
-    input_quantizer: Quantizer | None
+    input_quantizer: Quantizer | DynamicQuantizer | None
     smooth: Tensor | None
     offset: Tensor | None
     bias: Any
@@ -146,7 +147,7 @@ class QuantizedLayer(nn.Module):
     def present_spec(self) -> LayerSpec:
         """The layer's spec, with as many parameter sets and bits as its quantizers have now."""
         spec, weight, inputs = self.layer_spec, self.weight_quantizer, self.input_quantizer
-        sets = 1 if inputs is None else inputs.sets(spec.guidance_sets)
+        sets = inputs.sets(spec.guidance_sets) if isinstance(inputs, Quantizer) else 1
         return spec.model_copy(update={"sets": sets, "weight": weight and weight.spec, "input": inputs and inputs.spec})
 
     def freeze(self) -> None:
@@ -229,7 +230,11 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
         rows = out_channels if spec.weight.granularity == "channel" else 1
         weight_quantizer = Quantizer(spec.weight, rows, spec.splits, axis=1)
     channels = in_channels if spec.shift else 0
-    input_quantizer = activation_quantizer(spec.input, spec, clock, kind.channel_axis, spec.splits, channels)
+    input_quantizer: Quantizer | DynamicQuantizer | None
+    if spec.input is not None and spec.input_scale != "static":
+        input_quantizer = _dynamic_quantizer(layer, spec, spec.input)
+    else:
+        input_quantizer = activation_quantizer(spec.input, spec, clock, kind.channel_axis, spec.splits, channels)
     device = weight.device
     layer.__class__ = kind
     layer.weight_quantizer = weight_quantizer.to(device) if weight_quantizer is not None else None  # type: ignore[assignment]
@@ -239,6 +244,26 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
     layer.register_buffer("offset", None)
     layer.layer_spec = spec  # type: ignore[assignment]
     layer.like, layer.weight_was_read = weight.detach().new_empty(0), False  # type: ignore[assignment]
+
+
+def _dynamic_quantizer(layer: nn.Module, spec: LayerSpec, operand: QuantSpec) -> DynamicQuantizer:
+    """The quantizer of an input with scales of each call. Raises `SpecError` for what needs calibrated ones."""
+    scale = spec.input_scale
+    for name in ("splits", "shift", "shared_zero_point", "guidance_sets"):
+        if getattr(spec, name):
+            raise SpecError(f"{name}: needs calibrated scales; input_scale is {scale}")
+    if spec.sets > 1:
+        raise SpecError(f"sets: {spec.sets}; a scale of each call has no parameter sets; input_scale is {scale}")
+    if scale == "dynamic-row" and not has_rows(layer):
+        raise SpecError("input_scale dynamic-row: an integer product over several pixels has one scale; use dynamic-sample")
+    return DynamicQuantizer(operand, QUANTIZABLE[type(layer)].channel_axis, scale == "dynamic-sample")
+
+
+def has_rows(layer: nn.Module) -> bool:
+    """Whether outputs depend on one place of the input each, and there are as many: of linear layers and 1x1 convolutions."""
+    geometry = (*getattr(layer, "kernel_size", ()), *getattr(layer, "stride", ()))
+    padded = getattr(layer, "padding", ())  # numbers, "valid" or "same"
+    return all(size == 1 for size in geometry) and (padded == "valid" or all(size == 0 for size in padded))
 
 
 def release_forward(module: nn.Module) -> bool:

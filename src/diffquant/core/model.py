@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from diffquant.core.clock import StepClock
 from diffquant.core.correction import Correction
+from diffquant.core.dynamic import DynamicQuantizer
 from diffquant.core.layers import QuantizedLayer
+from diffquant.core.operand import OperandQuantizer
 from diffquant.core.quantizer import Quantizer
 from diffquant.errors import SpecError
 
@@ -84,20 +86,32 @@ def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 
 
 def quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Every quantizer below `module`, by name."""
+    """Every quantizer with scales of its own below `module`, by name; dynamic ones have none."""
     for name, child in module.named_modules():
         if isinstance(child, Quantizer):
             yield name, child
 
 
+def operand_quantizers(module: nn.Module) -> Iterator[tuple[str, OperandQuantizer]]:
+    """Every quantizer below `module`, dynamic ones included, by name."""
+    for name, child in module.named_modules():
+        if isinstance(child, OperandQuantizer):
+            yield name, child
+
+
+def dynamic_quantizers(module: nn.Module) -> dict[str, DynamicQuantizer]:
+    """The quantizers below `module` whose scales are those of each call, by name."""
+    return {name: each for name, each in operand_quantizers(module) if isinstance(each, DynamicQuantizer)}
+
+
 def activation_quantizers(module: nn.Module) -> dict[str, Quantizer]:
-    """The quantizers of activations below `module`, by name."""
+    """The quantizers of activations with scales of their own below `module`, by name."""
     return {name: quantizer for name, quantizer in quantizers(module) if quantizer.clock is not None}
 
 
 def enable(module: nn.Module, on: bool = True) -> None:
     """Turn all quantizers below `module` on or off. Raises `SpecError` to turn on a quantizer that was never calibrated."""
-    every = list(quantizers(module))
+    every = list(operand_quantizers(module))
     for name, quantizer in every:
         if on and not quantizer.calibrated:
             raise SpecError(f"{name}: not calibrated; a recipe starts with a pass that sets ranges")
@@ -113,7 +127,7 @@ def full_precision(module: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def switched(module: nn.Module, on: bool) -> Iterator[None]:
     """Every quantizer below `module` on (or off), and as it was again afterwards."""
-    before = [(quantizer, quantizer.enabled) for _, quantizer in quantizers(module)]
+    before = [(quantizer, quantizer.enabled) for _, quantizer in operand_quantizers(module)]
     try:
         enable(module, on)
         yield

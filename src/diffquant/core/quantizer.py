@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from diffquant.core.affine import dequantize, fake_quantize, quantize, quantize_rounded, scale_around, scale_from_range
 from diffquant.core.clock import StepClock
 from diffquant.core.memory import allows
+from diffquant.core.operand import OperandQuantizer
 from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec
 from diffquant.errors import SpecError
 
 
-class Quantizer(nn.Module):
+class Quantizer(OperandQuantizer):
     """Affine quantizer of a weight (``clock`` None) or of an activation.
 
     ``scale``, ``zero_point``: float32 ``[rows, parts]``, nan until calibrated. ``table``: uint8 or int16 ``[intervals]``, the row
@@ -28,7 +29,6 @@ class Quantizer(nn.Module):
     integer weight once its rounding is decided. ``rounding``: logits of the rounding while it is learned (AdaRound).
     ``per_branch``: the rows are sets of the first half of a guided call, then of the second.
     ``shared_zero_point``: the parameter sets have one zero point (of each part), as some integer kernels need.
-    Off (``enabled`` False) it returns its input untouched; an ``observer`` is called with every input.
     """
 
     scale: Tensor
@@ -48,9 +48,8 @@ class Quantizer(nn.Module):
         shift_channels: int = 0,
         per_branch: bool = False,
     ) -> None:
-        super().__init__()
-        self.spec, self.splits, self.axis, self.clock, self.enabled = spec, tuple(splits), axis, clock, False
-        self.observer: Callable[[Tensor], None] | None = None
+        super().__init__(spec, axis)
+        self.splits, self.clock = tuple(splits), clock
         self.shared_zero_point = False
         self._table_list: tuple[Tensor, int, list[int]] | None = None  # the table, its version, its numbers
         self._weight: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # what a weight was dequantized from, and the weight
@@ -89,14 +88,9 @@ class Quantizer(nn.Module):
         return bool(torch.isfinite(self.scale).all())
 
     @property
-    def unobserved(self) -> bool:
-        """Whether it is on and has no observer: an engine may then compute in its place."""
-        return self.enabled and self.observer is None
-
-    @property
-    def live(self) -> bool:
-        """Whether a forward call does anything: quantizes, or calls an observer."""
-        return self.enabled or self.observer is not None
+    def of_weight(self) -> bool:
+        """A weight has no clock."""
+        return self.clock is None
 
     def present_rows(self, device: torch.device) -> Int[Tensor, " batch"] | int:
         """The parameter set in force: one row, or one per sample where the clock holds an interval per sample.
@@ -159,12 +153,6 @@ class Quantizer(nn.Module):
         if self.rounding is not None:
             return quantize_rounded(x.float(), scale, zero_point, rectified_sigmoid(self.rounding), self.spec)
         return quantize(x.float(), scale, zero_point, self.spec)
-
-    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """`x` quantized and dequantized in float32, in the dtype of `x`."""
-        if self.observer is not None:
-            self.observer(x)
-        return self.simulated(x) if self.enabled else x
 
     def simulated(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """`x` quantized and dequantized, whether the quantizer is on or not."""

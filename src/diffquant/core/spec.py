@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MIN_BITS, MAX_BITS = 2, 8
 RuleBits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | Literal["float"]
+InputScale = Literal["static", "dynamic-row", "dynamic-sample"]
 
 
 class Value(BaseModel):
@@ -51,6 +52,9 @@ class LayerSpec(Value):
     is the number of input channels. ``smooth`` and ``shift`` allocate the layer's equivalent-scaling and power-of-two buffers.
     ``sets`` is the number of parameter sets of the input quantizer; with ``shared_zero_point`` they differ in their scales only.
     With ``guidance_sets`` each half of a guided call has as many of its own.
+    ``input_scale``: ``static`` scales are calibrated; dynamic ones cover the values of each call, ``dynamic-row`` those of each row
+    (of a linear layer's tokens, of a 1x1 convolution's pixels), ``dynamic-sample`` those of each sample. Dynamic scales have no
+    splits, sets or shifts.
     """
 
     weight: QuantSpec | None = None
@@ -61,6 +65,7 @@ class LayerSpec(Value):
     guidance_sets: bool = False
     smooth: bool = False
     shift: bool = False
+    input_scale: InputScale = "static"
 
 
 class AttentionSpec(Value):
@@ -84,7 +89,9 @@ class LayerRule(Value):
     (layers that read a concatenated skip), ``@shortcut`` (1x1 convolutions of residual shortcuts), ``@resample`` (up- and
     down-sampling convolutions), ``@attention`` (attention products).
     ``guidance_sets`` gives the conditional and the unconditional half of a guided call parameter sets of their own.
-    ``weight_bits`` and ``input_bits`` may be ``float``. ``reason`` is printed where a layer stays in floating point.
+    ``weight_bits`` and ``input_bits`` may be ``float``. ``input_scale`` is that of `LayerSpec`; ``dynamic-row`` means
+    ``dynamic-sample`` for convolutions over several pixels, whose integer products have one scale.
+    ``reason`` is printed where a layer stays in floating point.
     """
 
     match: str
@@ -100,4 +107,5 @@ class LayerRule(Value):
     guidance_sets: bool | None = None
     smooth: bool | None = None
     shift: bool | None = None
+    input_scale: InputScale | None = None
     reason: str | None = None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from diffquant.core.attention import AttentionProducts, attention_call
 from diffquant.core.layers import QUANTIZABLE, QuantizedLayer
-from diffquant.core.model import activation_quantizers, clock_of, is_frozen, quantized_layers, quantizers
+from diffquant.core.model import activation_quantizers, clock_of, dynamic_quantizers, is_frozen, quantized_layers, quantizers
 from diffquant.engines.base import engine_of
 from diffquant.engines.exactness import ALL, CODES, PAIR
 from diffquant.engines.graph_call import Call
@@ -98,6 +98,8 @@ def check(model: nn.Module, runtime: str) -> None:
             f"{kind}: has parameter sets for each half of a guided call (guidance_sets), which {runtime} graphs do not; "
             "use engine 'int8' or 'simulate', or quantize without guidance_sets"
         )
+    if dynamic := next(iter(dynamic_quantizers(model)), ""):
+        raise SpecError(f"{dynamic}: has scales of each call, which {runtime} graphs do not; use engine 'int8' or 'simulate'")
     for name, quantizer in quantizers(model):
         if quantizer.table is None:
             continue

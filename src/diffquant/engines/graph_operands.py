@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffquant.core.attention import OPERANDS, AttentionProducts
+from diffquant.core.dynamic import DynamicQuantizer
 from diffquant.core.layers import QuantizedLayer
 from diffquant.core.quantizer import Quantizer
 from diffquant.engines.exactness import CODES
@@ -68,6 +69,7 @@ def grids_of(quantizer: Quantizer | None) -> list[Grid]:
 
 def parts_of(layer: QuantizedLayer, largest: Largest) -> list[Part]:
     """The parts of the input channels of a layer, which quantize and multiply apart; no digit of a weight exceeds `largest`."""
+    assert not isinstance(layer.input_quantizer, DynamicQuantizer), "`check` refuses it"
     grids = grids_of(layer.input_quantizer)
     weights = _weights(layer, [largest(grid.last) for grid in grids])
     nothing = [None] * len(weights)

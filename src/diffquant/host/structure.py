@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffquant.core.layers import QUANTIZABLE, QuantizedLayer, quantizable_names
+from diffquant.core.layers import QUANTIZABLE, QuantizedLayer, has_rows, quantizable_names
 from diffquant.core.model import quantized_layers
 from diffquant.core.spec import AttentionSpec, LayerRule, LayerSpec, QuantSpec
 from diffquant.errors import SpecError
@@ -200,7 +200,9 @@ def _spec(fields: dict[str, Any], operand: str, symmetric: bool = False, granula
 def _plan_layer(name: str, module: nn.Module, structure: _Structure, rules: Sequence[LayerRule]) -> PlannedLayer:
     fields, reason = _merged(name, structure, rules)
     assert isinstance(module.weight, torch.Tensor)
+    input_scale = fields.get("input_scale", "static")
     spec = LayerSpec(
+        input_scale="dynamic-sample" if input_scale == "dynamic-row" and not has_rows(module) else input_scale,
         weight=_spec(fields, "weight", symmetric=True, granularity="channel"),
         input=(input_spec := _spec(fields, "input")),
         splits=structure.skips.get(name, ()) if fields.get("split_skips") else (),

@@ -24,6 +24,7 @@ from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.rollout import Chain, Rollout
 from diffquant.calibration.timing import Work
 from diffquant.core.model import activation_quantizers, quantized_layers, quantizers, switched
+from diffquant.core.quantizer import Quantizer
 from diffquant.host.structure import PlannedLayer
 from diffquant.methods.base import (
     Figures,
@@ -163,7 +164,8 @@ class AccuQuant(Pass):
             require_smooth("AccuQuant", scaled)
             learned += [LearnedSmooth(layer, self.rate) for layer in scaled]
         if self.biases:
-            learned += [LearnedOffset(layer, self.rate) for layer in quantized if layer.bias is not None]
+            ranged = [layer for layer in quantized if isinstance(layer.input_quantizer, Quantizer)]
+            learned += [LearnedOffset(layer, self.rate) for layer in ranged if layer.bias is not None]
         return learned
 
     def _loss(self, iteration: int, chain: Chain, scale: float, learned: list[Learned]) -> Tensor:

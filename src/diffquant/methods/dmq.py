@@ -157,7 +157,7 @@ class PowerOfTwoScaling(Pass):
         with_shift = [
             unit
             for unit in in_order(model, data, "layer")
-            if (quantizer := _layer(unit).input_quantizer) is not None and quantizer.shift is not None
+            if isinstance(quantizer := _layer(unit).input_quantizer, Quantizer) and quantizer.shift is not None
         ]
         if not with_shift:
             note = "the model has none of the layers that the recipe gives shift: true; nothing is scaled"
@@ -192,7 +192,7 @@ class PowerOfTwoScaling(Pass):
 
     def _choose(self, layer: QuantizedLayer, data: UnitInputs) -> dict[str, object]:
         quantizer, x, intervals = layer.input_quantizer, data.arguments[0].float(), data.intervals
-        assert quantizer is not None and quantizer.shift is not None and intervals is not None
+        assert isinstance(quantizer, Quantizer) and quantizer.shift is not None and intervals is not None
         if quantizer.shift.any():
             raise SpecError("PowerOfTwoScaling: the layer has factors already; calibrate its ranges again first")
         x = x.movedim(quantizer.axis, 1).flatten(2) if x.dim() > 2 else x[..., None]  # [n, channels, positions]

@@ -133,7 +133,7 @@ class LearnedOffset(Learned):
 
     def __init__(self, layer: QuantizedLayer, lr: float) -> None:
         quantizer, weight = layer.input_quantizer, layer.weight_to_quantize()
-        assert quantizer is not None
+        assert isinstance(quantizer, Quantizer), "a dynamic input has no range to take for its spread"
         deviation = quantizer.scale.mean() * 2.0**quantizer.spec.bits / DEVIATIONS
         self.layer, self.spread = layer, weight.flatten(1).norm(dim=1) * deviation
         self.delta = torch.zeros_like(self.spread) if layer.offset is None else layer.offset / self.spread

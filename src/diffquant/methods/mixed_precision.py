@@ -51,8 +51,8 @@ class AllocateBits(SensitivityPass):
 
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Change the bits of the chosen quantizers. Raises `SpecError` where ranges were not calibrated."""
-        inputs = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
-        quantizers = {name: layer.input_quantizer for name, layer in inputs.items() if layer.input_quantizer is not None}
+        inputs = {name: layer for name, layer in quantized_layers(model) if isinstance(layer.input_quantizer, Quantizer)}
+        quantizers = {name: each for name, layer in inputs.items() if isinstance(each := layer.input_quantizer, Quantizer)}
         squares, products = self.squares(model, quantizers, data, generator, run), multiplications(model, inputs, data)
         bits = {name: quantizer.spec.bits for name, quantizer in quantizers.items()}
         chosen = self._chosen(bits, squares, products)

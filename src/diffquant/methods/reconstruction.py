@@ -49,7 +49,7 @@ class ReconstructRounding(UnitPass):
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
         """Decide the codes of every quantized weight. Raises `SpecError` where ranges were not calibrated."""
         ordered = in_order(model, data, self.units)
-        return self.walk(model, ordered, data, generator, run, "rounding", lambda each: each.clock is None, self._fit_unit)
+        return self.walk(model, ordered, data, generator, run, "rounding", lambda each: each.of_weight, self._fit_unit)
 
     def _fit_unit(self, unit: Unit, data: UnitInputs, seed: int, run: Run) -> Fitted:
         before = unit_error(unit, data, self.batch_size)

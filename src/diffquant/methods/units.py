@@ -23,8 +23,8 @@ from diffquant.calibration.gain import step_gain
 from diffquant.calibration.recording import Trajectory
 from diffquant.calibration.replay import UnitInputs, call_recorded, observe, output_tensors
 from diffquant.calibration.timing import Work
-from diffquant.core.model import full_precision, quantizers, switched
-from diffquant.core.quantizer import Quantizer
+from diffquant.core.model import full_precision, operand_quantizers, quantizers, switched
+from diffquant.core.operand import OperandQuantizer
 from diffquant.core.watch import watching
 from diffquant.host.structure import PlannedLayer, Unit, units
 from diffquant.methods.base import Figures, Pass, draw_seed, evaluating, quantizer_state, restore_quantizers
@@ -69,7 +69,7 @@ class UnitPass(Pass):
         generator: torch.Generator,
         run: Run,
         label: str,
-        prefix: Callable[[Quantizer], bool] | None,
+        prefix: Callable[[OperandQuantizer], bool] | None,
         fit_unit: Callable[[Unit, UnitInputs, int, Run], Fitted],
     ) -> Figures:
         """Fit the units `ordered`, each by `fit_unit` on its recorded calls, with a seed and a run of its own.
@@ -80,7 +80,7 @@ class UnitPass(Pass):
         indices = data.subset(min(self.samples, len(data)), generator)
         rows: list[dict[str, object]] = []
         with evaluating(model), full_precision(model) if prefix is None else switched(model, True):
-            for _, quantizer in quantizers(model):
+            for _, quantizer in operand_quantizers(model):
                 quantizer.enabled = prefix is not None and prefix(quantizer)
             calls = _UnitCalls(model, ordered, data, indices, self.batch_size)
             if self.error == "latent":

@@ -20,12 +20,14 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from diffquant.core.attention import AttentionProducts
+from diffquant.core.dynamic import DynamicQuantizer
 from diffquant.core.layers import QUANTIZABLE, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from diffquant.core.memory import release_freed_memory
 from diffquant.core.model import quantized_layers
 from diffquant.engines.base import Engine, Lowered, attentions, float_operand
 from diffquant.engines.exactness import ALL, answer_of, products_needed
 from diffquant.engines.int8.attention import BlockedProducts, integer_products
+from diffquant.engines.int8.dynamic import DynamicProduct
 from diffquant.engines.int8.float_layers import FloatLinear, FloatProduct, faster_in_float
 from diffquant.engines.int8.integer_blocks import (
     IntegerFeedForward,
@@ -148,6 +150,8 @@ def lower_layer(layer: QuantizedLayer) -> str:
         products = products_of(weight, largest)
         if faster_in_float(layer, products, largest):
             reason = f"{products} products of integers would take longer here than one in floating point"
+            if isinstance(inputs, DynamicQuantizer):
+                return reason
             sets = sets_of(layer, inputs, weight)
             layer.__class__ = FloatLinear
             layer.product = FloatProduct(weight.dequantized_codes(), sets, inputs.splits, reason)  # type: ignore[assignment]
@@ -156,5 +160,8 @@ def lower_layer(layer: QuantizedLayer) -> str:
     assert isinstance(weight, PackedCodes)
     weight.pack(layer, inputs)
     layer.__class__ = IntegerConv2d if isinstance(layer, QuantizedConv2d) else IntegerLinear
-    layer.product = Product(layer, sets_of(layer, inputs, weight), inputs.splits)  # type: ignore[assignment]
+    if isinstance(inputs, DynamicQuantizer):
+        layer.product = DynamicProduct(layer, inputs, weight.packed[0][0])  # type: ignore[assignment]
+    else:
+        layer.product = Product(layer, sets_of(layer, inputs, weight), inputs.splits)  # type: ignore[assignment]
     return ""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffquant.core.layers import QuantizedLayer, QuantizedLinear
+from diffquant.core.quantizer import Quantizer
 from diffquant.engines.exactness import ALL
 from diffquant.engines.int8.integer_layers import LaidOut, differentiated
 from diffquant.engines.int8.kernels import ParameterSet
@@ -65,7 +66,7 @@ class FloatLinear(LaidOut, QuantizedLinear):
     def _row(self, x: Tensor) -> int | None:
         """The parameter set of a call, or None where it is to be simulated."""
         weight, inputs = self.weight_quantizer, self.input_quantizer
-        assert weight is not None and inputs is not None
+        assert weight is not None and isinstance(inputs, Quantizer)
         unusual = torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu"
         if unusual or differentiated(x) or not (weight.unobserved and inputs.unobserved):
             return None

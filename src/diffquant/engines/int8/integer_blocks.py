@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.core.layers import QuantizedConv2d
+from diffquant.core.quantizer import Quantizer
 from diffquant.engines.changes import is_hooked
 from diffquant.engines.int8.integer_layers import (
     INTEGER,
@@ -27,7 +28,7 @@ from diffquant.engines.int8.integer_layers import (
     differentiated,
     multiply,
 )
-from diffquant.engines.int8.kernels import compiled_feed_forward, feed_forward
+from diffquant.engines.int8.kernels import Product, compiled_feed_forward, feed_forward
 
 LARGEST = 1 << 31  # values that torch upsamples in the memory format of convolutions
 
@@ -85,7 +86,7 @@ class IntegerUpsample(Upsample2D):
             return output
         size: dict[str, Any] = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
         codes = layer.product.codes(hidden_states.contiguous(memory_format=torch.channels_last), row)
-        return multiply(layer, [functional.interpolate(each, **size) for each in codes], row, bias_of(layer), torch.float32)
+        return multiply(layer.product, [functional.interpolate(each, **size) for each in codes], row, bias_of(layer), torch.float32)
 
 
 class IntegerResnetBlock2D(ResnetBlock2D):
@@ -146,8 +147,8 @@ def _watched(*modules: nn.Module) -> bool:
 
 
 def _row_of_one(layer: nn.Module | None) -> int | Tensor | None:
-    """The parameter set of a layer that computes with integers; None where it does not, or samples have different ones."""
-    if not isinstance(layer, INTEGER) or not computes_integers(layer) or layer.input_quantizer is None:
+    """The parameter set of a layer that computes with integers; None where it does not, or samples have different scales."""
+    if not isinstance(layer, INTEGER) or not computes_integers(layer) or not isinstance(layer.input_quantizer, Quantizer):
         return None
     rows = layer.input_quantizer.present_rows(torch.device("cpu"))
     return rows if isinstance(rows, int) or torch.compiler.is_compiling() else None
@@ -155,4 +156,4 @@ def _row_of_one(layer: nn.Module | None) -> int | Tensor | None:
 
 def one_product(layer: nn.Module) -> bool:
     """Whether a layer's output is one product of integers, which can be cut along the outputs."""
-    return isinstance(layer, IntegerLinear) and layer.product.one_matrix
+    return isinstance(layer, IntegerLinear) and isinstance(layer.product, Product) and layer.product.one_matrix

@@ -19,9 +19,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from diffquant.core.dynamic import DynamicQuantizer
 from diffquant.core.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from diffquant.core.quantizer import Quantizer
 from diffquant.engines.exactness import answer_of
+from diffquant.engines.int8.dynamic import DynamicProduct
 from diffquant.engines.int8.kernels import OUTPUTS, ParameterSet, Product, compiled_product
 from diffquant.engines.int8.packed import Packed, digits, kernel_of
 
@@ -68,7 +70,7 @@ class PackedCodes(LaidOut, Quantizer):
     rows_of_shift: Int[Tensor, "rows channels"] | None
     groups: int
 
-    def pack(self, layer: QuantizedLayer, inputs: Quantizer) -> None:
+    def pack(self, layer: QuantizedLayer, inputs: Quantizer | DynamicQuantizer) -> None:
         """Lay the codes out for the kernel of `layer` and the codes of its input quantizer.
 
         One matrix for each distinct row of the input's shift, split and digit.
@@ -171,7 +173,7 @@ def sets_of(layer: QuantizedLayer, inputs: Quantizer, weight: Quantizer) -> list
 class IntegerLinear(LaidOut, QuantizedLinear):
     """A lowered linear layer; made by `Int8.install`, never constructed."""
 
-    product: Product
+    product: Product | DynamicProduct
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
@@ -181,7 +183,7 @@ class IntegerLinear(LaidOut, QuantizedLinear):
 class IntegerConv2d(LaidOut, QuantizedConv2d):
     """A lowered convolution; made by `Int8.install`, never constructed."""
 
-    product: Product
+    product: Product | DynamicProduct
 
     def forward(self, input: Tensor) -> Tensor:
         """``[n, in_channels, h, w]`` -> ``[n, out_channels, h', w']``, channels last in memory."""
@@ -222,30 +224,33 @@ def _forward(layer: IntegerLayer, x: Tensor) -> Tensor:
         return _computed(layer, x)
     with torch._C.DisableTorchFunction():  # the mode that finds an attention's products looks at every operation in it
         product, bias = layer.product, layer.bias
-        if product.alone is not None and x.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32):
+        plain = x.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+        if plain and isinstance(product, Product) and product.alone is not None:
             return product.single(x, bias)
         return _computed(layer, x)
 
 
 def _computed(layer: IntegerLayer, x: Tensor) -> Tensor:
-    inputs = layer.input_quantizer
-    assert inputs is not None
-    dtype = x.dtype if x.dtype in OUTPUTS else torch.float32
+    inputs, product = layer.input_quantizer, layer.product
     bias = bias_of(layer)
+    if isinstance(product, DynamicProduct):
+        return product.output(x.float(), bias).to(x.dtype)
+    assert isinstance(inputs, Quantizer)
+    dtype = x.dtype if x.dtype in OUTPUTS else torch.float32
     rows = inputs.present_rows(x.device)
     if isinstance(rows, int) or torch.compiler.is_compiling():
-        return multiply(layer, layer.product.codes(x.float(), rows), rows, bias, dtype).to(x.dtype)
+        return multiply(product, product.codes(x.float(), rows), rows, bias, dtype).to(x.dtype)
     chosen = [(row, (rows == row).nonzero().flatten()) for row in rows.unique().tolist()]  # samples at different timesteps
-    parts = [multiply(layer, layer.product.codes(x[samples].float(), row), row, bias, dtype) for row, samples in chosen]
+    parts = [multiply(product, product.codes(x[samples].float(), row), row, bias, dtype) for row, samples in chosen]
     return torch.cat(parts)[torch.cat([samples for _, samples in chosen]).argsort()].to(x.dtype)
 
 
-def multiply(layer: IntegerLayer, codes: list[Tensor], row: int | Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The output of `layer` for codes of its input (one tensor a split) in parameter set `row`."""
+def multiply(product: Product, codes: list[Tensor], row: int | Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The output of a layer for codes of its input (one tensor a split) in parameter set `row`."""
     if torch.compiler.is_compiling():
-        output: Tensor = compiled_product(codes, None if isinstance(row, int) else row, layer.product.number, bias, dtype)
+        output: Tensor = compiled_product(codes, None if isinstance(row, int) else row, product.number, bias, dtype)
         return output
-    return layer.product.multiply(codes, int(row), bias, dtype)
+    return product.multiply(codes, int(row), bias, dtype)
 
 
 def bias_of(layer: IntegerLayer) -> Tensor | None:

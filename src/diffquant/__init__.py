@@ -23,6 +23,7 @@ from diffquant.host.conditions import Calibration
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm.search import SearchParameterSets
 from diffquant.methods.base import Pass
+from diffquant.methods.bias_correction import CorrectBiases
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.mixed_precision import AllocateBits, AllocateWeightBits
 from diffquant.methods.noise_correction import FitCoefficients, FitProportional, RuntimeNoiseEstimate
@@ -46,6 +47,7 @@ __all__ = [
     "AllocateWeightBits",
     "CalibrateRanges",
     "Calibration",
+    "CorrectBiases",
     "DiffquantError",
     "EmbeddingSmoothing",
     "FitCoefficients",

@@ -17,6 +17,7 @@ from diffquant.core.clock import StepClock
 from diffquant.core.model import enable, full_precision, quantized_layers, quantizers
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import LayerRule, QuantSpec
+from diffquant.core.watch import watching
 from diffquant.errors import CalibrationError, SpecError
 from diffquant.host.conditions import Calibration
 from diffquant.host.denoiser import prepare
@@ -24,6 +25,7 @@ from diffquant.host.structure import Unit, plan
 from diffquant.methods.accuquant import AccuQuant
 from diffquant.methods.adp_dm.search import SearchParameterSets
 from diffquant.methods.base import Pass, quantizer_state, registered
+from diffquant.methods.bias_correction import CorrectBiases
 from diffquant.methods.dmq import LearnEquivalentScaling, PowerOfTwoScaling
 from diffquant.methods.learned import LearnedScale, LearnedSmooth
 from diffquant.methods.mixed_precision import AllocateBits, AllocateWeightBits
@@ -57,6 +59,7 @@ EXAMPLES: dict[str, Pass] = {
     "RuntimeNoiseEstimate": RuntimeNoiseEstimate(),
     "FitProportional": FitProportional(samples=4, batch_size=4),
     "FitCoefficients": FitCoefficients(samples=4, batch_size=4),
+    "CorrectBiases": CorrectBiases(samples=8, batch_size=4),
 }
 
 
@@ -190,6 +193,29 @@ def test_fit_refuses_a_loss_that_is_not_finite():
     with fit.run(show=False) as run, pytest.raises(CalibrationError, match="x: loss is nan at iteration 0; lower the rate"):
         fit.fit([(tensor, 0.1)], lambda i, g: tensor.sum() * torch.nan, iterations=1, seed=0, run=run, label="x")
     assert not tensor.requires_grad
+
+
+def test_corrected_biases_leave_no_mean_error_in_any_layer(pipe, data):
+    model = quantizable(pipe, data, rules=RULES[:1])
+    every = len(data)
+    apply(CorrectBiases(samples=every, batch_size=every), model, data)
+    layers = dict(quantized_layers(model))
+    inputs, outputs = {}, {}
+
+    def keep(layer, arguments, output):
+        inputs[layer], outputs[layer] = arguments[0], output
+
+    with torch.no_grad(), full_precision(model), watching(dict.fromkeys(layers.values(), keep)):
+        replay.call_recorded(model, data, torch.arange(every))
+    enable(model)
+    corrected = [layer for layer in layers.values() if layer.bias is not None]
+    assert len(corrected) > 10
+    for layer in corrected:
+        with torch.no_grad():
+            error = (layer(inputs[layer]) - outputs[layer]).movedim(layer.channel_axis, -1).flatten(0, -2)
+            uncorrected = error - layer.offset
+        assert layer.offset.abs().max() > 0
+        assert error.mean(0).norm() <= 1e-3 * uncorrected.mean(0).norm() + 1e-6 * outputs[layer].abs().max()
 
 
 def test_rounding_is_decided_and_stays_within_one_of_the_floor(pipe, data):

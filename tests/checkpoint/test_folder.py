@@ -387,3 +387,18 @@ def test_inputs_with_scales_of_each_call_are_loaded_again(tmp_path: Path) -> Non
         assert torch.equal(Host(loaded).denoiser(**arguments)[0], expected)
     with pytest.raises(SpecError, match=r"input_quantizer: has scales of each call, which .* graphs do not"):
         dq.export(loaded, tmp_path / "exported", to="onnx")
+
+
+def test_tables_of_embeddings_are_quantized_where_a_rule_says_so(tmp_path: Path) -> None:
+    pipe = pipelines.dit()
+    tables = [name for name, module in pipe.transformer.named_modules() if type(module) is torch.nn.Embedding]
+    assert tables
+    rules = ['layers.+={match: "@lookup", weight_bits: 8}', *pipelines.small_budget("mse-w4a8")]
+    dq.quantize(pipe, dq.load_recipe("mse-w4a8", rules), Calibration(samples=2, steps=2))
+    save(pipe, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "transformer" / WEIGHTS)
+    assert all(f"{name}.weight_quantizer.codes" in stored and f"{name}.weight" not in stored for name in tables)
+    arguments, expected = Host(pipe).example_call(steps=1)
+    loaded = load(tmp_path / "out", engine="simulate")
+    with torch.no_grad():
+        assert torch.equal(Host(loaded).denoiser(**arguments)[0], expected)

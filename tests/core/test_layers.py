@@ -17,6 +17,7 @@ from diffquant.core.attention import AttentionProducts, attach_products
 from diffquant.core.clock import StepClock
 from diffquant.core.layers import QUANTIZABLE, QuantizedLayer, QuantizedLinear, make_quantizable
 from diffquant.core.memory import allows
+from diffquant.core.model import enable
 from diffquant.core.quantizer import Quantizer
 from diffquant.core.spec import AttentionSpec, LayerSpec, QuantSpec
 from diffquant.errors import SpecError
@@ -277,8 +278,12 @@ class Special(nn.Linear):
 @pytest.mark.parametrize(
     ("layer", "spec", "message"),
     [
-        (Special(2, 2), W4A8, "Special: only nn.Linear, nn.Conv2d and nn.Conv3d themselves can be quantized"),
-        (nn.ConvTranspose2d(2, 2, 1), W4A8, "ConvTranspose2d: only nn.Linear, nn.Conv2d and nn.Conv3d themselves can be quantized"),
+        (Special(2, 2), W4A8, "Special: only nn.Linear, nn.Conv2d, nn.Conv3d and nn.Embedding themselves can be quantized"),
+        (
+            nn.ConvTranspose2d(2, 2, 1),
+            W4A8,
+            "ConvTranspose2d: only nn.Linear, nn.Conv2d, nn.Conv3d and nn.Embedding themselves can be quantized",
+        ),
         (
             nn.Conv2d(6, 4, 1),
             LayerSpec(weight=INT4, splits=(4, 3)),
@@ -492,3 +497,25 @@ def test_a_kind_of_layer_says_what_it_computes():
     with pytest.raises(SpecError, match="Silent: has no compute; define what a layer computes"):
         type("Silent", (QuantizedLayer, torch.nn.Conv1d), {}, of=torch.nn.Conv1d)
     assert torch.nn.Conv1d not in QUANTIZABLE
+
+
+@pytest.mark.parametrize("spec", [INT4, UINT4, QuantSpec(bits=4)])
+@torch.no_grad()
+def test_a_table_gives_its_dequantized_entries(spec: QuantSpec) -> None:
+    table = nn.Embedding(5, 7, padding_idx=2)
+    indices = torch.tensor([[0, 4], [2, 0]])
+    expected = table(indices)
+    make_quantizable(table, LayerSpec(weight=spec), StepClock())
+    assert torch.equal(table(indices), expected)
+    quantizer = table.weight_quantizer
+    low, high = table.weight.amin(1, keepdim=True), table.weight.amax(1, keepdim=True)
+    quantizer.set_ranges(low, high) if spec.granularity == "channel" else quantizer.set_ranges(
+        low.amin(0)[None], high.amax(0)[None]
+    )
+    enable(table)
+    simulated = table(indices)
+    assert not torch.equal(simulated, expected)
+    table.freeze()
+    assert table.float_weight is None
+    assert torch.equal(table(indices), simulated) and torch.equal(table(indices), table.weight[indices])
+    assert table.to(torch.bfloat16)(indices).dtype == torch.bfloat16

@@ -308,9 +308,10 @@ def test_special_kinds_stay_and_are_named_with_the_reason() -> None:
     model = Denoiser()
     rows = by_name(structure.plan(model, [W4A8]))
     left = {name: (row.kind, row.reason) for name, row in rows.items() if row.spec is None}
-    reason = "stays in floating point: only nn.Linear, nn.Conv2d and nn.Conv3d are quantized"
-    kinds = {"special": "Projection", "table": "Embedding", "up": "ConvTranspose2d"}
-    assert left == {name: (kind, f"{kind} {reason}") for name, kind in kinds.items()}
+    reason = "stays in floating point: only nn.Linear, nn.Conv2d, nn.Conv3d and nn.Embedding are quantized"
+    kinds = {"special": "Projection", "up": "ConvTranspose2d"}
+    table = {"table": ("Embedding", "no rule with @lookup, which names tables of embeddings (floating point)")}
+    assert left == {name: (kind, f"{kind} {reason}") for name, kind in kinds.items()} | table
     prepare(model, list(rows.values()))
     assert type(model.special) is Projection and not hasattr(model.special, "weight_quantizer")
     assert [type(layer) for layer in (model.conv_in, *model.mix, model.out)] == [QuantizedConv2d] * 3 + [QuantizedLinear]
@@ -354,8 +355,8 @@ def test_every_layer_with_weights_has_a_row(make: Made) -> None:
         ),
         (
             [LayerRule(match="@frist", weight_bits=8)],
-            "layers[0].match '@frist': unknown selector; allowed are @all, @conv, @linear, @first, @last, @embedding, @modulated, "
-            "@skip, @shortcut, @resample, @attention",
+            "layers[0].match '@frist': unknown selector; allowed are @all, @conv, @linear, @lookup, @first, @last, @embedding, "
+            "@modulated, @skip, @shortcut, @resample, @attention",
         ),
     ],
 )

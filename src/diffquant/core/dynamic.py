@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import final
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffquant.core.affine import covering, fake_quantize
 from diffquant.core.operand import OperandQuantizer
-from diffquant.core.spec import QuantSpec
+from diffquant.core.spec import LayerSpec, QuantSpec
+from diffquant.errors import SpecError
 
 
 @final
@@ -54,3 +55,23 @@ class DynamicQuantizer(OperandQuantizer):
     def extra_repr(self) -> str:
         """The spec, for `print(model)`."""
         return f"{self.spec}, dynamic, for each {'sample' if self.per_sample else 'row'}, enabled={self.enabled}"
+
+
+def dynamic_quantizer(layer: nn.Module, spec: LayerSpec, operand: QuantSpec, axis: int) -> DynamicQuantizer:
+    """The quantizer of a layer's input with scales of each call. Raises `SpecError` for what needs calibrated ones."""
+    scale = spec.input_scale
+    for name in ("splits", "shift", "shared_zero_point", "guidance_sets"):
+        if getattr(spec, name):
+            raise SpecError(f"{name}: needs calibrated scales; input_scale is {scale}")
+    if spec.sets > 1:
+        raise SpecError(f"sets: {spec.sets}; a scale of each call has no parameter sets; input_scale is {scale}")
+    if scale == "dynamic-row" and not has_rows(layer):
+        raise SpecError("input_scale dynamic-row: an integer product over several pixels has one scale; use dynamic-sample")
+    return DynamicQuantizer(operand, axis, scale == "dynamic-sample")
+
+
+def has_rows(layer: nn.Module) -> bool:
+    """Whether outputs depend on one place of the input each, and there are as many: of linear layers and 1x1 convolutions."""
+    geometry = (*getattr(layer, "kernel_size", ()), *getattr(layer, "stride", ()))
+    padded = getattr(layer, "padding", ())  # numbers, "valid" or "same"
+    return all(size == 1 for size in geometry) and (padded == "valid" or all(size == 0 for size in padded))

@@ -22,11 +22,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffquant.core.affine import dequantize
 from diffquant.core.clock import StepClock
-from diffquant.core.dynamic import DynamicQuantizer
+from diffquant.core.dynamic import DynamicQuantizer, dynamic_quantizer
 from diffquant.core.frozen import ReadOnlyWeight
 from diffquant.core.quantizer import Quantizer, activation_quantizer, in_float32
-from diffquant.core.spec import LayerSpec, QuantSpec
+from diffquant.core.spec import LayerSpec
 from diffquant.errors import SpecError
 
 QUANTIZABLE: dict[type[nn.Module], type[QuantizedLayer]] = {}  # a class of torch, and the one that its layers get
@@ -38,6 +39,7 @@ class QuantizedLayer(nn.Module):
     A kind of layer names the class that its layers had before, ``of``. ``channel_axis``: of inputs and outputs.
     """
 
+    multiplies: ClassVar[bool] = True  # whether the output is a product with the input
     channel_axis: ClassVar[int]
     channel_view: ClassVar[tuple[int, ...]]  # the shape in which a value for each channel broadcasts against inputs and outputs
 
@@ -118,7 +120,8 @@ class QuantizedLayer(nn.Module):
             assert weight_quantizer is not None
             return x, weight_quantizer.frozen_weight(x.dtype), bias
         weight = self.smoothed_weight()
-        return x, (weight if weight_quantizer is None else weight_quantizer(weight)).to(x.dtype), bias
+        dtype = x.dtype if self.multiplies else weight.dtype
+        return x, (weight if weight_quantizer is None else weight_quantizer(weight)).to(dtype), bias
 
     @property
     def input_channels(self) -> int:
@@ -204,6 +207,25 @@ class QuantizedConv3d(_QuantizedConvolution, nn.Conv3d, of=nn.Conv3d):
     channel_view = (-1, 1, 1, 1)
 
 
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding, of=nn.Embedding):  # type: ignore[misc]  # of its `freeze`
+    """A table of vectors, ``[...]`` integers -> ``[..., embedding_dim]``; each entry has a scale, and no input is quantized."""
+
+    multiplies, channel_axis, channel_view = False, -1, (-1,)
+    bias = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As of the class that the layer had; of a frozen table only the entries that are asked for are dequantized."""
+        quantizer = self.weight_quantizer
+        if self.float_weight is not None or quantizer is None or quantizer.codes is None:
+            return super().forward(input)
+        scale, zero_point = (each.expand(len(quantizer.codes), 1)[input] for each in (quantizer.scale, quantizer.zero_point))
+        return dequantize(quantizer.codes[input].float(), scale, zero_point).to(self.like.dtype)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The entries of the table."""
+        return functional.embedding(x, weight, self.padding_idx)
+
+
 def quantizable_names() -> str:
     """The classes of layers that can be quantized, in words."""
     *others, last = (f"nn.{kind.__name__}" for kind in QUANTIZABLE)
@@ -218,6 +240,10 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
     if type(layer) not in QUANTIZABLE:
         raise SpecError(f"{type(layer).__name__}: only {quantizable_names()} themselves can be quantized")
     weight, groups = layer.weight, int(getattr(layer, "groups", 1))
+    if not QUANTIZABLE[type(layer)].multiplies and (spec.input is not None or spec.smooth or spec.shift):
+        raise SpecError(f"{type(layer).__name__}: multiplies nothing, so it has no input to quantize, smooth or shift")
+    if getattr(layer, "max_norm", None) is not None:
+        raise SpecError(f"{type(layer).__name__}: max_norm changes its table at each call; leave it in floating point")
     assert isinstance(weight, Tensor)
     out_channels, in_channels, grouped = weight.shape[0], weight.shape[1] * groups, groups > 1
     if spec.splits and (grouped or sum(spec.splits) != in_channels):
@@ -232,7 +258,7 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
     channels = in_channels if spec.shift else 0
     input_quantizer: Quantizer | DynamicQuantizer | None
     if spec.input is not None and spec.input_scale != "static":
-        input_quantizer = _dynamic_quantizer(layer, spec, spec.input)
+        input_quantizer = dynamic_quantizer(layer, spec, spec.input, kind.channel_axis)
     else:
         input_quantizer = activation_quantizer(spec.input, spec, clock, kind.channel_axis, spec.splits, channels)
     device = weight.device
@@ -244,26 +270,6 @@ def make_quantizable(layer: nn.Module, spec: LayerSpec, clock: StepClock) -> Non
     layer.register_buffer("offset", None)
     layer.layer_spec = spec  # type: ignore[assignment]
     layer.like, layer.weight_was_read = weight.detach().new_empty(0), False  # type: ignore[assignment]
-
-
-def _dynamic_quantizer(layer: nn.Module, spec: LayerSpec, operand: QuantSpec) -> DynamicQuantizer:
-    """The quantizer of an input with scales of each call. Raises `SpecError` for what needs calibrated ones."""
-    scale = spec.input_scale
-    for name in ("splits", "shift", "shared_zero_point", "guidance_sets"):
-        if getattr(spec, name):
-            raise SpecError(f"{name}: needs calibrated scales; input_scale is {scale}")
-    if spec.sets > 1:
-        raise SpecError(f"sets: {spec.sets}; a scale of each call has no parameter sets; input_scale is {scale}")
-    if scale == "dynamic-row" and not has_rows(layer):
-        raise SpecError("input_scale dynamic-row: an integer product over several pixels has one scale; use dynamic-sample")
-    return DynamicQuantizer(operand, QUANTIZABLE[type(layer)].channel_axis, scale == "dynamic-sample")
-
-
-def has_rows(layer: nn.Module) -> bool:
-    """Whether outputs depend on one place of the input each, and there are as many: of linear layers and 1x1 convolutions."""
-    geometry = (*getattr(layer, "kernel_size", ()), *getattr(layer, "stride", ()))
-    padded = getattr(layer, "padding", ())  # numbers, "valid" or "same"
-    return all(size == 1 for size in geometry) and (padded == "valid" or all(size == 0 for size in padded))
 
 
 def release_forward(module: nn.Module) -> bool:

@@ -84,7 +84,8 @@ class LayerRule(Value):
     """One line of the plan: what happens to the layers that `match` names. Later rules override earlier ones, field by field.
 
     ``match`` is a shell pattern on module names (it has to match a layer), or a structural selector that may match none:
-    ``@all``, ``@conv``, ``@linear``, ``@first`` and ``@last`` layer, ``@embedding`` (of time, class and text, and the projections
+    ``@all`` layers that multiply, ``@conv``, ``@linear``, ``@lookup`` (tables of embeddings, which no other one of these names),
+    ``@first`` and ``@last`` layer, ``@embedding`` (of time, class and text, and the projections
     of it inside blocks and adaptive norms), ``@modulated`` (the convolution after that projection in a residual block), ``@skip``
     (layers that read a concatenated skip), ``@shortcut`` (1x1 convolutions of residual shortcuts), ``@resample`` (up- and
     down-sampling convolutions), ``@attention`` (attention products).

@@ -195,6 +195,8 @@ def attentions(model: nn.Module) -> dict[str, AttentionProducts]:
 
 def float_operand(layer: QuantizedLayer) -> str:
     """Which operand of a layer stays in floating point, in words; empty where both are quantized."""
+    if not layer.multiplies:
+        return "it multiplies nothing"
     if layer.weight_quantizer is None:
         return "its weight stays in floating point"
     return "its input stays in floating point" if layer.input_quantizer is None else ""

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffquant.core.layers import QUANTIZABLE, QuantizedLayer, has_rows, quantizable_names
+from diffquant.core.dynamic import has_rows
+from diffquant.core.layers import QUANTIZABLE, QuantizedLayer, quantizable_names
 from diffquant.core.model import quantized_layers
 from diffquant.core.spec import AttentionSpec, LayerRule, LayerSpec, QuantSpec
 from diffquant.errors import SpecError
@@ -27,8 +28,11 @@ EMBEDDING_PARENTS = ("TimestepEmbedding", "PixArtAlphaTextProjection", "TextImag
 EMBEDDING_LAYERS = ("time_emb_proj", "context_embedder")
 BLOCKS = ("ResnetBlock2D", "TransformerBlock", "Attention")  # ends of class names
 ATTENTION_CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")  # what diffusers' processors call
+NO_RULE = "no rule"
+NO_LOOKUP = "no rule with @lookup, which names tables of embeddings"
 SELECTORS = (
-    "@all", "@conv", "@linear", "@first", "@last", "@embedding", "@modulated", "@skip", "@shortcut", "@resample", "@attention",
+    *("@all", "@conv", "@linear", "@lookup", "@first", "@last", "@embedding", "@modulated", "@skip", "@shortcut", "@resample"),
+    "@attention",
 )  # fmt: skip
 
 
@@ -61,7 +65,7 @@ def plan(model: nn.Module, rules: Sequence[LayerRule]) -> list[PlannedLayer]:
     modules = [(name, module) for name, module in model.named_modules() if name]
     attentions = [(name, module) for name, module in modules if _is_attention(module)]
     layers = [(name, module) for name, module in modules if type(module) in QUANTIZABLE]
-    structure = _Structure(model, [name for name, _ in layers])
+    structure = _Structure(model, [name for name, module in layers if QUANTIZABLE[type(module)].multiplies])
     _check_patterns(model, rules, [name for name, _ in layers + attentions])
     rows = []
     for name, module in modules:
@@ -128,6 +132,8 @@ class _Structure:
         attention = _is_attention(module)
         if selector == "@attention" or attention:
             return selector == "@attention" and attention
+        if selector == "@lookup" or not QUANTIZABLE[type(module)].multiplies:
+            return selector == "@lookup" and not QUANTIZABLE[type(module)].multiplies
         return {
             "@all": True,
             "@conv": QUANTIZABLE[type(module)].channel_axis == 1,
@@ -181,7 +187,7 @@ def _check_patterns(model: nn.Module, rules: Sequence[LayerRule], names: list[st
 def _merged(name: str, structure: _Structure, rules: Sequence[LayerRule]) -> tuple[dict[str, Any], str]:
     """The fields that the matching rules set, later ones winning, and the text of the last rule that set any."""
     fields: dict[str, Any] = {}
-    reason = "no rule"
+    reason = NO_RULE
     for rule in rules:
         if structure.selects(rule.match, name) if rule.match.startswith("@") else fnmatch.fnmatchcase(name, rule.match):
             fields |= rule.model_dump(exclude_none=True, exclude={"match", "reason"})
@@ -199,18 +205,20 @@ def _spec(fields: dict[str, Any], operand: str, symmetric: bool = False, granula
 
 def _plan_layer(name: str, module: nn.Module, structure: _Structure, rules: Sequence[LayerRule]) -> PlannedLayer:
     fields, reason = _merged(name, structure, rules)
+    multiplies = QUANTIZABLE[type(module)].multiplies
+    reason = NO_LOOKUP if not multiplies and reason == NO_RULE else reason
     assert isinstance(module.weight, torch.Tensor)
     input_scale = fields.get("input_scale", "static")
     spec = LayerSpec(
         input_scale="dynamic-sample" if input_scale == "dynamic-row" and not has_rows(module) else input_scale,
         weight=_spec(fields, "weight", symmetric=True, granularity="channel"),
-        input=(input_spec := _spec(fields, "input")),
+        input=(input_spec := _spec(fields, "input") if multiplies else None),
         splits=structure.skips.get(name, ()) if fields.get("split_skips") else (),
         sets=fields.get("sets", 1),
         shared_zero_point=fields.get("shared_zero_point", False),
         guidance_sets=fields.get("guidance_sets", False) and input_spec is not None,
-        smooth=fields.get("smooth", False) and getattr(module, "groups", 1) == 1,
-        shift=fields.get("shift", False),
+        smooth=fields.get("smooth", False) and multiplies and getattr(module, "groups", 1) == 1,
+        shift=fields.get("shift", False) and multiplies,
     )
     quantized = spec.weight is not None or spec.input is not None
     return PlannedLayer(

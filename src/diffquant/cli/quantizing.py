@@ -37,6 +37,7 @@ FORM_HELP = (
     "exact: right on every processor, also on those that add products of 8-bit operands in 16 bits. single: one product for each "
     "8-bit weight, as TensorRT reads it; wrong on such processors, and refused where this one is one of them."
 )
+LOSSY_HELP = "Drop what the target cannot hold, list it, and state the error; without it such a model is refused."
 
 
 def record(
@@ -102,23 +103,17 @@ def quantize(
 
 def export(
     model: Annotated[str, typer.Argument(help="Directory of a quantized checkpoint.")],
-    out: Annotated[Path, typer.Option(help="New folder for the file and for export.json.")],
-    to: Annotated[
-        str, typer.Option(help=f"Runtime to write for: {', '.join(target_names())} (onnx for TensorRT too).")
-    ] = "openvino",
+    out: Annotated[Path, typer.Option(help="New folder for the files and for export.json.")],
+    to: Annotated[str, typer.Option(help=f"What to write for: {', '.join(target_names())} (onnx for TensorRT too).")] = "openvino",
     form: Annotated[str, typer.Option(help=FORM_HELP)] = "exact",
+    lossy: Annotated[bool, typer.Option("--lossy", help=LOSSY_HELP)] = False,
 ) -> None:
-    """Write a quantized denoiser for another runtime, and check the file by running it."""
-    report = dq.export(model, out, to, form)
-    say(
-        f"{out / report.file}: differs from the simulation by {report.error:.2g} (relative, one call); rounding explains "
-        f"{report.allowed:.2g}"
-    )
-    console.print(f"{report.integer} products of integers, {report.floating} in floating point")
-    if report.floating_layers:
-        console.print(f"quantized, but computed in floating point there: {', '.join(report.floating_layers)}")
-    if report.note:
-        say(report.note)
+    """Write a quantized pipeline or its denoiser for another program, and check the files by running them."""
+    report = dq.export(model, out, to, form, lossy)
+    first, *others = report.lines()
+    say(f"{out / report.file}: {first}")
+    for line in others:
+        say(line)
 
 
 def reproduce(

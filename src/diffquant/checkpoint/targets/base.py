@@ -1,25 +1,45 @@
-"""What an export target is: a runtime whose files are written, read again and run. A class with a name registers itself."""
+"""What an export target is: it writes the files of one consumer, reads them back and checks them. A class with a name registers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from pydantic import BaseModel
+from torch import Tensor
 
 from diffquant.errors import CheckpointError
+from diffquant.host.pipeline import Host
 from diffquant.registry import load, register
 
 _targets: dict[str, type[Target]] = {}
 
 
+class ExportReport(BaseModel):
+    """The check of what a target wrote.
+
+    ``file``: the main file, or the folder that the consumer is given (``.``). ``error``: relative L2 distance of its output from
+    the simulation's on one call. ``dropped``: what the target cannot hold and left out; empty unless that was asked for.
+    ``note``: what else there is to know; empty: nothing.
+    """
+
+    target: str
+    file: str
+    error: float
+    dropped: list[str] = []
+    note: str = ""
+
+    def lines(self) -> list[str]:
+        """What the command line prints below the name of the file."""
+        dropped = [f"dropped: {each}" for each in self.dropped]
+        return [f"differs from the simulation by {self.error:.2g} (relative, one call)", *dropped, *filter(None, [self.note])]
+
+
 class Target(ABC):
-    """A runtime to write for. ``file``: the name of the main file in a folder."""
+    """A consumer to write for. ``name``: what `export` takes as ``to``."""
 
     name: ClassVar[str]
-    file: ClassVar[str]
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -31,42 +51,24 @@ class Target(ABC):
         """Raise `CheckpointError` where a package that it needs is missing."""
 
     @abstractmethod
-    def build(self, model: nn.Module, example: Mapping[str, Any], form: str = "exact") -> Any:
-        """The graph of a frozen `model`; `example` holds arguments of its forward by name, `form` is as of `export`.
+    def write(self, host: Host, folder: Path, form: str, lossy: bool) -> ExportReport:
+        """Write the quantized pipeline or its denoiser into the empty `folder`, read it back, check it, and describe it.
 
-        The batch is left open, other sizes are those of the example. Inputs have the names of the arguments, of nested ones joined
-        by dots, in the order of the forward's signature; the timestep is one per sample; `interval` comes last where the model has
-        parameter sets (one per sample, or one for all). Raises `SpecError` where the model cannot be put so, `CheckpointError`
-        where a package is missing.
+        The denoiser computes with the simulation and is not changed. The folder gets its final name after this returns; where it
+        raises, nothing is kept. `form` is as of `export`; what it does not concern leaves it out. What the consumer cannot hold is
+        refused in one line that lists it, or with `lossy` dropped and listed in the report.
         """
 
-    @abstractmethod
-    def pair(self, graph: Any) -> int:
-        """The largest sum of two products of an unsigned code and a signed integer in a graph of `build`."""
 
-    @abstractmethod
-    def signed_weights(self, graph: Any) -> bool:
-        """Whether every quantized weight of a graph is int8."""
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """The L2 distance of two outputs, relative to the norm of `expected`."""
+    return float((output - expected).norm() / expected.norm())
 
-    @abstractmethod
-    def save(self, graph: Any, folder: Path) -> None:
-        """Write a graph into a new `folder`."""
 
-    @abstractmethod
-    def load(self, folder: Path) -> Any:
-        """What `save` wrote, compiled by the runtime for the CPU with as many threads as PyTorch has."""
-
-    @abstractmethod
-    def run(self, compiled: Any, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The outputs for a call of `model` with `arguments`, at the present interval of its clock."""
-
-    @abstractmethod
-    def products(self, compiled: Any) -> Iterator[tuple[str, bool]]:
-        """Name of the layer of each product that the runtime computes, and whether it is one of 8-bit integers."""
-
-    def note(self, symmetric: bool) -> str:
-        """What a user should know of the file; empty: nothing. ``symmetric``: every operand is int8 with a zero point of 0."""
-        return ""
+def refuse_dropped(name: str, dropped: list[str], lossy: bool) -> None:
+    """Raise `CheckpointError` where there is something that target `name` cannot hold, unless `lossy`."""
+    if dropped and not lossy:
+        raise CheckpointError(f"export: {name} cannot hold {'; '.join(dropped)}; --lossy drops that and states the error")
 
 
 def target_names() -> list[str]:

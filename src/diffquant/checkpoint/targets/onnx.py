@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from diffquant.checkpoint.targets.base import Target
+from diffquant.checkpoint.targets.graph import GraphTarget
 from diffquant.core.attention import ATTRIBUTE
 from diffquant.engines.graph_call import INTERVAL, Call, feed
 from diffquant.engines.onnx_graph import FORMS, convert, package, runtime
@@ -43,7 +43,7 @@ class Compiled(NamedTuple):
 
 
 @final
-class Onnx(Target):
+class Onnx(GraphTarget):
     """One ONNX file, checked with ONNX Runtime."""
 
     name, file = "onnx", "model.onnx"  # as optimum names it
@@ -64,7 +64,7 @@ class Onnx(Target):
 
     def save(self, graph: Any, folder: Path) -> None:
         """Weights beside the file where they are over 1 GiB."""
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         size = sum(len(each.raw_data) for each in graph.graph.initializer)  # asked for its own, a graph over 2 GiB would raise
         package().save_model(graph, folder / self.file, save_as_external_data=size > EXTERNAL, location=f"{self.file}.data")
 

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from diffquant.checkpoint.targets.base import Target
+from diffquant.checkpoint.targets.graph import GraphTarget
 from diffquant.core.attention import ATTRIBUTE
 from diffquant.engines.graph_call import Call
 from diffquant.engines.openvino_graph import FORMS, compile_graph, convert, infer, package
@@ -18,7 +18,7 @@ PRODUCTS = ("Convolution", "FullyConnected", "MatMul")  # layer types of the CPU
 
 
 @final
-class OpenVinoIr(Target):
+class OpenVinoIr(GraphTarget):
     """OpenVINO's own files."""
 
     name, file = "openvino", "openvino_model.xml"  # as optimum names it
@@ -37,7 +37,7 @@ class OpenVinoIr(Target):
 
     def save(self, graph: Any, folder: Path) -> None:
         """Constants as they are, no float16."""
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             package().save_model(graph, folder / self.file, compress_to_fp16=False)
         except RuntimeError as error:

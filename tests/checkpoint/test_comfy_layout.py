@@ -125,4 +125,5 @@ def test_scales_that_are_not_of_rows(kind: str) -> None:
     if kind == "split":
         assert found == "split input channels"
     else:
-        assert isinstance(found, Rows) and torch.equal(found.codes * found.scale, layer.weight_quantizer.dequantized_codes())
+        assert isinstance(found, Rows) and found.scale.shape == (4, 1)
+        assert torch.equal(found.codes * found.scale, layer.weight_quantizer.dequantized_codes())

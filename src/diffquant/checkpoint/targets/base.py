@@ -6,12 +6,21 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffquant.core.model import activation_quantizers
+from diffquant.core.quantizer import Quantizer
+from diffquant.core.watch import watching
 from diffquant.errors import CheckpointError
 from diffquant.host.pipeline import Host
 from diffquant.registry import load, register
+
+EDGE = 1e-3  # of a scale: how far values are moved across rounding edges, many times what float32 moves them
+DRAWS = 3  # of such moves
+MARGIN = 3.0  # over the largest error of these
+ROUNDING = 1e-5  # of float32, where no code is on an edge
 
 _targets: dict[str, type[Target]] = {}
 
@@ -63,6 +72,26 @@ class Target(ABC):
 def relative_error(output: Tensor, expected: Tensor) -> float:
     """The L2 distance of two outputs, relative to the norm of `expected`."""
     return float((output - expected).norm() / expected.norm())
+
+
+def allowed_error(denoiser: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:
+    """The relative error of one call that codes on rounding edges explain, measured with the simulation itself.
+
+    Every value is moved by up to `EDGE` of its scale before it is quantized, so that codes near an edge change, as they may between
+    two exact engines; the largest error of a few draws, with a margin, is allowed.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def move(quantizer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert isinstance(quantizer, Quantizer)
+        (x,) = arguments
+        noise = torch.rand(x.shape, generator=generator).to(x.device, x.dtype) * 2 - 1
+        return (x + noise * EDGE * quantizer.operands(x)[0],)
+
+    with torch.no_grad(), watching(dict.fromkeys(activation_quantizers(denoiser).values(), move), before=True):
+        outputs = [denoiser(**arguments) for _ in range(DRAWS)]
+    predictions = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+    return ROUNDING + MARGIN * max(relative_error(prediction, expected) for prediction in predictions)
 
 
 def refuse_dropped(name: str, dropped: list[str], lossy: bool) -> None:

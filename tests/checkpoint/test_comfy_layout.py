@@ -89,16 +89,18 @@ def test_parts_of_a_fused_layer_keep_their_codes_and_scales(dtype: torch.dtype) 
     assert floats == {dtype}
 
 
-@pytest.mark.parametrize("what", ["asymmetric codes", "smoothing", "a float weight"])
+@pytest.mark.parametrize("what", ["asymmetric codes of 8 bits", "smoothing", "a float weight"])
 def test_a_fused_layer_with_a_part_that_the_layout_does_not_hold_is_dequantized(what: str) -> None:
     rule = {
-        "asymmetric codes": LayerRule(match=QKV[1], weight_symmetric=False),
+        "asymmetric codes of 8 bits": LayerRule(match=QKV[1], weight_symmetric=False, weight_bits=8),
         "smoothing": LayerRule(match=QKV[1], smooth=True),
         "a float weight": LayerRule(match=QKV[1], weight_bits="float"),
     }[what]
     denoiser: Any = pipelines.freeze_by_hand(flux(), rules=[rule])
     layers = dict(quantized_layers(denoiser))
     layer = layers[QKV[1]]
+    if what == "asymmetric codes of 8 bits":
+        layer.weight_quantizer.codes[0, 0] = 255
     if what == "smoothing":
         assert isinstance(rows_of(layer), Rows)  # ones change nothing
         layer.smooth.uniform_(0.5, 2)
@@ -111,6 +113,16 @@ def test_a_fused_layer_with_a_part_that_the_layout_does_not_hold_is_dequantized(
     if what == "smoothing":  # quantize(W * smooth) / smooth, for inputs that are not smoothed
         assert torch.equal(found[1], layer.weight_quantizer.dequantized_codes() / layer.smooth)
     assert not layer.weight_was_read
+
+
+def test_codes_of_4_bits_lose_their_zero_points() -> None:
+    denoiser: Any = pipelines.freeze_by_hand(flux(), rules=[LayerRule(match="@all", weight_symmetric=False)])
+    for _, layer in quantized_layers(denoiser):
+        layer.weight_quantizer.zero_point.copy_(torch.arange(len(layer.weight_quantizer.zero_point))[:, None] % 16)
+    made = written(denoiser)
+    expected = torch.cat([dict(quantized_layers(denoiser))[name].weight_quantizer.dequantized_codes() for name in QKV])
+    assert not made.floating and torch.equal(read(made.tensors)["single_blocks.0.linear1.weight"], expected)
+    assert int(made.tensors["single_blocks.0.linear1.weight"].min()) == -15
 
 
 @pytest.mark.parametrize("kind", ["split", "one scale"])

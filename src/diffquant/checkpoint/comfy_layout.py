@@ -4,8 +4,8 @@ A quantized linear layer ``x`` is three tensors: ``x.weight`` int8 ``[out, in]``
 multiplies the rows; ``x.comfy_quant`` uint8, the text of a JSON object. Its ``format`` names the layout. Where
 ``full_precision_matrix_mult`` is true, the input stays in floating point; otherwise ComfyUI quantizes every row of it when it is
 multiplied. ComfyUI reads nothing else of this layout: no scale or zero point of the input, no factors of its channels
-(``pre_quant_scale``), no convolution. Codes of fewer bits are stored as int8: the 4-bit layouts of comfy-kitchen rotate the input,
-or hold scales in 16 bits.
+(``pre_quant_scale``), no convolution. The zero point of a weight is subtracted from its codes. Codes of fewer bits are stored as
+int8: the 4-bit layouts of comfy-kitchen rotate the input, or hold scales in 16 bits.
 
 All other tensors are in floating point, in the dtype that the denoiser has. ComfyUI computes in the dtype that suits its GPU,
 whatever the file says. Its files name tensors as the authors of a model do (`original_names`).
@@ -93,14 +93,16 @@ def rows_of(layer: QuantizedLayer) -> Rows | str:
         return ""
     if not isinstance(layer, QuantizedLinear):
         return "convolution"
-    if quantizer.codes.dtype != torch.int8 or bool(quantizer.zero_point.any()):
-        return "asymmetric codes"
     if quantizer.scale.shape[1] != 1:
         return "split input channels"
+    codes = quantizer.codes
+    if codes.dtype != torch.int8:
+        codes = codes.short() - quantizer.operands(codes)[1].short()
+        if int(codes.min()) < -128 or int(codes.max()) > 127:
+            return "asymmetric codes of 8 bits"
     if layer.smooth is not None and not bool((layer.smooth == 1).all()):
         return "smoothing"
-    scale = quantizer.scale.expand(quantizer.codes.shape[0], 1)
-    return Rows(quantizer.codes, scale, layer.input_quantizer is None)
+    return Rows(codes.to(torch.int8), quantizer.scale.expand(len(codes), 1), layer.input_quantizer is None)
 
 
 def layout(model: nn.Module, sources: Mapping[str, Source], origins: Origins) -> Layout:

@@ -21,17 +21,17 @@ from torch.nn import functional
 
 from diffquant.checkpoint.comfy_layout import SCALE, WEIGHT, float_tensors, layout, marked_layers, original_tensor
 from diffquant.checkpoint.original_names import Origins, original_names
-from diffquant.checkpoint.targets.base import ExportReport, Target, refuse_dropped, relative_error
+from diffquant.checkpoint.targets.base import ROUNDING, ExportReport, Target, refuse_dropped, relative_error
 from diffquant.core.layers import QuantizedLayer
 from diffquant.core.model import activation_quantizers, correction_of, quantized_layers
 from diffquant.core.watch import watching
 from diffquant.engines.base import attentions
 from diffquant.errors import CheckpointError
-from diffquant.host.pipeline import Host
+from diffquant.host.pipeline import Host, predicted
+from diffquant.host.structure import first_adapter
 
 FILE = "diffusion_model.safetensors"
 LAYOUT = "TensorWiseINT8Layout"  # comfy-kitchen's name of it
-ROUNDING = 1e-5  # of float32: sums in another order
 NAMED = 3  # layers in a line; the report has all of those that are written in floating point
 
 
@@ -63,12 +63,16 @@ class ComfyUI(Target):
     def write(self, host: Host, folder: Path, form: str, lossy: bool) -> ComfyReport:
         """Raises `CheckpointError` also where no layer is int8, and for a denoiser whose original names are not known."""
         denoiser = host.denoiser
+        if (adapted := first_adapter(denoiser)) is not None:
+            raise CheckpointError(f"layer {adapted!r}: a LoRA adapter is loaded; unload it (unload_lora_weights) to export")
         sources = float_tensors(denoiser)
         origins = original_names(denoiser, {name: source.rows for name, source in sources.items()})
         made = layout(denoiser, sources, origins)
         if not made.int8:
             why = "; ".join(sorted(set(made.floating.values())))
-            raise CheckpointError(f"export: no weight is one for ComfyUI's int8 layout ({why}); it takes symmetric linear layers")
+            raise CheckpointError(
+                f"export: no weight is one for ComfyUI's int8 layout ({why}); it takes linear layers, at 8 bits symmetric ones"
+            )
         dropped = lost(denoiser, made.int8)
         refuse_dropped(self.name, dropped, lossy)
         save_file(made.tensors, folder / FILE, metadata={"format": "pt"})
@@ -77,7 +81,7 @@ class ComfyUI(Target):
         arguments, expected = host.example_call(steps=1)
         with torch.no_grad(), host.evaluating(), as_comfyui(denoiser, made.int8):
             output = denoiser(**arguments)
-        error = relative_error(output if isinstance(output, Tensor) else output[0], expected)
+        error = relative_error(predicted(denoiser, output), expected)
         if not error <= (math.inf if dropped else ROUNDING):
             raise CheckpointError(f"export: the file computes another output ({error:.2g}); nothing was written")
         return ComfyReport(

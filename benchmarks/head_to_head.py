@@ -12,6 +12,8 @@ import argparse
 import copy
 import gc
 import inspect
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -25,11 +27,13 @@ import measure
 import rows
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.rollout import Rollout
+from diffquant.checkpoint.comfy_layout import marked_layers
 from diffquant.engines.base import engine_of
 from diffquant.host.conditions import Calibration
 from diffquant.host.pipeline import Host
@@ -359,6 +363,27 @@ def modelopt_smooth(pipe: Any, context: Context) -> Outcome:
     return modelopt(pipe, context, "INT8_SMOOTHQUANT_CFG")
 
 
+# ---- convert_to_quant, which learns rounding for files of ComfyUI
+
+
+@arm("convert_to_quant", "convert-to-quant", "int8 linear weights, learned rounding")
+def convert_to_quant(pipe: Any, context: Context) -> Outcome:
+    """Its file, dequantized: ComfyUI would quantize every row of an input too. It also imports triton and prodigyplus."""
+    denoiser, source, file = Host(pipe).denoiser, context.work / "float.safetensors", context.work / "learned.safetensors"
+    save_file(denoiser.state_dict(), source)
+    command = [str(Path(sys.executable).with_name("convert_to_quant")), "-i", str(source), "-o", str(file)]  # user
+    settings = ["--comfy_quant", "--int8", "--scaling_mode", "row", "--device", "cpu", "--manual_seed", "0"]  # user
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    tensors = load_file(file)
+    state = {name: tensor.float() for name, tensor in tensors.items() if not name.endswith(("weight_scale", "comfy_quant"))}
+    for name in marked_layers(tensors):
+        state[f"{name}.weight"] *= tensors[f"{name}.weight_scale"].view(-1, 1)
+    denoiser.load_state_dict(state)
+    return Outcome("float32 on dequantized weights (simulated)", file.stat().st_size, convolutions_left(denoiser))
+
+
 # ---- ours
 
 
@@ -476,7 +501,7 @@ def run(models: list[str], names: list[str], file: Path, work: Path, samples: in
 
 
 def _installed(package: str) -> bool:
-    modules = {"optimum-quanto": "optimum.quanto", "nvidia-modelopt": "modelopt"}
+    modules = {"optimum-quanto": "optimum.quanto", "nvidia-modelopt": "modelopt", "convert-to-quant": "convert_to_quant"}
     try:
         return find_spec(modules.get(package, package)) is not None
     except ModuleNotFoundError:

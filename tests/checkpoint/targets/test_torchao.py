@@ -172,7 +172,7 @@ def test_another_output_is_refused_also_where_something_was_dropped(
 
     monkeypatch.setattr(torchao, "_tensor", altered)
     with pytest.raises(
-        CheckpointError, match="output differs from what it should be by .*, where rounding explains .*; nothing was"
+        CheckpointError, match="output differs from the simulation's by .*, where rounding explains .*; nothing was"
     ):
         dq.export(quantized(), tmp_path / "ao", to="torchao", lossy=True)
 

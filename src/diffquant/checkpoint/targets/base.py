@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,10 +95,29 @@ def allowed_error(denoiser: nn.Module, arguments: dict[str, Any], expected: Tens
     return ROUNDING + MARGIN * max(relative_error(prediction, expected) for prediction in predictions)
 
 
-def refuse_dropped(name: str, dropped: list[str], lossy: bool) -> None:
-    """Raise `CheckpointError` where there is something that target `name` cannot hold, unless `lossy`."""
+def refuse_difference(output: Tensor, expected: Tensor, allowed: float, instead: str = "") -> float:
+    """The error of an output. Raises `CheckpointError` where it is more than `allowed`; `instead`: what to do then."""
+    error = relative_error(output, expected)
+    if not (torch.isfinite(output).all() and error <= allowed):
+        raise CheckpointError(
+            f"export: the file's output differs from the simulation's by {error:.2g}, where rounding explains {allowed:.2g}; "
+            f"nothing was written{instead}"
+        )
+    return error
+
+
+def refuse_dropped(name: str, dropped: list[str], lossy: bool, instead: str = "") -> None:
+    """Raise `CheckpointError` where there is something that target `name` cannot hold, unless `lossy`.
+
+    ``instead``: how to quantize so that it can.
+    """
     if dropped and not lossy:
-        raise CheckpointError(f"export: {name} cannot hold {'; '.join(dropped)}; --lossy drops that and states the error")
+        raise CheckpointError(f"export: {name} cannot hold {'; '.join(dropped)}{instead}; --lossy drops that and states the error")
+
+
+def counted(what: str, names: Sequence[str]) -> str:
+    """What is dropped of some layers, with their number and the first of their names."""
+    return f"{what} ({len(names)}: {names[0]}{', ...' if len(names) > 1 else ''})"
 
 
 def target_names() -> list[str]:

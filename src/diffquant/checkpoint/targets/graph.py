@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from diffquant.checkpoint.targets.base import ExportReport, Target, allowed_error, relative_error
+from diffquant.checkpoint.targets.base import ExportReport, Target, allowed_error, refuse_difference
 from diffquant.core.model import quantized_layers
 from diffquant.engines.base import attentions
 from diffquant.engines.exactness import PAIR
@@ -112,15 +111,9 @@ class GraphTarget(Target):
         output = self.run(compiled, denoiser, arguments)[0]
         products = list(self.products(compiled))
         integer = sum(integer for _, integer in products)
-        error = relative_error(output, expected)
         quantized = {name for name, _ in quantized_layers(denoiser)} | set(attentions(denoiser))
         allowed = allowed_error(denoiser, arguments, expected)
-        if not (torch.isfinite(output).all() and error <= allowed):
-            instead = "; use form='exact'" if facts["pair"] > PAIR else ""
-            raise CheckpointError(
-                f"export: the file's output differs from the simulation's by {error:.2g}, where rounding explains {allowed:.2g}; "
-                f"nothing was written{instead}"
-            )
+        error = refuse_difference(output, expected, allowed, "; use form='exact'" if facts["pair"] > PAIR else "")
         if not integer:
             raise CheckpointError("export: the runtime would multiply no integers; nothing was written")
         return GraphReport(

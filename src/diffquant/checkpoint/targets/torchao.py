@@ -24,7 +24,15 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from diffquant.checkpoint.targets.base import ExportReport, Target, allowed_error, refuse_dropped, relative_error
+from diffquant.checkpoint.targets.base import (
+    ExportReport,
+    Target,
+    allowed_error,
+    counted,
+    refuse_difference,
+    refuse_dropped,
+    relative_error,
+)
 from diffquant.core.layers import QuantizedLayer
 from diffquant.core.model import correction_of, quantized_layers, quantizers
 from diffquant.core.watch import watching
@@ -39,6 +47,9 @@ STATIC, DYNAMIC, WEIGHT, FLOAT = (
     "int8 weight, int8 input scaled per row",
     "int8 weight",
     "float weight",
+)
+SATURATED = (
+    "; a processor that adds products of 8-bit operands in 16 bits computes wrongly with weights of 8 bits: export on another one"
 )
 CENTRE = 128  # between codes of uint8 and int8
 
@@ -60,7 +71,7 @@ class TorchAoReport(ExportReport):
         """As of every report, and how many layers are written how."""
         error, *others = super().lines()
         counts = Counter(self.layers.values())
-        return [error, *(f"{counts[how]} layers: {how}" for how in (STATIC, DYNAMIC, WEIGHT, FLOAT) if counts[how]), *others]
+        return [error, *(f"layers with {how}: {counts[how]}" for how in (STATIC, DYNAMIC, WEIGHT, FLOAT) if counts[how]), *others]
 
 
 @final
@@ -130,8 +141,10 @@ def losses(denoiser: nn.Module, held: dict[str, Held]) -> list[str]:
             layers.setdefault(f"{each.loss}{instead}", []).append(name)
     if products := list(attentions(denoiser)):
         layers["operands of attention products"] = products
-    lines = [f"{loss} ({len(names)}: {names[0]}{', ...' if len(names) > 1 else ''})" for loss, names in layers.items()]
-    return [*lines, *(["the correction while sampling"] if correction_of(denoiser) is not None else [])]
+    return [
+        *(counted(loss, names) for loss, names in layers.items()),
+        *(["the correction while sampling"] if correction_of(denoiser) is not None else []),
+    ]
 
 
 def package() -> Any:
@@ -261,12 +274,7 @@ def _check_output(host: Host, loaded: nn.Module, held: dict[str, Held]) -> float
         with _without(denoiser, held):
             _, held_only = host.example_call(steps=1)
             allowed = allowed_error(denoiser, arguments, held_only)
-        if not (error := relative_error(output, held_only)) <= allowed:
-            raise CheckpointError(
-                f"export: torchao's output differs from what it should be by {error:.2g}, where rounding explains {allowed:.2g}; "
-                "nothing was written; on a processor that adds products of 8-bit operands in 16 bits torchao computes wrongly with "
-                "weights of 8 bits: export on another one"
-            )
+        refuse_difference(output, held_only, allowed, SATURATED)
     return relative_error(output, expected)
 
 

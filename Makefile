@@ -2,9 +2,11 @@
 # missing. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply.
 
 BIN := .venv/bin
-# Two sets of packages: what the demo needs, and what tests and linting need besides.
+# Three sets of packages: what the demo needs, what tests and linting need besides, and the consumers of exports. Tests of an
+# export whose consumer is missing are skipped; test-all installs every consumer that constraints.txt pins.
 INSTALLED := .venv/.installed
 TOOLS := .venv/.tools
+CONSUMERS := .venv/.consumers
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -24,7 +26,7 @@ demo: $(INSTALLED) ## quantize the reference model and compare: table, pictures 
 test: $(TOOLS) ## run the tests, in some minutes
 	@$(PYTEST) -m "not long"
 
-test-all: $(TOOLS) ## run the long tests too, and all others once more on kernels that saturate
+test-all: $(CONSUMERS) ## run the long tests too, and all others once more on kernels that saturate
 	@$(PYTEST)
 	@$(SATURATING) $(PYTEST) -m "not long"
 
@@ -50,4 +52,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(TOOLS): $(INSTALLED)
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(CONSUMERS): $(TOOLS)
+	@$(PIP) --editable '.[dev,consumers]'
 	@touch $@

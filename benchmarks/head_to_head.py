@@ -1,6 +1,6 @@
 """Other tools on the reference models, by their public interfaces and recommended settings, beside ours: same noise, same prompts.
 
-    python benchmarks/head_to_head.py --models glyph-sd --arms torchao-int8-dynamic quanto-w8a8 ours-mse-w4a8
+    python benchmarks/head_to_head.py --models glyph-sd --arms torchao-int8-dynamic diffquant-mse-w4a8
     python benchmarks/head_to_head.py                     # every arm on every model, those that are finished left out
 
 Each tool is used in an environment of its own, which has this package's environment below it (benchmarks/README.md); what is not
@@ -11,7 +11,10 @@ results/compared.csv.
 import argparse
 import copy
 import gc
+import hashlib
 import inspect
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -24,21 +27,58 @@ from typing import Any
 import measure
 import rows
 import torch
+import yaml
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import diffquant as dq
 from diffquant import zoo
 from diffquant.calibration.rollout import Rollout
+from diffquant.checkpoint.comfy_layout import marked_layers
 from diffquant.engines.base import engine_of
 from diffquant.host.conditions import Calibration
 from diffquant.host.pipeline import Host
+from diffquant.recipe import load_recipe
 
-MODELS = ("glyph-sd", "glyph-dit", "glyph-ddim")
-SAMPLES, STEPS, GUIDANCE = 64, 20, 3.0
+STUDY = Path(__file__).parent / "peers.yaml"
 KEY = ("model", "tool", "setting", "samples")
 NARROW = "linear layers whose width is no multiple of 32"
 CONSOLE = Console(stderr=True)
+
+
+class Own(BaseModel):
+    """An arm of this package: a recipe, and what is changed in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    recipe: str
+    name: str = ""
+    overrides: tuple[str, ...] = ()
+
+
+class Model(BaseModel):
+    """How a model is sampled: its guidance, and changed options of its scheduler."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    guidance: float | None = None
+    scheduler: dict[str, Any] = {}
+
+
+class Peers(BaseModel):
+    """What `peers.yaml` says: models, samples and steps of recording and comparison alike, the arms of this package."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    question: str
+    models: dict[str, Model]
+    samples: int
+    steps: int
+    seed: int
+    own: tuple[Own, ...]
+
+
+PEERS = Peers.model_validate(yaml.safe_load(STUDY.read_text(encoding="utf-8")))
+STEPS = PEERS.steps
 
 
 @dataclass(frozen=True)
@@ -58,6 +98,7 @@ class Outcome:
     runs: str
     bytes: int
     left: str = ""
+    seconds: float | None = None  # of calibration, where an earlier run has done some of it
 
 
 @dataclass(frozen=True)
@@ -359,22 +400,57 @@ def modelopt_smooth(pipe: Any, context: Context) -> Outcome:
     return modelopt(pipe, context, "INT8_SMOOTHQUANT_CFG")
 
 
+# ---- convert_to_quant, which learns rounding for files of ComfyUI
+
+
+@arm("convert_to_quant", "convert-to-quant", "int8 linear weights, learned rounding")
+def convert_to_quant(pipe: Any, context: Context) -> Outcome:
+    """Its file, dequantized: ComfyUI would quantize every row of an input too. It also imports triton and prodigyplus."""
+    denoiser, source, file = Host(pipe).denoiser, context.work / "float.safetensors", context.work / "learned.safetensors"
+    save_file(denoiser.state_dict(), source)
+    command = [str(Path(sys.executable).with_name("convert_to_quant")), "-i", str(source), "-o", str(file)]  # user
+    settings = ["--comfy_quant", "--int8", "--scaling_mode", "row", "--device", "cpu", "--manual_seed", "0"]  # user
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    tensors = load_file(file)
+    state = {name: tensor.float() for name, tensor in tensors.items() if not name.endswith(("weight_scale", "comfy_quant"))}
+    for name in marked_layers(tensors):
+        state[f"{name}.weight"] *= tensors[f"{name}.weight_scale"].view(-1, 1)
+    denoiser.load_state_dict(state)
+    return Outcome("float32 on dequantized weights (simulated)", file.stat().st_size, convolutions_left(denoiser))
+
+
 # ---- ours
 
 
-def ours(pipe: Any, context: Context, recipe: str) -> Outcome:
-    folder = context.work / recipe
-    if not (folder / "model_index.json").exists():
-        dq.quantize(pipe, recipe, context.data, folder=context.work / "passes")  # user
-        dq.save(pipe, folder)  # user
-    loaded = dq.load(folder)  # user
-    host = Host(pipe)
-    setattr(pipe, host.name, Host(loaded).denoiser)
-    return Outcome("integers", measure.file_size(folder))
+def ours(pipe: Any, context: Context, recipe: str, overrides: tuple[str, ...]) -> Outcome:
+    name = recipe if not overrides else f"{recipe}-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:8]}"
+    report = dq.quantize(pipe, load_recipe(recipe, overrides), context.data, folder=context.work / "passes")  # user
+    if not (context.work / name / "model_index.json").exists():
+        dq.save(pipe, context.work / name)  # user
+    loaded = dq.load(context.work / name)  # user
+    denoiser = Host(loaded).denoiser
+    setattr(pipe, Host(pipe).name, denoiser)
+    rows = report.layers
+    inputs = [row["spec"]["input"] for row in rows if row["spec"] and "input" in row["spec"]]
+    left = [row["name"] for row in rows if row["spec"] is None and len(row["shape"]) >= 2]
+    return Outcome(
+        "integers" if inputs and engine_of(denoiser) == "int8" else "float32 on dequantized weights",
+        measure.file_size(context.work / name),
+        f"{len(left)} layers" if left else "",
+        sum(each["seconds"] for each in report.passes),
+    )
 
 
-for _recipe in ("mse-w8a8", "brecq-w8a8", "mse-w4a8", "brecq-w4a8", "accuquant-w4a8"):
-    ARMS.append(Arm("diffquant", "diffquant", _recipe, lambda pipe, context, recipe=_recipe: ours(pipe, context, recipe)))  # type: ignore[misc]
+def _ours(one: Own) -> None:
+    @arm("diffquant", "diffquant", one.name or one.recipe)
+    def apply(pipe: Any, context: Context) -> Outcome:
+        return ours(pipe, context, one.recipe, one.overrides)
+
+
+for _own in PEERS.own:
+    _ours(_own)
 
 
 # ---- measuring
@@ -423,7 +499,7 @@ def measured(each: Arm, full: Any, reference: Any, context: Context, classifier:
     pipe = copy.deepcopy(full)
     begun = time.monotonic()
     outcome = each.apply(pipe, context)
-    minutes = (time.monotonic() - begun) / 60
+    minutes = (time.monotonic() - begun if outcome.seconds is None else outcome.seconds) / 60
     comparison = measure.compare_to(reference, pipe, name=each.name)
     figures = measure.figures_of(comparison.measurement, reference.protocol.sampling.samples)
     columns = ("final_error", "final_error_low", "final_error_high", "fid", "fid_floor", "accuracy", "seconds_a_picture")
@@ -437,12 +513,14 @@ def run(models: list[str], names: list[str], file: Path, work: Path, samples: in
     """Measure what `file` does not hold yet and the present environment has."""
     chosen = [each for each in ARMS if not names or each.name in names]
     for model in models:
-        full = zoo.load(model)
-        if model == "glyph-ddim":
-            full.scheduler = type(full.scheduler).from_config(full.scheduler.config, clip_sample=False)
-        guidance = None if model == "glyph-ddim" else GUIDANCE
-        protocol = dq.SamplingProtocol(samples=samples, steps=STEPS, seed=1000, guidance_scale=guidance, accumulation_samples=0)
-        data = dq.record(full, Calibration(samples=64, steps=STEPS, guidance_scale=guidance), folder=work / model / "recording")
+        full, how = zoo.load(model), PEERS.models[model]
+        if how.scheduler:
+            full.scheduler = type(full.scheduler).from_config(full.scheduler.config, **how.scheduler)
+        protocol = dq.SamplingProtocol(
+            samples=samples, steps=STEPS, seed=PEERS.seed, guidance_scale=how.guidance, accumulation_samples=0
+        )
+        calibration = Calibration(samples=PEERS.samples, steps=STEPS, guidance_scale=how.guidance)
+        data = dq.record(full, calibration, folder=work / model / "recording")
         call = {name: value for name, value in Host(full).example_call(STEPS)[0].items() if isinstance(value, Tensor)}
         call["timestep"] = torch.as_tensor(call["timestep"]).reshape(-1).expand(len(next(iter(call.values()))))
         context = Context(model, data, call, work / model)
@@ -476,7 +554,7 @@ def run(models: list[str], names: list[str], file: Path, work: Path, samples: in
 
 
 def _installed(package: str) -> bool:
-    modules = {"optimum-quanto": "optimum.quanto", "nvidia-modelopt": "modelopt"}
+    modules = {"optimum-quanto": "optimum.quanto", "nvidia-modelopt": "modelopt", "convert-to-quant": "convert_to_quant"}
     try:
         return find_spec(modules.get(package, package)) is not None
     except ModuleNotFoundError:
@@ -492,11 +570,11 @@ def _version(package: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(PEERS.models), choices=list(PEERS.models))
     parser.add_argument("--arms", nargs="*", default=[], choices=[each.name for each in ARMS])
     parser.add_argument("--out", type=Path, default=rows.RESULTS / "compared.csv")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work/compared"))
-    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--samples", type=int, default=PEERS.samples)
     arguments = parser.parse_args()
     run(arguments.models, arguments.arms, arguments.out, arguments.work, arguments.samples)
 

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("matplotlib", "skimage", "fontTools", "torchmetrics", "openvino", "onnx", "onnxruntime", "peft", "scipy", "pytest")
+OPTIONAL = (
+    "matplotlib",
+    "skimage",
+    "fontTools",
+    "torchmetrics",
+    "openvino",
+    "onnx",
+    "onnxruntime",
+    "peft",
+    "scipy",
+    "pytest",
+    "comfy_kitchen",
+)
 SCRIPT = """
 import sys
 from importlib.abc import MetaPathFinder
@@ -58,7 +70,7 @@ def test_quantize_and_sample_need_no_extra(tmp_path: Path) -> None:
     assert "the package openvino is missing; pip install 'diffquant[openvino]'" in printed  # brackets are no markup
 
 
-@pytest.mark.parametrize("name", ["evaluate", "openvino", "onnx", "dev"])
+@pytest.mark.parametrize("name", ["evaluate", "openvino", "onnx", "comfyui", "dev"])
 def test_extras_that_messages_name_exist(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert name in project["optional-dependencies"]

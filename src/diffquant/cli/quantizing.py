@@ -104,7 +104,7 @@ def quantize(
 def export(
     model: Annotated[str, typer.Argument(help="Directory of a quantized checkpoint.")],
     out: Annotated[Path, typer.Option(help="New folder for the files and for export.json.")],
-    to: Annotated[str, typer.Option(help=f"What to write for: {', '.join(target_names())} (onnx for TensorRT too).")] = "openvino",
+    to: Annotated[str, typer.Option(help=f"What to write for: {', '.join(target_names())}.")] = "openvino",
     form: Annotated[str, typer.Option(help=FORM_HELP)] = "exact",
     lossy: Annotated[bool, typer.Option("--lossy", help=LOSSY_HELP)] = False,
 ) -> None:

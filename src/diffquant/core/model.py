@@ -99,6 +99,11 @@ def operand_quantizers(module: nn.Module) -> Iterator[tuple[str, OperandQuantize
             yield name, child
 
 
+def input_quantizers(module: nn.Module) -> list[OperandQuantizer]:
+    """The quantizers of activations below `module`, dynamic ones included."""
+    return [quantizer for _, quantizer in operand_quantizers(module) if not quantizer.of_weight]
+
+
 def dynamic_quantizers(module: nn.Module) -> dict[str, DynamicQuantizer]:
     """The quantizers below `module` whose scales are those of each call, by name."""
     return {name: each for name, each in operand_quantizers(module) if isinstance(each, DynamicQuantizer)}

@@ -30,6 +30,10 @@ class OperandQuantizer(nn.Module):
         """Whether everything that it needs has been set."""
 
     @abstractmethod
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, shaped to broadcast against `x`."""
+
+    @abstractmethod
     def simulated(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """`x` quantized and dequantized, whether the quantizer is on or not."""
 

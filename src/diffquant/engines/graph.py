@@ -46,6 +46,7 @@ class Form(NamedTuple):
     scale)``: a stored weight times a scale for each output. ``largest``: integer beside codes up to a last one, in a layer;
     ``attention``: the same for two activations. ``stored(weight)``: an int8 weight as the file holds it. ``add(product, bias)``: of
     a linear layer. ``centres``: two activations are multiplied as integers only where both have int8 codes with a zero point of 0.
+    ``float_weights``: weights beside an input in floating point are stored dequantized.
     """
 
     runtime: str
@@ -56,6 +57,7 @@ class Form(NamedTuple):
     stored: Callable[[Int8[Tensor, "out ..."]], Integer[Tensor, "out ..."]] = lambda weight: weight
     add: Callable[[Tensor, Tensor], Tensor] = torch.add
     centres: bool = False
+    float_weights: bool = False
 
 
 def portable(last: int) -> int:
@@ -164,7 +166,7 @@ class Trace(nn.Module):
     def _stored(self, part: Part) -> Part:
         """`part` with its integers as the file holds them; the largest pair of products is noted, unsigned integers have none."""
         if part.grid is None:
-            return part
+            return part._replace(digits=[(_dequantized(part), None)]) if self.form.float_weights else part
         digits = [(self.form.stored(integers), scale) for integers, scale in part.digits]
         for integers, scale in digits:
             if scale is not None and integers.dtype == torch.int8:
@@ -231,6 +233,15 @@ def _layer(trace: Trace, layer: QuantizedLayer, parts: list[Part], input: Tensor
     if layer.bias is None:
         return output
     return trace.form.add(output, layer.bias) if axis == -1 else output + layer.bias.view(layer.channel_view)
+
+
+def _dequantized(part: Part) -> Tensor:
+    """The float weight of a part."""
+    weights = [
+        integers if scale is None else integers.float() * scale.view(-1, *[1] * (integers.dim() - 1))
+        for integers, scale in part.digits
+    ]
+    return sum(weights[1:], weights[0])
 
 
 def _attention(trace: Trace, grids: dict[str, Grid | None], *arguments: Any, **keywords: Any) -> Tensor:

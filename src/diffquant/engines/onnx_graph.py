@@ -90,6 +90,7 @@ def _add(product: Tensor, bias: Tensor) -> Tensor:
 
 SINGLE = Form("ONNX Runtime", _quantize, _dequantize, whole, whole, add=_add)
 FORMS = {"exact": SINGLE._replace(stored=_stored), "single": SINGLE}
+TENSORRT = SINGLE._replace(float_weights=True)  # its Cast does not read int8
 
 
 def convert(model: nn.Module, call: Call, form: Form) -> Any:

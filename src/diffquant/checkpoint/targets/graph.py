@@ -11,23 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from diffquant.checkpoint.targets.base import ExportReport, Target, relative_error
-from diffquant.core.model import activation_quantizers, quantized_layers
-from diffquant.core.quantizer import Quantizer
-from diffquant.core.watch import watching
+from diffquant.checkpoint.targets.base import ExportReport, Target, allowed_error, refuse_difference
+from diffquant.core.model import quantized_layers
 from diffquant.engines.base import attentions
 from diffquant.engines.exactness import PAIR
 from diffquant.engines.graph import integer_layers, signed
 from diffquant.errors import CheckpointError
 from diffquant.host.pipeline import Host
-
-EDGE = 1e-3  # of a scale: how far values are moved across rounding edges, many times what float32 moves them
-DRAWS = 3  # of such moves
-MARGIN = 3.0  # over the largest error of these
-ROUNDING = 1e-5  # of float32, where no code is on an edge
 
 
 class GraphReport(ExportReport):
@@ -119,15 +111,9 @@ class GraphTarget(Target):
         output = self.run(compiled, denoiser, arguments)[0]
         products = list(self.products(compiled))
         integer = sum(integer for _, integer in products)
-        error = relative_error(output, expected)
         quantized = {name for name, _ in quantized_layers(denoiser)} | set(attentions(denoiser))
         allowed = allowed_error(denoiser, arguments, expected)
-        if not (torch.isfinite(output).all() and error <= allowed):
-            instead = "; use form='exact'" if facts["pair"] > PAIR else ""
-            raise CheckpointError(
-                f"export: the file's output differs from the simulation's by {error:.2g}, where rounding explains {allowed:.2g}; "
-                f"nothing was written{instead}"
-            )
+        error = refuse_difference(output, expected, allowed, "; use form='exact'" if facts["pair"] > PAIR else "")
         if not integer:
             raise CheckpointError("export: the runtime would multiply no integers; nothing was written")
         return GraphReport(
@@ -140,23 +126,3 @@ class GraphTarget(Target):
             floating_layers=sorted(name for name, whole in integer_layers(products).items() if not whole and name in quantized),
             **facts,
         )
-
-
-def allowed_error(denoiser: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:
-    """The relative error of one call that codes on rounding edges explain, measured with the simulation itself.
-
-    Every value is moved by up to `EDGE` of its scale before it is quantized, so that codes near an edge change, as they may between
-    two exact engines; the largest error of a few draws, with a margin, is allowed.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def move(quantizer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        assert isinstance(quantizer, Quantizer)
-        (x,) = arguments
-        noise = torch.rand(x.shape, generator=generator).to(x.device, x.dtype) * 2 - 1
-        return (x + noise * EDGE * quantizer.operands(x)[0],)
-
-    with torch.no_grad(), watching(dict.fromkeys(activation_quantizers(denoiser).values(), move), before=True):
-        outputs = [denoiser(**arguments) for _ in range(DRAWS)]
-    predictions = [output if isinstance(output, Tensor) else output[0] for output in outputs]
-    return ROUNDING + MARGIN * max(relative_error(prediction, expected) for prediction in predictions)

@@ -1,4 +1,4 @@
-"""ONNX files with QuantizeLinear and DequantizeLinear, for ONNX Runtime and TensorRT.
+"""ONNX files with QuantizeLinear and DequantizeLinear, for ONNX Runtime.
 
 `engines.onnx_graph` says what the graph is made of. What ONNX Runtime 1.31 makes of a product with a float output (times:
 ``benchmarks/onnx_products.py``):
@@ -28,6 +28,10 @@ from diffquant.engines.graph_call import INTERVAL, Call, feed
 from diffquant.engines.onnx_graph import FORMS, convert, package, runtime
 from diffquant.errors import CheckpointError
 
+SYMMETRIC = (
+    "quantize with --set layers.N.input_symmetric=true for every rule N that has input_bits, and softmax_bits of 7 or fewer "
+    "(or float)"
+)
 EXTERNAL = 1 << 30  # bytes: beyond these the weights get a file of their own; protobuf ends at 2 GiB
 PRODUCTS = {"Conv": False, "Gemm": False, "MatMul": False, "FusedConv": False, "FusedGemm": False, "FusedMatMul": False}
 PRODUCTS |= {"NhwcFusedConv": False, "Attention": False, "MultiHeadAttention": False, "MatMulNBits": False}
@@ -65,21 +69,10 @@ class Onnx(GraphTarget):
     def save(self, graph: Any, folder: Path) -> None:
         """Weights beside the file where they are over 1 GiB."""
         folder.mkdir(parents=True, exist_ok=True)
-        size = sum(len(each.raw_data) for each in graph.graph.initializer)  # asked for its own, a graph over 2 GiB would raise
-        package().save_model(graph, folder / self.file, save_as_external_data=size > EXTERNAL, location=f"{self.file}.data")
+        save_file(graph, folder / self.file)
 
     def load(self, folder: Path) -> Compiled:
-        onnx, onnxruntime, file = package(), runtime(), folder / self.file
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-        with tempfile.TemporaryDirectory() as temporary:
-            options.optimized_model_filepath = str(Path(temporary) / self.file)
-            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-            try:
-                session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # its errors share no class
-                raise CheckpointError(f"{file}: cannot be read ({str(error).splitlines()[0]}); export it again") from error
-            return Compiled(session, onnx.load(options.optimized_model_filepath, load_external_data=False))
+        return load_file(folder / self.file)
 
     def run(self, compiled: Compiled, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
         call, names = Call(model, (), dict(arguments)), [each.name for each in compiled.session.get_inputs()]
@@ -94,9 +87,25 @@ class Onnx(GraphTarget):
                 yield ".".join(path).removesuffix(f".{ATTRIBUTE}"), PRODUCTS[node.op_type]
 
     def note(self, symmetric: bool) -> str:
-        if symmetric:
-            return ""
-        return (
-            "not for TensorRT, which reads symmetric quantizers only: quantize with --set layers.N.input_symmetric=true for every "
-            "rule N that has input_bits, and softmax_bits of 7 or fewer (or float); export with --form single"
-        )
+        return "" if symmetric else f"not for TensorRT, which reads symmetric quantizers only: {SYMMETRIC}; export --to tensorrt"
+
+
+def save_file(graph: Any, file: Path) -> None:
+    """Write a graph; its weights are beside it where they are over 1 GiB."""
+    size = sum(len(each.raw_data) for each in graph.graph.initializer)  # asked for its own, a graph over 2 GiB would raise
+    package().save_model(graph, file, save_as_external_data=size > EXTERNAL, location=f"{file.name}.data")
+
+
+def load_file(file: Path) -> Compiled:
+    """What `save_file` wrote. Raises `CheckpointError` where it cannot be read."""
+    onnx, onnxruntime = package(), runtime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    with tempfile.TemporaryDirectory() as temporary:
+        options.optimized_model_filepath = str(Path(temporary) / file.name)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        try:
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors share no class
+            raise CheckpointError(f"{file}: cannot be read ({str(error).splitlines()[0]}); export it again") from error
+        return Compiled(session, onnx.load(options.optimized_model_filepath, load_external_data=False))

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("matplotlib", "skimage", "fontTools", "torchmetrics", "openvino", "onnx", "onnxruntime", "peft", "scipy", "pytest", "comfy_kitchen")
+OPTIONAL = (
+    "matplotlib",
+    "skimage",
+    "fontTools",
+    "torchmetrics",
+    "openvino",
+    "onnx",
+    "onnxruntime",
+    "peft",
+    "scipy",
+    "pytest",
+    "comfy_kitchen",
+)
 SCRIPT = """
 import sys
 from importlib.abc import MetaPathFinder

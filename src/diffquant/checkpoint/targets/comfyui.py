@@ -46,7 +46,7 @@ class ComfyReport(ExportReport):
         reasons: dict[str, list[str]] = {}
         for name, reason in self.floating.items():
             reasons.setdefault(reason, []).append(name)
-        floating = [f"dequantized in the file, because of {reason}: {_some(names)}" for reason, names in reasons.items()]
+        floating = [f"dequantized in the file ({reason}): {_some(names)}" for reason, names in reasons.items()]
         error, *others = super().lines()
         return [error, f"{self.int8} layers with their codes, in int8", *floating, *others]
 

@@ -115,6 +115,12 @@ def test_a_fused_layer_with_a_part_that_the_layout_does_not_hold_is_dequantized(
     assert not layer.weight_was_read
 
 
+def test_the_input_of_a_fused_layer_is_floating_where_that_of_a_part_is() -> None:
+    made = written(pipelines.freeze_by_hand(flux(), rules=[LayerRule(match=QKV[1], input_bits="float")]))
+    assert mark(made, "single_blocks.0.linear1")["full_precision_matrix_mult"] is True
+    assert set(made.int8) - set(made.by_rows) == set(QKV)
+
+
 def test_codes_of_4_bits_lose_their_zero_points() -> None:
     denoiser: Any = pipelines.freeze_by_hand(flux(), rules=[LayerRule(match="@all", weight_symmetric=False)])
     for _, layer in quantized_layers(denoiser):

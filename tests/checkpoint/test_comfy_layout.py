@@ -1,11 +1,19 @@
 """The tensors of ComfyUI's int8 layout, read by a reader that is written down here."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor, nn
 
@@ -19,6 +27,24 @@ from diffquant.core.spec import LayerRule, LayerSpec, QuantSpec
 
 FLOAT_INPUT = LayerRule(match="@all", input_bits="float")
 FLOAT_PRODUCTS = LayerRule(match="@attention", input_bits="float", softmax_bits="float")
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "flux-2": lambda: Flux2Transformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        in_channels=16,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 2, 2),
+    ),
+    "wan": lambda: WanTransformer3DModel(
+        num_layers=1, attention_head_dim=8, num_attention_heads=4, ffn_dim=64, text_dim=16, image_dim=16, added_kv_proj_dim=32
+    ),
+    "qwen": lambda: QwenImageTransformer2DModel(num_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16),
+    "z-image": lambda: ZImageTransformer2DModel(
+        n_layers=1, n_refiner_layers=1, dim=64, n_heads=4, n_kv_heads=4, cap_feat_dim=32, axes_dims=[4, 4, 8]
+    ),
+}
 QKV = [f"single_transformer_blocks.0.{layer}" for layer in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
 
 
@@ -70,6 +96,18 @@ def test_a_float_model_with_the_tensors_of_the_file_computes_as_the_simulation_d
         ours, theirs = denoiser(**call).sample, twin(**call).sample
     assert float((ours - theirs).norm() / ours.norm()) < 1e-6 and torch.isfinite(ours).all()  # sums in another order
     assert mark(made, "model.diffusion_model.time_embed.0") == {"format": "int8_tensorwise", "full_precision_matrix_mult": True}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families_are_read_by_their_converters(kind: str) -> None:
+    torch.manual_seed(0)
+    denoiser: Any = pipelines.freeze_by_hand(OTHERS[kind]().eval())
+    made = written(denoiser)
+    linear = {name for name, layer in quantized_layers(denoiser) if isinstance(layer, nn.Linear)}
+    assert set(made.int8) == linear and len(linear) >= 18
+    converter = SINGLE_FILE_LOADABLE_CLASSES[type(denoiser).__name__]["checkpoint_mapping_fn"]
+    found, expected = converter(read(made.tensors), config=dict(denoiser.config)), float_tensors(denoiser)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name].read()) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

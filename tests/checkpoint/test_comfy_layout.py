@@ -1,11 +1,19 @@
 """The tensors of ComfyUI's int8 layout, read by a reader that is written down here."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor, nn
 
@@ -19,6 +27,24 @@ from diffquant.core.spec import LayerRule, LayerSpec, QuantSpec
 
 FLOAT_INPUT = LayerRule(match="@all", input_bits="float")
 FLOAT_PRODUCTS = LayerRule(match="@attention", input_bits="float", softmax_bits="float")
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "flux-2": lambda: Flux2Transformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        in_channels=16,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 2, 2),
+    ),
+    "wan": lambda: WanTransformer3DModel(
+        num_layers=1, attention_head_dim=8, num_attention_heads=4, ffn_dim=64, text_dim=16, image_dim=16, added_kv_proj_dim=32
+    ),
+    "qwen": lambda: QwenImageTransformer2DModel(num_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16),
+    "z-image": lambda: ZImageTransformer2DModel(
+        n_layers=1, n_refiner_layers=1, dim=64, n_heads=4, n_kv_heads=4, cap_feat_dim=32, axes_dims=[4, 4, 8]
+    ),
+}
 QKV = [f"single_transformer_blocks.0.{layer}" for layer in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
 
 
@@ -72,6 +98,18 @@ def test_a_float_model_with_the_tensors_of_the_file_computes_as_the_simulation_d
     assert mark(made, "model.diffusion_model.time_embed.0") == {"format": "int8_tensorwise", "full_precision_matrix_mult": True}
 
 
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families_are_read_by_their_converters(kind: str) -> None:
+    torch.manual_seed(0)
+    denoiser: Any = pipelines.freeze_by_hand(OTHERS[kind]().eval())
+    made = written(denoiser)
+    linear = {name for name, layer in quantized_layers(denoiser) if isinstance(layer, nn.Linear)}
+    assert set(made.int8) == linear and len(linear) >= 18
+    converter = SINGLE_FILE_LOADABLE_CLASSES[type(denoiser).__name__]["checkpoint_mapping_fn"]
+    found, expected = converter(read(made.tensors), config=dict(denoiser.config)), float_tensors(denoiser)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name].read()) for name in expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parts_of_a_fused_layer_keep_their_codes_and_scales(dtype: torch.dtype) -> None:
     rules = [LayerRule(match=QKV[1], weight_bits=8)]
@@ -113,6 +151,12 @@ def test_a_fused_layer_with_a_part_that_the_layout_does_not_hold_is_dequantized(
     if what == "smoothing":  # quantize(W * smooth) / smooth, for inputs that are not smoothed
         assert torch.equal(found[1], layer.weight_quantizer.dequantized_codes() / layer.smooth)
     assert not layer.weight_was_read
+
+
+def test_the_input_of_a_fused_layer_is_floating_where_that_of_a_part_is() -> None:
+    made = written(pipelines.freeze_by_hand(flux(), rules=[LayerRule(match=QKV[1], input_bits="float")]))
+    assert mark(made, "single_blocks.0.linear1")["full_precision_matrix_mult"] is True
+    assert set(made.int8) - set(made.by_rows) == set(QKV)
 
 
 def test_codes_of_4_bits_lose_their_zero_points() -> None:

@@ -40,10 +40,14 @@ class Rows(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """``tensors`` of a file; ``int8``: layers whose codes are in it; ``floating``: quantized layers written otherwise, and why."""
+    """``tensors`` of a file; ``int8``: layers whose codes are in it; ``floating``: quantized layers written otherwise, and why.
+
+    ``by_rows``: those of ``int8`` whose input ComfyUI quantizes.
+    """
 
     tensors: dict[str, Tensor]
     int8: list[str]
+    by_rows: list[str]
     floating: dict[str, str]
 
 
@@ -108,12 +112,13 @@ def rows_of(layer: QuantizedLayer) -> Rows | str:
 def layout(model: nn.Module, sources: Mapping[str, Source], origins: Origins) -> Layout:
     """The tensors of a file of ComfyUI for a frozen denoiser with these `float_tensors`, named by `origins`.
 
-    A fused layer is int8 where every part of it is. Its rows keep their scales, so parts may differ in bits.
+    A fused layer is int8 where every part of it is. Its rows keep their scales, so parts may differ in bits. Its input stays in
+    floating point where that of one part does.
     """
     layers = {f"{name}{WEIGHT}": rows_of(layer) for name, layer in quantized_layers(model)}
     floating = {name: reason for name, reason in layers.items() if isinstance(reason, str) and reason}
     written: dict[str, Tensor] = {}
-    int8: list[str] = []
+    int8, by_rows = list[str](), list[str]()
     for original, parts in origins.items():
         rows = {part.name: value for part in parts if isinstance(value := layers.get(part.name), Rows)}
         if any(part.name not in rows for part in parts):
@@ -124,10 +129,12 @@ def layout(model: nn.Module, sources: Mapping[str, Source], origins: Origins) ->
         name = original.removesuffix(WEIGHT)
         written[original] = _joined(parts, {each: value.codes for each, value in rows.items()})
         written[name + SCALE] = _joined(parts, {each: value.scale for each, value in rows.items()})
-        written[name + MARK] = _mark(any(value.floating_input for value in rows.values()))
-        int8 += rows
+        floating_input = any(value.floating_input for value in rows.values())
+        written[name + MARK] = _mark(floating_input)
+        held = [each.removesuffix(WEIGHT) for each in rows]
+        int8, by_rows = int8 + held, by_rows + ([] if floating_input else held)
     clean = {name.removesuffix(WEIGHT): reason for name, reason in floating.items()}
-    return Layout(written, [name.removesuffix(WEIGHT) for name in int8], clean)
+    return Layout(written, int8, by_rows, clean)
 
 
 def original_tensor(parts: Sequence[Part], sources: Mapping[str, Source]) -> Tensor:

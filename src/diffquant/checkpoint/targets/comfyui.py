@@ -47,7 +47,7 @@ class ComfyReport(ExportReport):
         reasons: dict[str, list[str]] = {}
         for name, reason in self.floating.items():
             reasons.setdefault(reason, []).append(name)
-        floating = [f"dequantized in the file, because of {reason}: {_some(names)}" for reason, names in reasons.items()]
+        floating = [f"dequantized in the file ({reason}): {_some(names)}" for reason, names in reasons.items()]
         error, *others = super().lines()
         return [error, f"{self.int8} layers with their codes, in int8", *floating, *others]
 
@@ -80,10 +80,10 @@ class ComfyUI(Target):
         written = load_file(folder / FILE)
         check_weights(written, denoiser, origins)
         arguments, expected = host.example_call(steps=1)
-        with torch.no_grad(), host.evaluating(), as_comfyui(denoiser, made.int8):
+        with torch.no_grad(), host.evaluating(), as_comfyui(denoiser, made.by_rows):
             output = denoiser(**arguments)
         error = relative_error(predicted(denoiser, output), expected)
-        if not error <= (math.inf if dropped else ROUNDING):
+        if not (error < math.inf if dropped else error <= ROUNDING):
             raise CheckpointError(f"export: the file computes another output ({error:.2g}); nothing was written")
         return ComfyReport(
             target=self.name,
@@ -168,14 +168,14 @@ def by_rows(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def as_comfyui(denoiser: nn.Module, int8: list[str]) -> Iterator[None]:
-    """While the block runs, a frozen denoiser computes with the inputs that ComfyUI would give the layers `int8`."""
+def as_comfyui(denoiser: nn.Module, names: list[str]) -> Iterator[None]:
+    """While the block runs, a frozen denoiser quantizes the inputs of these layers as ComfyUI does, and no others."""
 
     def quantize_rows(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (by_rows(arguments[0]), *arguments[1:])
 
     layers: dict[str, QuantizedLayer] = dict(quantized_layers(denoiser))
-    hooks = {layers[name]: quantize_rows for name in int8 if layers[name].input_quantizer is not None}
+    hooks = {layers[name]: quantize_rows for name in names}
     quantizers = input_quantizers(denoiser)
     before = [quantizer.enabled for quantizer in quantizers]
     try:

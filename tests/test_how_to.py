@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "diffquant"
 EVERY_PAGE = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 PAGES = [page for page in EVERY_PAGE if page.stem.startswith("add-")]  # their one block of Python is run
-LONGEST = 90  # lines of a page
+LONGEST = 90  # lines of a page on a seam
 
 ENGINE_NAMES = {name for name in engines.engine_names() if name != FALLBACK}  # the simulation is what the others are compared with
 ENGINE_ALLOWED = {
@@ -67,7 +67,7 @@ def test_there_is_a_page_for_each_seam() -> None:
 @pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.stem)
 def test_a_page_is_short_and_what_it_links_to_exists(page: Path) -> None:
     text = page.read_text()
-    assert len(text.splitlines()) <= LONGEST
+    assert page not in PAGES or len(text.splitlines()) <= LONGEST
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert link.startswith("http") or (page.parent / link).exists(), link
     for path in re.findall(r"`((?:src|tests|docs)/[\w/.-]+)`", text):

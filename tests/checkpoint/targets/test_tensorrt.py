@@ -12,6 +12,7 @@ import diffquant as dq
 import pipelines
 from diffquant.checkpoint.targets import tensorrt
 from diffquant.checkpoint.targets.onnx import Onnx, load_file
+from diffquant.cli import quantizing
 from diffquant.core.model import activation_quantizers, quantized_layers, quantizers
 from diffquant.core.spec import LayerRule
 from diffquant.errors import CheckpointError, SpecError
@@ -85,6 +86,14 @@ def test_zero_points_are_refused_or_become_larger_scales(tmp_path: Path) -> None
         scales = {float(inputs[name].scale) for name in inputs if not name.endswith("softmax")}
     assert scales == {float(torch.tensor(0.02) * 155 / 127)}  # codes up to 155 above the zero point
     assert 1e-3 < report.error < 0.5 and same(before, values(pipe))
+
+
+def test_the_command_says_what_was_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dq.save(quantized(), tmp_path / "packed")
+    quantizing.export(str(tmp_path / "packed"), tmp_path / "trt", "tensorrt", lossy=True)
+    first, held, dropped = capsys.readouterr().out.splitlines()
+    assert "trt/model.onnx: differs from the simulation by" in first and held.startswith("files: 1, with ")
+    assert dropped.startswith("dropped: zero points of inputs, which become int8")
 
 
 def test_parameter_sets_become_files(tmp_path: Path) -> None:

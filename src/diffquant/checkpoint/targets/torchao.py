@@ -13,7 +13,6 @@ What else is quantized is written as dequantized float weights. Of torchao 0.18:
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +20,9 @@ from typing import Any, NamedTuple, final
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from diffquant.checkpoint.targets.base import (
-    ExportReport,
     Target,
     allowed_error,
     counted,
@@ -33,6 +30,15 @@ from diffquant.checkpoint.targets.base import (
     refuse_dropped,
     relative_error,
     unlike_rows,
+)
+from diffquant.checkpoint.targets.stock import (
+    LayersReport,
+    dtype_of,
+    empty_model,
+    float_weight,
+    integers_of,
+    model_class,
+    switched_off,
 )
 from diffquant.core.dynamic import DynamicQuantizer
 from diffquant.core.layers import QuantizedLayer
@@ -65,18 +71,6 @@ class Held(NamedTuple):
     loss: str
 
 
-class TorchAoReport(ExportReport):
-    """``layers``: how each quantized layer is written."""
-
-    layers: dict[str, str]
-
-    def lines(self) -> list[str]:
-        """As of every report, and how many layers are written how."""
-        error, *others = super().lines()
-        counts = Counter(self.layers.values())
-        return [error, *(f"layers with {how}: {counts[how]}" for how in (STATIC, DYNAMIC, WEIGHT, FLOAT) if counts[how]), *others]
-
-
 @final
 class TorchAo(Target):
     """A pipeline's folder, loaded with diffusers and torchao alone to check it."""
@@ -86,7 +80,7 @@ class TorchAo(Target):
     def require(self) -> None:
         package()
 
-    def write(self, host: Host, folder: Path, form: str, lossy: bool) -> TorchAoReport:
+    def write(self, host: Host, folder: Path, form: str, lossy: bool) -> LayersReport:
         """As of every target.
 
         Raises `CheckpointError` too where the loaded weights are not bit-equal to ours, and where the output differs from the
@@ -103,23 +97,19 @@ class TorchAo(Target):
             if names := class_names(host.pipe):
                 host.pipe.register_to_config(id2label=names)  # a loaded `DiTPipeline` would leave them out
             host.pipe.save_pretrained(folder)
-        loaded = _model_class(denoiser).from_pretrained(folder / host.name, dtype=_dtype(denoiser))
+        loaded = model_class(denoiser).from_pretrained(folder / host.name, dtype=dtype_of(denoiser))
         _check_weights(denoiser, loaded, held)
         error = _check_output(host, loaded, held)
         layers = {name: each.how for name, each in held.items()}
-        return TorchAoReport(target=self.name, file=".", error=error, dropped=dropped, note=_note(denoiser), layers=layers)
+        return LayersReport(target=self.name, file=".", error=error, dropped=dropped, note=_note(denoiser), layers=layers)
 
 
 def held_as(layer: QuantizedLayer, axes: set[int] | None) -> Held:
     """How a frozen layer is written; `axes`: how many its input has, in the calls that were seen."""
-    weight, inputs = layer.weight_quantizer, layer.input_quantizer
+    inputs = layer.input_quantizer
     if not isinstance(layer, nn.Linear):
         return Held(FLOAT, None, "inputs of convolutions" if inputs is not None else "")
-    integers = None
-    if weight is not None and weight.codes is not None and not layer.splits:
-        integers = weight.codes.int() - weight.operands(weight.codes)[1].int()
-        integers = integers.to(torch.int8) if int(integers.min()) >= -128 and int(integers.max()) <= 127 else None
-    if integers is None:
+    if (integers := integers_of(layer)) is None:
         loss = "inputs with splits" if layer.splits else "inputs of layers whose weight is not int8"
         return Held(FLOAT, None, loss if inputs is not None else "")
     if inputs is None:
@@ -197,13 +187,9 @@ def _tensor(layer: QuantizedLayer, held: Held, axes: set[int] | None) -> Tensor:
     return tensor
 
 
-def _stock(denoiser: nn.Module, held: dict[str, Held], axes: dict[str, set[int]]) -> nn.Module:
+def _stock(denoiser: nn.Module, held: dict[str, Held], axes: dict[str, set[int]]) -> Any:
     """A model of diffusers' own class, with torchao's tensors and dequantized weights, which knows how it is saved."""
-    own: Any = denoiser.config
-    config = {key: value for key, value in own.items() if key != "quantization_config"}
-    kind, layers = _model_class(denoiser), dict(quantized_layers(denoiser))
-    with init_empty_weights():
-        model: nn.Module = kind.from_config(config).requires_grad_(False).eval()
+    layers, model = dict(quantized_layers(denoiser)), empty_model(denoiser).requires_grad_(False).eval()
     ours, state = denoiser.state_dict(), {}
     for name in model.state_dict():
         layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
@@ -212,25 +198,15 @@ def _stock(denoiser: nn.Module, held: dict[str, Held], axes: dict[str, set[int]]
         elif (each := held[name.removesuffix(".weight")]).integers is not None:
             state[name] = _tensor(layer, each, axes.get(name.removesuffix(".weight")))
         else:
-            state[name] = _float_weight(layer)
+            state[name] = float_weight(layer)
     model.load_state_dict(state, assign=True)
-    writing: Any = model
     quantization_config = diffusers.TorchAoConfig(package().Int8WeightOnlyConfig())  # each tensor says how it is quantized
     theirs = importlib.import_module("diffusers.quantizers.torchao")
-    writing.hf_quantizer = theirs.TorchAoHfQuantizer(quantization_config, pre_quantized=True)
-    writing.hf_quantizer.offload = False
-    writing.is_quantized, writing.quantization_method = True, quantization_config.quant_method
-    writing.register_to_config(quantization_config=quantization_config)
+    model.hf_quantizer = theirs.TorchAoHfQuantizer(quantization_config, pre_quantized=True)
+    model.hf_quantizer.offload = False
+    model.is_quantized, model.quantization_method = True, quantization_config.quant_method
+    model.register_to_config(quantization_config=quantization_config)
     return model
-
-
-def _float_weight(layer: QuantizedLayer) -> Tensor:
-    """The weight of a layer without its quantizers: dequantized, divided by `smooth`."""
-    read = layer.weight_was_read
-    try:
-        return layer.weight.detach().as_subclass(Tensor).clone()
-    finally:
-        layer.weight_was_read = read
 
 
 @contextmanager
@@ -243,14 +219,6 @@ def _in_place(host: Host, model: nn.Module) -> Iterator[None]:
         setattr(host.pipe, host.name, host.denoiser)
 
 
-def _model_class(denoiser: nn.Module) -> Any:
-    return getattr(diffusers, type(denoiser).__name__)
-
-
-def _dtype(denoiser: nn.Module) -> torch.dtype:
-    return next((each.dtype for each in denoiser.parameters() if each.is_floating_point()), torch.float32)
-
-
 def _check_weights(denoiser: nn.Module, loaded: nn.Module, held: dict[str, Held]) -> None:
     """Raises where a weight that diffusers loaded is not bit-equal to the one that was quantized."""
     theirs = dict(loaded.named_parameters())
@@ -258,7 +226,7 @@ def _check_weights(denoiser: nn.Module, loaded: nn.Module, held: dict[str, Held]
         weight, integers = theirs[f"{name}.weight"], held[name].integers
         quantizer = layer.weight_quantizer
         if integers is None or quantizer is None:
-            same = torch.equal(weight, _float_weight(layer))
+            same = torch.equal(weight, float_weight(layer))
         else:
             same = torch.equal(weight.dequantize(), quantizer.dequantized_codes().to(weight.dtype))
         if not same:
@@ -276,28 +244,14 @@ def _check_output(host: Host, loaded: nn.Module, held: dict[str, Held]) -> float
     with torch.no_grad():
         output = predicted(loaded, loaded(**arguments))
     if all(each.how != DYNAMIC for each in held.values()):
-        with _without(denoiser, held):
+        lost = [layer.input_quantizer for name, layer in quantized_layers(denoiser) if held[name].loss]
+        lost += [each for products in attentions(denoiser).values() for _, each in quantizers(products)]
+        with switched_off(lost):
             _, held_only = host.example_call(steps=1)
             allowed = allowed_error(denoiser, arguments, held_only)
         refuse_difference(output, held_only, allowed, SATURATED)
     return relative_error(output, expected)
 
 
-@contextmanager
-def _without(denoiser: nn.Module, held: dict[str, Held]) -> Iterator[None]:
-    """The simulation without the input quantizers and attention products that are dropped, while the block runs."""
-    lost = [layer.input_quantizer for name, layer in quantized_layers(denoiser) if held[name].loss]
-    lost += [each for products in attentions(denoiser).values() for _, each in quantizers(products)]
-    try:
-        for quantizer in lost:
-            if quantizer is not None:
-                quantizer.enabled = False
-        yield
-    finally:
-        for quantizer in lost:
-            if quantizer is not None:
-                quantizer.enabled = True
-
-
 def _note(denoiser: nn.Module) -> str:
-    return f"load it with dtype={_dtype(denoiser)}: without a dtype diffusers loads this denoiser, and nothing else, in bfloat16"
+    return f"load it with dtype={dtype_of(denoiser)}: without a dtype diffusers loads this denoiser, and nothing else, in bfloat16"

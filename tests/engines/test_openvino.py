@@ -371,3 +371,18 @@ def test_attention_with_a_mask(monkeypatch: pytest.MonkeyPatch, bits: int, zero_
         expected = module(*operands, attn_mask=mask)
         found = graphs._attention(trace, operands_of(module), *operands, attn_mask=mask)
         assert torch.allclose(found, expected, atol=1e-5)  # no code of this seed is on a rounding edge
+
+
+def test_inputs_of_weights_that_alone_are_quantized_stay_as_they_are() -> None:
+    """OpenVINO rounds them to 8 bits otherwise, on processors with VNNI."""
+    torch.manual_seed(0)
+    model = Layers([nn.Linear(64, 64), nn.Linear(64, 256)])
+    prepare(model, plan(model, [LayerRule(match="@linear", weight_bits=8)]))
+    x = torch.randn(1, 64, 4, 4)
+    calibrate(model, lambda: model(x, 0))
+    arguments = {"sample": x, "timestep": 0}
+    graph = TARGET.build(model, arguments)
+    assert graph.get_rt_info(["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"]).astype(str) == "0"
+    found = TARGET.run(openvino_graph.compile_graph(graph), model, arguments)
+    for expected, output in zip(model(x, 0), found, strict=True):
+        assert (output - expected).norm() <= 1e-5 * expected.norm()  # of float32; 8-bit inputs would make it 5e-3

@@ -18,11 +18,14 @@ import importlib
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from diffquant.engines.exactness import PORTABLE
 from diffquant.engines.graph import Form, Trace, check, status, whole
@@ -105,7 +108,7 @@ def convert(model: nn.Module, call: Call, form: Form) -> Any:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that tracing is deprecated, and that sizes other than the batch become constants
         file = Path(folder) / "model.onnx"
-        with status(f"converting {kind} to ONNX"), trace.rewritten():
+        with status(f"converting {kind} to ONNX"), trace.rewritten(), _Exportable():
             torch.onnx.export(
                 trace,
                 tuple(tensors),
@@ -119,6 +122,28 @@ def convert(model: nn.Module, call: Call, form: Form) -> Any:
         graph = _with_initializers(onnx.load(file))
     onnx.helper.set_model_props(graph, {"diffquant/timesteps": timesteps(model), "diffquant/pair": str(trace.pair)})
     return graph
+
+
+class _Exportable(TorchFunctionMode):
+    """While entered, what PyTorch's exporter cannot write, or ONNX Runtime not read, is computed in other operators.
+
+    A norm by root mean squares has no operator before opset 23. A squeeze of an axis that is longer than 1 does nothing, but the
+    exporter, which does not know its size, writes a branch for it that ONNX Runtime refuses.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (functional.rms_norm, torch.rms_norm):
+            return _rms_norm(*args, **(kwargs or {}))
+        if func in (torch.squeeze, Tensor.squeeze) and len(args) == 2 and isinstance(args[1], int) and args[0].shape[args[1]] != 1:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """`x` over the root of its mean square along the last axes, times the weight where there is one."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    normal = x / torch.sqrt((x * x).mean(axes, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps))
+    return normal if weight is None else normal * weight
 
 
 def _with_initializers(model: Any) -> Any:

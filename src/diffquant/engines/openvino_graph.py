@@ -29,6 +29,8 @@ from diffquant.engines.graph_call import Call, feed, inputs, timesteps
 from diffquant.errors import CheckpointError
 
 Precision = Literal["f32", "bf16"]  # with "f16" OpenVINO 2026.4 computes another picture, slowly, on a CPU
+# else inputs of weights that alone are quantized would be rounded to 8 bits, group by group, on processors with VNNI
+EXACT_INPUTS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 def convert(model: nn.Module, call: Call, form: Form, original: type[nn.Module] | None = None) -> tuple[Any, MakeOutput]:
@@ -58,6 +60,8 @@ def convert(model: nn.Module, call: Call, form: Form, original: type[nn.Module] 
     graph.reshape(dict(zip(names, shapes, strict=True)))
     graph.set_rt_info(timesteps(model), ["diffquant", "timesteps"])
     graph.set_rt_info(str(trace.pair), ["diffquant", "pair"])
+    for name, value in EXACT_INPUTS.items():  # for who reads the file
+        graph.set_rt_info(value, ["runtime_options", name])
     return graph, trace.make_output
 
 
@@ -84,7 +88,7 @@ def compile_graph(graph: Any, precision: Precision = "f32") -> Any:
 
     What is not quantized computes in `precision`; OpenVINO's own choice is bfloat16 where the CPU has it.
     """
-    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(), **EXACT_INPUTS}
     return package().Core().compile_model(graph, "CPU", settings)
 
 

@@ -46,7 +46,8 @@ def test_round_trip(kind, tmp_path):
     calibration = dq.Calibration(samples=2, steps=2, batch_size=2)
     data = dq.record(pipe, calibration, progress=False)
     denoiser = Host(pipe).denoiser
-    layers = {layer for layer, module in denoiser.named_modules() if type(module) in QUANTIZABLE}
+    kinds = [of for of, kind in QUANTIZABLE.items() if kind.multiplies]
+    layers = {layer for layer, module in denoiser.named_modules() if type(module) in kinds}
     heavy = {
         layer
         for layer, module in denoiser.named_modules()

@@ -18,8 +18,9 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor, nn
 
 import pipelines
-from diffquant.checkpoint.comfy_layout import Layout, Rows, float_tensors, folded_weight, layout, rows_of
+from diffquant.checkpoint.comfy_layout import Layout, Rows, float_tensors, layout, rows_of
 from diffquant.checkpoint.original_names import original_names
+from diffquant.checkpoint.targets.stock import float_weight
 from diffquant.core.clock import StepClock
 from diffquant.core.layers import make_quantizable
 from diffquant.core.model import quantized_layers
@@ -147,7 +148,7 @@ def test_a_fused_layer_with_a_part_that_the_layout_does_not_hold_is_dequantized(
     assert made.floating == (others if what == "a float weight" else {QKV[1]: what} | others)
     assert "single_blocks.0.linear1.comfy_quant" not in made.tensors and not set(QKV) & set(made.int8)
     found = made.tensors["single_blocks.0.linear1.weight"].split([16, 16, 16, 64])
-    assert all(torch.equal(rows, folded_weight(layers[name])) for rows, name in zip(found, QKV, strict=True))
+    assert all(torch.equal(rows, float_weight(layers[name])) for rows, name in zip(found, QKV, strict=True))
     if what == "smoothing":  # quantize(W * smooth) / smooth, for inputs that are not smoothed
         assert torch.equal(found[1], layer.weight_quantizer.dequantized_codes() / layer.smooth)
     assert not layer.weight_was_read

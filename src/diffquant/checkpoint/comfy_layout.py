@@ -23,6 +23,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from diffquant.checkpoint.original_names import Origins, Part
+from diffquant.checkpoint.targets.stock import float_weight, integers_of
 from diffquant.core.layers import QuantizedLayer, QuantizedLinear
 from diffquant.core.model import quantized_layers
 from diffquant.core.quantizer import Quantizer
@@ -59,7 +60,7 @@ class Source(NamedTuple):
 
 
 def float_tensors(model: nn.Module) -> dict[str, Source]:
-    """The tensors that a denoiser had before it was quantized, in the dtype it had; its weights are as of `folded_weight`."""
+    """The tensors that a denoiser had before it was quantized, in the dtype it had; its weights are as of `float_weight`."""
     return {name: source for module_name, module in model.named_modules() for name, source in _own(module_name, module)}
 
 
@@ -73,21 +74,10 @@ def _own(name: str, module: nn.Module) -> Iterator[tuple[str, Source]]:
         weight = module.float_weight if quantizer is None or quantizer.codes is None else quantizer.codes
         assert weight is not None
         own["weight"] = None
-        yield f"{prefix}weight", Source(len(weight), partial(folded_weight, module))
+        yield f"{prefix}weight", Source(len(weight), partial(float_weight, module))
     else:
         own |= {leaf: buffer for leaf, buffer in module._buffers.items() if leaf not in module._non_persistent_buffers_set}
     yield from ((prefix + leaf, Source(len(tensor), tensor.detach)) for leaf, tensor in own.items() if tensor is not None)
-
-
-def folded_weight(layer: QuantizedLayer) -> Tensor:
-    """The weight of a layer that reads its input as it is: dequantized, divided by `smooth`, in the dtype of the layer."""
-    if layer.float_weight is not None:
-        return layer.float_weight.detach()
-    assert layer.weight_quantizer is not None
-    weight = layer.weight_quantizer.dequantized_codes()
-    if layer.smooth is not None:
-        weight = weight / layer.smooth.view(1, -1, *[1] * (weight.dim() - 2))
-    return weight.to(layer.like.dtype)
 
 
 def rows_of(layer: QuantizedLayer) -> Rows | str:
@@ -97,16 +87,13 @@ def rows_of(layer: QuantizedLayer) -> Rows | str:
         return ""
     if not isinstance(layer, QuantizedLinear):
         return "convolution" if layer.multiplies else "table of embeddings"
-    if quantizer.scale.shape[1] != 1:
+    if layer.splits:
         return "split input channels"
-    codes = quantizer.codes
-    if codes.dtype != torch.int8:
-        codes = codes.short() - quantizer.operands(codes)[1].short()
-        if int(codes.min()) < -128 or int(codes.max()) > 127:
-            return "asymmetric codes of 8 bits"
+    if (integers := integers_of(layer)) is None:
+        return "asymmetric codes of 8 bits"
     if layer.smooth is not None and not bool((layer.smooth == 1).all()):
         return "smoothing"
-    return Rows(codes.to(torch.int8), quantizer.scale.expand(len(codes), 1), layer.input_quantizer is None)
+    return Rows(integers, quantizer.scale.expand(len(integers), 1), layer.input_quantizer is None)
 
 
 def layout(model: nn.Module, sources: Mapping[str, Source], origins: Origins) -> Layout:

@@ -158,6 +158,32 @@ def torchao_dynamic(pipe: Any, context: Context) -> Outcome:
     return Outcome("integers in linear layers, a scale for each row", stored(denoiser), convolutions_left(denoiser))
 
 
+@arm("torchao", "torchao", "int8 static")
+def torchao_static(pipe: Any, context: Context) -> Outcome:
+    from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor, quantize_  # user
+
+    host, largest = Host(pipe), {}  # user: torchao has no observer of its own for this
+    linear = {name: layer for name, layer in host.denoiser.named_modules() if isinstance(layer, nn.Linear)}
+
+    def observe(name: str) -> Callable[..., None]:  # user
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # user
+            (x,) = inputs
+            before = largest.get(name, torch.zeros([1] * x.dim()))  # user
+            largest[name] = torch.maximum(before, x.abs().amax().view([1] * x.dim()))  # user
+
+        return hook  # user
+
+    handles = [layer.register_forward_pre_hook(observe(name)) for name, layer in linear.items()]  # user
+    with torch.no_grad():  # user
+        host.run(Calibration(samples=16, steps=STEPS, batch_size=16), torch.Generator().manual_seed(0), range(16))  # user
+    for handle in handles:  # user
+        handle.remove()  # user
+    for name, high in largest.items():  # user
+        config = Int8StaticActivationInt8WeightConfig(high / 127, granularity=[PerTensor(), PerRow()])  # user
+        quantize_(host.denoiser, config, filter_fn=lambda layer, path, name=name: path == name)  # user
+    return Outcome("integers in linear layers, a scale for each input", stored(host.denoiser), convolutions_left(host.denoiser))
+
+
 @arm("torchao", "torchao", "int4 weights by groups of 32")
 def torchao_int4(pipe: Any, context: Context) -> Outcome:
     from torchao.quantization import IntxWeightOnlyConfig, quantize_  # user

@@ -1,5 +1,6 @@
 """What the documents name of benchmarks/ exists: results, studies, scripts."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -35,3 +36,9 @@ def test_every_study_is_in_the_readme():
     readme = (BENCHMARKS / "README.md").read_text()
     for file in (BENCHMARKS / "studies").glob("*.yaml"):
         assert f"`{file.stem}`" in readme or file.name in readme, file.name
+
+
+def test_the_tables_of_the_comparison_are_what_the_rows_say(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    page = importlib.import_module("compared_page")
+    assert page.tables() in page.PAGE.read_text(encoding="utf-8")

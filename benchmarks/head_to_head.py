@@ -49,12 +49,13 @@ CONSOLE = Console(stderr=True)
 
 
 class Own(BaseModel):
-    """An arm of this package: a recipe, and what is changed in it."""
+    """An arm of this package: a recipe, and what is changed in it; of all models or of some."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     recipe: str
     name: str = ""
     overrides: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 class Model(BaseModel):
@@ -109,6 +110,7 @@ class Arm:
     package: str
     setting: str
     apply: Callable[[Any, Context], Outcome]
+    models: tuple[str, ...] = ()  # empty: all
 
     @property
     def name(self) -> str:
@@ -127,11 +129,14 @@ class Arm:
 ARMS: list[Arm] = []
 
 
-def arm(tool: str, package: str, setting: str) -> Callable[[Callable[[Any, Context], Outcome]], Callable[[Any, Context], Outcome]]:
+Apply = Callable[[Any, Context], Outcome]
+
+
+def arm(tool: str, package: str, setting: str, models: tuple[str, ...] = ()) -> Callable[[Apply], Apply]:
     """Register a function as an arm; its lines that a user would write end with ``# user``."""
 
-    def register(apply: Callable[[Any, Context], Outcome]) -> Callable[[Any, Context], Outcome]:
-        ARMS.append(Arm(tool, package, setting, apply))
+    def register(apply: Apply) -> Apply:
+        ARMS.append(Arm(tool, package, setting, apply, models))
         return apply
 
     return register
@@ -470,7 +475,7 @@ def ours(pipe: Any, context: Context, recipe: str, overrides: tuple[str, ...]) -
 
 
 def _ours(one: Own) -> None:
-    @arm("diffquant", "diffquant", one.name or one.recipe)
+    @arm("diffquant", "diffquant", one.name or one.recipe, one.models)
     def apply(pipe: Any, context: Context) -> Outcome:
         return ours(pipe, context, one.recipe, one.overrides)
 
@@ -553,6 +558,8 @@ def run(models: list[str], names: list[str], file: Path, work: Path, samples: in
         reference = measure.full_precision(full, protocol, work / model / "full-precision")
         size = stored(Host(full).denoiser)
         for each in chosen:
+            if each.models and model not in each.models:
+                continue
             key = {"model": model, "tool": each.tool, "setting": each.setting, "samples": samples}
             if any(all(str(row.get(name)) == str(key[name]) for name in KEY) for row in rows.read(file)):
                 continue

@@ -16,6 +16,7 @@ import rows
 PAGE = Path(__file__).parents[1] / "docs" / "compared.md"
 BEGIN, END = "<!-- tables: benchmarks/compared_page.py -->", "<!-- end of tables -->"
 OWN = "diffquant"
+FOUR_BITS = ("int4", "4-bit", "Q4")
 SAME = 1.02  # files that differ by less have one size
 HEADER = (
     *("tool, setting", "computes with", "final error", "single step", "FID", "file, MB", "call"),
@@ -57,22 +58,27 @@ def line(row: rows.Row) -> list[str]:
     ]
 
 
+def best_at(size: float, own: Sequence[rows.Row]) -> rows.Row | None:
+    """The best of our arms whose file is not larger."""
+    return min((row for row in own if row["bytes"] <= SAME * size), key=lambda row: row["final_error"], default=None)
+
+
 def at_equal_size(own: Sequence[rows.Row], others: Sequence[rows.Row]) -> str:
-    """Every other tool beside the best of our arms whose file is not larger."""
-    cells = []
+    """Every other tool beside the best of our arms at its file size, and the largest ratios."""
+    cells, ratios = [], dict[str, list[float]]()
     for row in sorted(others, key=lambda each: each["bytes"]):
-        fitting = [each for each in own if each["bytes"] <= SAME * row["bytes"]]
-        best = min(fitting, key=lambda each: each["final_error"], default=None)
-        cells.append(
-            [name_of(row), megabytes(row), f"{row['final_error']:.3g}"]
-            + (
-                ["none is so small", "", "", ""]
-                if best is None
-                else [best["setting"], megabytes(best), f"{best['final_error']:.3g}"]
-            )
-            + ([] if best is None else [f"{best['final_error'] / row['final_error']:.2f}" if row["final_error"] else ""])
-        )
-    return table(AT_SIZE, cells, 1)
+        theirs = [name_of(row), megabytes(row), f"{row['final_error']:.3g}"]
+        if (best := best_at(row["bytes"], own)) is None:
+            cells.append([*theirs, "no arm is so small", "", "", ""])
+            continue
+        ratio = best["final_error"] / row["final_error"] if row["final_error"] else None  # 0: it quantized nothing
+        if ratio is not None:
+            bits = "4" if any(word in row["setting"] for word in FOUR_BITS) else "8"
+            ratios.setdefault(bits, []).append(ratio)
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        cells.append([*theirs, best["setting"], megabytes(best), f"{best['final_error']:.3g}", shown])
+    largest = ", ".join(f"{max(ratios[bits]):.2f} of tools with {bits}-bit weights" for bits in sorted(ratios))
+    return f"{table(AT_SIZE, cells, 1)}\n\nThe largest ratio is {largest}."
 
 
 def tables() -> str:

@@ -62,7 +62,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="export: target 'cloud'; allowed are comfyui, gguf, onnx, openvino, tensorrt, torchao"):
+    with pytest.raises(CheckpointError, match="export: target 'cloud'; allowed are comfyui, gguf, onnx, .*torchao"):
         dq.export(pipelines.ddim(), tmp_path / "ir", to="cloud")
     with pytest.raises(CheckpointError, match="DDIMPipeline: holds no quantized model"):
         dq.export(pipelines.ddim(), tmp_path / "ir")

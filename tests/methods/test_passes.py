@@ -59,7 +59,7 @@ EXAMPLES: dict[str, Pass] = {
     "RuntimeNoiseEstimate": RuntimeNoiseEstimate(),
     "FitProportional": FitProportional(samples=4, batch_size=4),
     "FitCoefficients": FitCoefficients(samples=4, batch_size=4),
-    "CorrectBiases": CorrectBiases(samples=8, batch_size=4),
+    "CorrectBiases": CorrectBiases(samples=8),
 }
 
 
@@ -198,7 +198,7 @@ def test_fit_refuses_a_loss_that_is_not_finite():
 def test_corrected_biases_leave_no_mean_error_in_any_layer(pipe, data):
     model = quantizable(pipe, data, rules=RULES[:1])
     every = len(data)
-    apply(CorrectBiases(samples=every, batch_size=every), model, data)
+    apply(CorrectBiases(samples=every), model, data)
     layers = dict(quantized_layers(model))
     inputs, outputs = {}, {}
 

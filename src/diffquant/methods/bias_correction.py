@@ -27,6 +27,8 @@ from diffquant.core.model import full_precision, operand_quantizers, quantized_l
 from diffquant.core.watch import watching
 from diffquant.methods.base import Figures, Pass, evaluating
 
+BATCH = 8  # recorded calls at once: twice the activations of a layer are held
+
 
 @final
 class CorrectBiases(Pass):
@@ -37,7 +39,6 @@ class CorrectBiases(Pass):
     """
 
     samples: int = Field(default=256, ge=1)
-    batch_size: int = Field(default=32, ge=1)
 
     @torch.no_grad()
     def apply(self, model: nn.Module, data: Trajectory, generator: torch.Generator, run: Run) -> Figures:
@@ -47,7 +48,7 @@ class CorrectBiases(Pass):
         indices = data.subset(min(self.samples, len(data)), generator)
         hooks = {layer: errors[name] for name, layer in layers.items()}
         with evaluating(model), switched(model, True), full_precision(model), watching(hooks, before=True, keywords=True):
-            for picked in run.track(indices.split(self.batch_size), "biases"):
+            for picked in run.track(indices.split(BATCH), "biases"):
                 call_recorded(model, data, picked)
         rows = []
         for name, layer in layers.items():

@@ -17,6 +17,7 @@ from diffquant.core.operand import OperandQuantizer
 from diffquant.core.watch import watching
 from diffquant.errors import CheckpointError
 from diffquant.host.pipeline import Host
+from diffquant.host.structure import first_adapter
 from diffquant.registry import load, register
 
 EDGE = 1e-3  # of a scale: how far values are moved across rounding edges, many times what float32 moves them
@@ -94,6 +95,12 @@ def allowed_error(denoiser: nn.Module, arguments: dict[str, Any], expected: Tens
         outputs = [denoiser(**arguments) for _ in range(DRAWS)]
     predictions = [output if isinstance(output, Tensor) else output[0] for output in outputs]
     return ROUNDING + MARGIN * max(relative_error(prediction, expected) for prediction in predictions)
+
+
+def refuse_adapter(denoiser: nn.Module) -> None:
+    """Raise `CheckpointError` where a LoRA adapter is loaded, which takes the place of layers."""
+    if (adapted := first_adapter(denoiser)) is not None:
+        raise CheckpointError(f"layer {adapted!r}: a LoRA adapter is loaded; unload it (unload_lora_weights) to export")
 
 
 def refuse_difference(output: Tensor, expected: Tensor, allowed: float, instead: str = "") -> float:

@@ -21,7 +21,15 @@ from torch.nn import functional
 
 from diffquant.checkpoint.comfy_layout import SCALE, WEIGHT, float_tensors, layout, marked_layers, original_tensor
 from diffquant.checkpoint.original_names import Origins, original_names
-from diffquant.checkpoint.targets.base import ROUNDING, ExportReport, Target, refuse_dropped, relative_error, unlike_rows
+from diffquant.checkpoint.targets.base import (
+    ROUNDING,
+    ExportReport,
+    Target,
+    refuse_adapter,
+    refuse_dropped,
+    relative_error,
+    unlike_rows,
+)
 from diffquant.core.dynamic import DynamicQuantizer
 from diffquant.core.layers import QuantizedLayer
 from diffquant.core.model import activation_quantizers, correction_of, input_quantizers, quantized_layers
@@ -29,7 +37,6 @@ from diffquant.core.watch import watching
 from diffquant.engines.base import attentions
 from diffquant.errors import CheckpointError
 from diffquant.host.pipeline import Host, predicted
-from diffquant.host.structure import first_adapter
 
 FILE = "diffusion_model.safetensors"
 LAYOUT = "TensorWiseINT8Layout"  # comfy-kitchen's name of it
@@ -64,8 +71,7 @@ class ComfyUI(Target):
     def write(self, host: Host, folder: Path, form: str, lossy: bool) -> ComfyReport:
         """Raises `CheckpointError` also where no layer is int8, and for a denoiser whose original names are not known."""
         denoiser = host.denoiser
-        if (adapted := first_adapter(denoiser)) is not None:
-            raise CheckpointError(f"layer {adapted!r}: a LoRA adapter is loaded; unload it (unload_lora_weights) to export")
+        refuse_adapter(denoiser)
         sources = float_tensors(denoiser)
         origins = original_names(denoiser, {name: source.rows for name, source in sources.items()})
         made = layout(denoiser, sources, origins)

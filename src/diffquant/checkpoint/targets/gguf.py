@@ -20,14 +20,21 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 
-from diffquant.checkpoint.targets.base import ROUNDING, Target, counted, refuse_difference, refuse_dropped, relative_error
+from diffquant.checkpoint.targets.base import (
+    ROUNDING,
+    Target,
+    counted,
+    refuse_adapter,
+    refuse_difference,
+    refuse_dropped,
+    relative_error,
+)
 from diffquant.checkpoint.targets.stock import LayersReport, empty_model, float_weight, integers_of, model_class
 from diffquant.core.layers import QuantizedLayer
 from diffquant.core.model import correction_of, quantized_layers
 from diffquant.engines.base import attentions
 from diffquant.errors import CheckpointError
 from diffquant.host.pipeline import Host, predicted
-from diffquant.host.structure import first_adapter
 
 FILE = "model.gguf"
 BLOCK = 32  # codes with one scale
@@ -72,8 +79,7 @@ class Gguf(Target):
         written, and where the output is not that of a float model with these weights.
         """
         denoiser = host.denoiser
-        if (adapted := first_adapter(denoiser)) is not None:
-            raise CheckpointError(f"layer {adapted!r}: a LoRA adapter is loaded; unload it (unload_lora_weights) to export")
+        refuse_adapter(denoiser)
         if not hasattr(model_class(denoiser), "from_single_file"):
             raise CheckpointError(
                 f"export: diffusers reads no GGUF file of a {type(denoiser).__name__}; allowed are classes with from_single_file, "

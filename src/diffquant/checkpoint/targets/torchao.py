@@ -26,6 +26,7 @@ from diffquant.checkpoint.targets.base import (
     Target,
     allowed_error,
     counted,
+    refuse_adapter,
     refuse_difference,
     refuse_dropped,
     relative_error,
@@ -49,7 +50,6 @@ from diffquant.engines.base import attentions
 from diffquant.errors import CheckpointError
 from diffquant.host.conditions import class_names
 from diffquant.host.pipeline import Host, predicted
-from diffquant.host.structure import first_adapter
 
 STATIC, DYNAMIC, WEIGHT, FLOAT = (
     "int8 weight, static int8 input",
@@ -87,8 +87,7 @@ class TorchAo(Target):
         simulation without what was dropped by more than rounding explains.
         """
         denoiser = host.denoiser
-        if (adapted := first_adapter(denoiser)) is not None:
-            raise CheckpointError(f"layer {adapted!r}: a LoRA adapter is loaded; unload it (unload_lora_weights) to export")
+        refuse_adapter(denoiser)
         axes = _input_axes(host)
         held = {name: held_as(layer, axes.get(name)) for name, layer in quantized_layers(denoiser)}
         dropped = losses(denoiser, held)
